@@ -1,0 +1,300 @@
+"""The portable engine: batched coalition evaluation in PyTorch, on CPU or GPU, with everything shared that is exact to share.
+
+What coalitions of one sample have in common, and where it is used:
+
+* A token has two possible inputs (its features or its fill), so layer-1 LayerNorm, Q, K and V are ``2 L`` rows.
+  (:class:`TwoStates`)
+* Layer-1 attention is a ratio of sums over keys. With the score maximum fixed per query over *all* states, numerator
+  and denominator are sums of one term per key, and a key's term has two possible values. Tokens that do not vary give
+  a constant; the ones that vary are selected by a 0/1 matrix, so the layer-1 attention of all coalitions is one matrix
+  product with only positive terms in the denominator: nothing is subtracted, nothing cancels. (:class:`SharedAttention`)
+* The last layer's down-projection is linear, so it is applied after the mean over tokens, on M rows instead of L.
+* Routing reads mean features, which are affine in the coalition.
+* Padding is never attended to nor pooled, so it is left out and no mask remains in any attention.
+
+From the layer-1 output projection on, every token of every coalition is different; that part is only batched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from flmoe_fast.engines.packed import PackedLayer, PackedModel
+from flmoe_fast.engines.problem import Logits, TokenProblem
+
+#: Largest number of bytes the table of per-key attention terms may take before coalitions are attended one by one.
+SHARED_TABLE_BYTES = 1 << 28
+#: exp(-limit) is still a normal number with full relative precision. Beyond it, fixed maxima could underflow.
+SCORE_SPREAD = {torch.float32: 60.0, torch.float64: 500.0}
+
+
+@dataclass(frozen=True)
+class TwoStates:
+    """Layer-1 quantities of both states of every valid token; state 1 is the token itself, state 0 its fill."""
+
+    x: torch.Tensor  # (1 or E, 2, L, H) inputs with positions added
+    q: torch.Tensor  # (E, h, 2, L, d)
+    k: torch.Tensor  # (E, h, 2, L, d)
+    v: torch.Tensor  # (E, h, 2, L, d)
+
+
+@dataclass(frozen=True)
+class SharedAttention:
+    """Layer-1 attention of every coalition that agrees with ``base`` outside the J ``varying`` tokens.
+
+    Row 0 of ``terms`` is the sum over the tokens that do not vary, rows 1..J the terms of the varying tokens when
+    present, rows J+1..2J when absent. Columns are Lq = L + J query rows (every token in its base state with varying
+    tokens present, then the varying tokens once more as absent queries), each with H numerators and h denominators.
+    """
+
+    terms: torch.Tensor  # (E, 1 + 2J, Lq * (H + h))
+    varying: torch.Tensor  # (J,) index into valid
+
+
+class TorchEngine:
+    """Evaluates coalitions of one :class:`TokenProblem` in chunks of bounded memory.
+
+    Parameters
+    ----------
+    problem : TokenProblem
+    dtype : torch.float32 or torch.float64
+        Arithmetic of the experts. Routing and everything after the logits is float64.
+    device : torch.device
+    memory : int
+        Bytes that one chunk's activations may take. Results depend on it by rounding only: matrix products of
+        different heights may add in a different order (relative 1e-5 in float32, 1e-12 in float64).
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        problem: TokenProblem,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        memory: int = 1 << 28,
+    ):
+        self.problem = problem
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.memory = memory
+        self.packed = PackedModel.of(problem.model, problem.padded_lengths, dtype, self.device)
+        self.players = problem.players.to(self.device)
+        self.states = self._two_states()
+        self._routing_base, self._routing_step = self._routing_terms()
+
+    # ---- public: two ways to name coalitions ------------------------------------------------------------------
+
+    def evaluate(self, coalitions: torch.Tensor) -> Logits:
+        """Logits and routing of arbitrary coalitions ``(C, n)`` bool."""
+        coalitions = coalitions.to(self.device)
+        varies = coalitions.any(0) & ~coalitions.all(0)
+        base = self._tokens(coalitions[:1])[0]
+        return self._evaluate_sharing(base, self.players[varies], coalitions)
+
+    def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
+        """Logits and routing of ``contexts[k] ^ toggled[g]`` for all k, g, in the order (k, g).
+
+        ``contexts`` (K, n) bool and ``toggled`` (G, n) bool. The toggled players are few, so each context's shared
+        attention has a small table; it is used when one table for all contexts would be too large.
+        """
+        contexts, toggled = contexts.to(self.device), toggled.to(self.device)
+        everything = contexts[:, None] ^ toggled  # (K, G, n)
+        varies = everything.any(0).any(0) & ~everything.all(0).all(0)
+        if self._table_bytes(int(varies.sum())) <= SHARED_TABLE_BYTES:
+            return self.evaluate(everything.flatten(0, 1))
+        few = self.players[toggled.any(0)]
+        parts = [
+            self._evaluate_sharing(self._tokens(context[None])[0], few, coalitions)
+            for context, coalitions in zip(contexts, everything)
+        ]
+        return Logits(torch.cat([p.experts for p in parts]), torch.cat([p.weights for p in parts]))
+
+    # ---- what is computed once per sample ---------------------------------------------------------------------
+
+    def _two_states(self) -> TwoStates:
+        problem, packed = self.problem, self.packed
+        both = torch.stack([problem.fills, problem.features])[:, problem.valid].to(self.device, self.dtype)
+        positions = packed.positions[:, problem.valid.to(self.device)]
+        x = both[None] + positions[:, None]  # (1 or E, 2, L, H)
+        layer = packed.layers[0]
+        experts, hidden = layer.qkv.shape[0], x.shape[-1]
+        rows = F.layer_norm(x, (hidden,)).flatten(1, 2).expand(experts, -1, -1)
+        qkv = torch.baddbmm(layer.qkv_bias, rows, layer.qkv)  # (E, 2L, 3H)
+        qkv = qkv.view(experts, 2, problem.length, 3, packed.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        q, k, v = (part.contiguous() for part in qkv)
+        return TwoStates(x, q, k, v)
+
+    def _routing_terms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean features with every player absent (M, H), and what each player's presence adds (n, M, H); float64."""
+        problem = self.problem
+        features = problem.features[problem.valid].to(self.device, torch.float64)
+        fills = problem.fills[problem.valid].to(self.device, torch.float64)
+        pool = self._pooling().to(torch.float64)  # (M, L)
+        absent = features.clone()
+        absent[self.players] = fills[self.players]
+        step = features[self.players] - fills[self.players]  # (n, H)
+        return pool @ absent, torch.einsum("mn,nh->nmh", pool[:, self.players], step)
+
+    def _pooling(self) -> torch.Tensor:
+        """Mean over each modality's valid tokens as a matrix (M, L); a modality without tokens pools to zero."""
+        pool = torch.zeros(len(self.problem.segments), self.problem.length, device=self.device, dtype=self.dtype)
+        for modality, (start, stop) in enumerate(self.problem.segments):
+            pool[modality, start:stop] = 1.0 / max(stop - start, 1)
+        return pool
+
+    # ---- layer-1 attention --------------------------------------------------------------------------------------
+
+    def _table_bytes(self, varying: int) -> int:
+        experts, _, _, length, _ = self.states.q.shape
+        columns = (length + varying) * (self.problem.features.shape[-1] + self.packed.heads)
+        return experts * (1 + 2 * varying) * columns * self.states.q.element_size()
+
+    def _shared_attention(self, base: torch.Tensor, varying: torch.Tensor) -> SharedAttention | None:
+        """Terms of layer-1 attention for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
+
+        None when some query's scores spread so far that a coalition's largest score could underflow against the
+        fixed maximum; such samples are attended one coalition at a time.
+        """
+        states = self.states
+        experts, heads, _, length, depth = states.q.shape
+        rest = torch.ones(length, dtype=torch.bool, device=self.device)
+        rest[varying] = False
+        rest = rest.nonzero()[:, 0]
+        state = base.long()
+        # Index pairs (state, token) of the query and key rows.
+        query_state = state.clone()
+        query_state[varying] = 1
+        queries = torch.cat(
+            [states.q[:, :, query_state, torch.arange(length, device=self.device)], states.q[:, :, 0, varying]], dim=2
+        )  # (E, h, Lq, d)
+        key_rest, value_rest = states.k[:, :, state[rest], rest], states.v[:, :, state[rest], rest]
+        key_vary = torch.cat([states.k[:, :, 1, varying], states.k[:, :, 0, varying]], dim=2)  # (E, h, 2J, d)
+        value_vary = torch.cat([states.v[:, :, 1, varying], states.v[:, :, 0, varying]], dim=2)
+
+        score_rest = queries @ key_rest.transpose(-1, -2)  # (E, h, Lq, L-J)
+        score_vary = queries @ key_vary.transpose(-1, -2)  # (E, h, Lq, 2J)
+        top = torch.cat([score_rest, score_vary], dim=-1).amax(-1, keepdim=True)
+        # The smallest "largest score" any coalition can have: constant keys, and each varying key in its worse state.
+        surely = torch.cat([score_rest, torch.minimum(*score_vary.chunk(2, dim=-1))], dim=-1).amax(-1, keepdim=True)
+        if float((top - surely).max()) > SCORE_SPREAD[self.dtype]:
+            return None
+        weight_rest, weight_vary = (score_rest - top).exp(), (score_vary - top).exp()
+
+        constant = torch.cat(  # (E, 1, Lq, H + h)
+            [
+                (weight_rest @ value_rest).permute(0, 2, 1, 3).flatten(2),
+                weight_rest.sum(-1).permute(0, 2, 1),
+            ],
+            dim=-1,
+        )[:, None]
+        per_key = weight_vary.permute(0, 3, 2, 1)  # (E, 2J, Lq, h)
+        values = value_vary.permute(0, 2, 1, 3)[:, :, None]  # (E, 2J, 1, h, d)
+        terms = torch.cat([(per_key[..., None] * values).flatten(3), per_key], dim=-1)  # (E, 2J, Lq, H + h)
+        return SharedAttention(torch.cat([constant, terms], dim=1).flatten(2), varying)
+
+    def _attend_shared(self, shared: SharedAttention, tokens: torch.Tensor) -> torch.Tensor:
+        """Layer-1 attention output (E, C, L, H) of coalitions given as token states ``tokens`` (C, L)."""
+        experts, heads, _, length, depth = self.states.q.shape
+        count, hidden = tokens.shape[0], heads * depth
+        present = tokens[:, shared.varying]  # (C, J)
+        select = torch.cat([present.new_ones(count, 1), present, ~present], dim=1).to(self.dtype)
+        sums = torch.matmul(select, shared.terms).view(experts, count, length + present.shape[1], hidden + heads)
+        numerators = sums[..., :hidden].unflatten(-1, (heads, depth))
+        out = (numerators / sums[..., hidden:, None]).flatten(-2)
+        attended = out[:, :, :length]
+        # A varying token that is absent asks with its fill's query row.
+        attended[:, :, shared.varying] = torch.where(
+            present[..., None], attended[:, :, shared.varying], out[:, :, length:]
+        )
+        return attended
+
+    def _attend_directly(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Layer-1 attention output (E, C, L, H) by softmax over each coalition's own keys."""
+        experts, heads, _, length, depth = self.states.q.shape
+        state, token = tokens.long(), torch.arange(length, device=self.device)
+        q, k, v = (  # (E*C, h, L, d)
+            part[:, :, state, token].transpose(1, 2).flatten(0, 1) for part in (self.states.q, self.states.k, self.states.v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return out.transpose(1, 2).reshape(experts, tokens.shape[0], length, heads * depth)
+
+    # ---- the part that differs per coalition ----------------------------------------------------------------------
+
+    def _evaluate_sharing(self, base: torch.Tensor, varying: torch.Tensor, coalitions: torch.Tensor) -> Logits:
+        shared = None
+        if self._table_bytes(varying.numel()) <= SHARED_TABLE_BYTES:
+            shared = self._shared_attention(base, varying)
+        experts = []
+        for chunk in self._tokens(coalitions).split(self.chunk):
+            attended = self._attend_directly(chunk) if shared is None else self._attend_shared(shared, chunk)
+            experts.append(self._after_first_attention(chunk, attended))
+        return Logits(torch.cat(experts), self._route(coalitions))
+
+    @property
+    def chunk(self) -> int:
+        """Coalitions evaluated together: as many as keep the largest live activations within ``memory`` bytes."""
+        experts, hidden, wide = self.packed.layers[0].up.shape
+        per_token = 4 * hidden + max(2 * wide, 4 * hidden)
+        return max(1, self.memory // (experts * self.problem.length * per_token * self.states.q.element_size()))
+
+    def _tokens(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Presence of every valid token (C, L) bool; tokens that are not players are present."""
+        tokens = torch.ones(coalitions.shape[0], self.problem.length, dtype=torch.bool, device=self.device)
+        tokens[:, self.players] = coalitions
+        return tokens
+
+    def _after_first_attention(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Expert logits (C, E, K) in float64 from the first layer's attention output (E, C, L, H)."""
+        packed = self.packed
+        experts, count, length, hidden = attended.shape
+        first = packed.layers[0]
+        stream = torch.baddbmm(first.out_bias, attended.reshape(experts, -1, hidden), first.out)
+        if packed.residual:
+            inputs = torch.where(tokens[None, :, :, None], self.states.x[:, None, 1], self.states.x[:, None, 0])
+            stream += inputs.flatten(1, 2)
+        else:
+            stream *= packed.branch
+        for layer, following in zip(packed.layers, packed.layers[1:]):
+            stream = self._attend(self._feed_forward(stream, layer), following, count)
+        return self._pool_and_classify(stream.view(experts, count, length, hidden))
+
+    def _feed_forward(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
+        wide = torch.baddbmm(layer.up_bias, F.layer_norm(stream, stream.shape[-1:]), layer.up)
+        return stream + torch.baddbmm(layer.down_bias, F.gelu(wide), layer.down)
+
+    def _attend(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> torch.Tensor:
+        experts, rows, hidden = stream.shape
+        qkv = torch.baddbmm(layer.qkv_bias, F.layer_norm(stream, (hidden,)), layer.qkv)
+        q, k, v = qkv.view(experts * count, rows // count, 3, self.packed.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(experts, rows, hidden)
+        branch = torch.baddbmm(layer.out_bias, out, layer.out)
+        return stream + branch if self.packed.residual else branch * self.packed.branch
+
+    def _pool_and_classify(self, stream: torch.Tensor) -> torch.Tensor:
+        """Last feed-forward block with its down-projection moved behind the pooling, then the classifier."""
+        packed, layer = self.packed, self.packed.layers[-1]
+        experts, count, length, hidden = stream.shape
+        wide = F.gelu(torch.baddbmm(layer.up_bias, F.layer_norm(stream, (hidden,)).flatten(1, 2), layer.up))
+        pool = self._pooling()  # (M, L)
+        mean_wide = torch.matmul(pool, wide.view(experts, count, length, -1))  # (E, C, M, F)
+        mean_stream = torch.matmul(pool, stream)  # (E, C, M, H)
+        occupied = pool.sum(1).round()[:, None]  # the shift is pooled too, except where there is nothing to pool
+        branch = torch.matmul(mean_wide, layer.down[:, None]) + layer.down_bias[:, None] * occupied
+        latents = (mean_stream + branch).flatten(2)  # (E, C, M*H)
+        logits = torch.baddbmm(packed.head_bias, latents, packed.head)
+        return logits.transpose(0, 1).to(torch.float64)
+
+    def _route(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Routing weights (C, E), float64."""
+        pooled = self._routing_base + torch.einsum("cn,nmh->cmh", coalitions.to(torch.float64), self._routing_step)
+        if self.problem.masked:
+            pooled = F.normalize(pooled, dim=-1, eps=1e-12)
+        hidden = pooled.flatten(1)
+        for depth, (weight, bias) in enumerate(self.packed.routing):
+            hidden = (F.relu(hidden) if depth else hidden) @ weight + bias
+        return torch.softmax(hidden / self.packed.temperature, dim=-1)

@@ -1,0 +1,85 @@
+"""What a game is: n players and a value for every coalition of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flmoe_fast.checks import ArgumentError, integer
+
+#: Coalitions handed to a plain callable at a time.
+CALL_ROWS = 4096
+
+
+class Game:
+    """A value function over coalitions of ``n`` players, with one or several outputs (heads).
+
+    Attributes
+    ----------
+    n : int
+        Number of players.
+    heads : tuple of str, or None
+        Names of the O outputs; None when a coalition has a single, unnamed value.
+    player_names : tuple of str
+    groups : tuple of (name, players) or None
+        The modality every player belongs to, where there are modalities.
+    backend : str
+        What evaluates the coalitions.
+    """
+
+    n: int
+    heads: tuple[str, ...] | None = None
+    player_names: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+    backend: str = "callable"
+
+    def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Values of coalitions ``(C, n)`` bool: ``(C,)`` or ``(C, O)`` float64."""
+        raise NotImplementedError
+
+    def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
+        """Values of ``contexts[k] ^ toggled[g]`` for contexts (K, n) and toggled players (G, n): (K, G) or (K, G, O)."""
+        values = self((contexts[:, None] ^ toggled).flatten(0, 1))
+        return values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
+
+    def precise(self) -> Game | None:
+        """The same game with less rounding, to measure the rounding of this one; None where there is none."""
+        return None
+
+
+class CallableGame(Game):
+    """Any function from a bool tensor ``(C, n)`` to ``(C,)`` or ``(C, O)`` numbers."""
+
+    def __init__(self, function: Callable, n: int):
+        self.n = integer("n", n, least=2)
+        self.function = function
+        self.player_names = tuple(str(i) for i in range(self.n))
+
+    def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._call(rows) for rows in coalitions.split(CALL_ROWS)])
+
+    def _call(self, rows: torch.Tensor) -> torch.Tensor:
+        values = torch.as_tensor(self.function(rows))
+        if values.dim() not in (1, 2) or values.shape[0] != rows.shape[0]:
+            raise ArgumentError(
+                "game",
+                f"a value of shape {tuple(values.shape)} for {rows.shape[0]} coalitions",
+                "a callable that maps (C, n) bool to (C,) or (C, O) numbers",
+            )
+        return values.detach().to(device="cpu", dtype=torch.float64)
+
+
+def as_game(game: Game | Callable, n: int | None = None) -> Game:
+    """``game`` itself, or a callable wrapped with its number of players ``n`` (read from ``game.n`` if it has one)."""
+    if isinstance(game, Game):
+        if n is not None and n != game.n:
+            raise ArgumentError("n", n, f"{game.n}, the game's own number of players, or None")
+        return game
+    if not callable(game):
+        raise ArgumentError("game", type(game).__name__, "a Game or a callable from (C, n) bool to (C,) or (C, O)")
+    if n is None:
+        n = getattr(game, "n", None)
+        if n is None:
+            raise ArgumentError("n", None, "the number of players, since this callable does not say it")
+    return CallableGame(game, n)

@@ -1,0 +1,320 @@
+"""The game of a model and one sample: players are tokens, absent ones are replaced by a fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
+from flmoe_fast.engines.problem import TokenProblem
+from flmoe_fast.engines.reference import ReferenceEngine
+from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.games.game import Game
+from flmoe_fast.games.heads import Heads, predicted_target
+from flmoe_fast.model.network import FLI2MoE
+
+#: Modalities whose first token is the start symbol of a text, which is no player.
+TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
+HEAD_GROUPS = ("mixture", "experts", "weighted")
+BACKENDS = ("auto", "torch", "reference")
+
+
+class TokenGame(Game):
+    """Which tokens make the model say what it says about one sample, as a cooperative game.
+
+    The value of a coalition S is the model's output when the tokens of S keep their features and every other player's
+    features are replaced by its modality's fill, before positions are added; key masks and positions stay as they are.
+    All heads come from the same forward pass.
+
+    Parameters
+    ----------
+    model : FLI2MoE
+    features : sequence of M tensors (T_m, H)
+        Encoded tokens of one sample, in the model's modality order; a leading batch axis of 1 is accepted.
+    masks : sequence of M tensors (T_m,), optional
+        1 for valid tokens, 0 for padding. None and all-ones differ: without masks the routing network reads
+        unnormalised means, as in the reference model.
+    fill : "mean", "zero" or sequence of M tensors (H,) or (T_m, H)
+        What replaces an absent token. "mean" is the training set's mean token of each modality, which the model
+        carries once :meth:`FLI2MoE.set_feature_means` was called.
+    players : sequence of M sequences of positions, optional
+        Tokens that take part; all others stay present. Default: every valid token but the start symbol of a text
+        (a modality named language, text, txt, note or notes).
+    padded_lengths : sequence of M ints, optional
+        Lengths the modalities are padded to where that is longer than T_m. Positions depend on them.
+    target : int, sequence of class indices, or None
+        Class whose value is explained (several only for multilabel models). None: what the model predicts from the
+        full input.
+    value : "prob" or "logit"
+    heads : subset of ("mixture", "experts", "weighted")
+    backend : "auto", "torch" or "reference"
+    dtype : torch.float32 or torch.float64, optional
+        Arithmetic of the engine; the model's own by default.
+    device : optional
+        Where to evaluate; the model's own device by default.
+    memory : int
+        Bytes of activations the torch engine may hold at a time.
+
+    Raises
+    ------
+    ArgumentError
+        Names the argument, what came and what was expected.
+    """
+
+    def __init__(
+        self,
+        model: FLI2MoE,
+        features: Sequence[torch.Tensor],
+        *,
+        masks: Sequence[torch.Tensor] | None = None,
+        fill: str | Sequence[torch.Tensor] = "mean",
+        players: Sequence[Sequence[int]] | None = None,
+        padded_lengths: Sequence[int] | None = None,
+        target: int | Sequence[int] | None = None,
+        value: str = "prob",
+        heads: Sequence[str] = HEAD_GROUPS,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        memory: int = 1 << 28,
+    ):
+        if not isinstance(model, FLI2MoE):
+            raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
+        one_of("value", value, ("prob", "logit"))
+        one_of("backend", backend, BACKENDS)
+        parameter = next(model.reweight.parameters())
+        self.dtype = one_of("dtype", dtype or parameter.dtype, (torch.float32, torch.float64))
+        self.device = torch.device(device) if device is not None else parameter.device
+        self.memory = integer("memory", memory, least=1)
+        self.problem = _problem(model, features, masks, fill, players, padded_lengths)
+        self.n = self.problem.n
+        if self.n < 2:
+            raise ArgumentError("players", f"{self.n} players", "at least two")
+        self.backend = "torch" if backend == "auto" else backend
+        self.engine = self._make_engine(self.backend, self.dtype)
+        groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
+        self._heads = Heads(groups, value, self._target(target))
+        self.heads = self._heads.names(model.config.expert_names)
+        self.groups, self.player_names, self.positions = _name_players(self.problem)
+
+    @property
+    def value(self) -> str:
+        """What a coalition's value is: ``"prob"`` or ``"logit"`` of the target."""
+        return self._heads.value
+
+    @property
+    def target(self) -> int | tuple[int, ...]:
+        """The explained class, or classes of a multilabel target."""
+        target = self._heads.target
+        return target if isinstance(target, int) else tuple(target.nonzero()[:, 0].tolist())
+
+    @torch.no_grad()
+    def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
+        shape("coalitions", coalitions, (None, self.n), "(C, n)")
+        return self._heads.values(self.engine.evaluate(coalitions.bool())).cpu()
+
+    @torch.no_grad()
+    def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
+        logits = self.engine.evaluate_toggles(contexts, toggled)
+        return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
+
+    def precise(self) -> TokenGame | None:
+        """This game in float64 on the torch engine; None if it already is."""
+        if self.dtype == torch.float64:
+            return None
+        twin = object.__new__(TokenGame)
+        twin.__dict__.update(self.__dict__)
+        twin.dtype, twin.backend = torch.float64, "torch"
+        twin.engine = twin._make_engine("torch", torch.float64)
+        return twin
+
+    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | ReferenceEngine:
+        if backend == "reference":
+            return ReferenceEngine(self.problem, dtype=dtype, device=self.device)
+        return TorchEngine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
+
+    @torch.no_grad()
+    def _target(self, target: int | Sequence[int] | None) -> int | torch.Tensor:
+        config = self.problem.model.config
+        if target is None:
+            logits = self.engine.evaluate(torch.ones(1, self.n, dtype=torch.bool))
+            return predicted_target((logits.weights[0, :, None] * logits.experts[0]).sum(0), config.task)
+        if config.task == "multiclass":
+            return integer("target", target, least=0, most=config.classes - 1)
+        chosen = [target] if isinstance(target, int) else list(target)
+        if not chosen:
+            raise ArgumentError("target", repr(target), "at least one class")
+        marked = torch.zeros(config.classes, dtype=torch.bool)
+        for index in chosen:
+            marked[integer("target", index, least=0, most=config.classes - 1)] = True
+        return marked
+
+
+def _head_groups(heads: Sequence[str]) -> tuple[str, ...]:
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    if not heads:
+        raise ArgumentError("heads", "nothing", f"some of {HEAD_GROUPS}")
+    for head in heads:
+        one_of("heads", head, HEAD_GROUPS)
+    return heads
+
+
+def _problem(
+    model: FLI2MoE,
+    features: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor] | None,
+    fill: str | Sequence[torch.Tensor],
+    players: Sequence[Sequence[int]] | None,
+    padded_lengths: Sequence[int] | None,
+) -> TokenProblem:
+    """Check a sample and lay it out as a padded concatenation, on the CPU."""
+    config = model.config
+    names = config.modalities
+    features = [_one_sample(f"features[{m}]", f, 2) for m, f in enumerate(_per_modality("features", features, names))]
+    for m, tokens in enumerate(features):
+        shape(f"features[{m}]", tokens, (None, config.hidden), "(T, H)")
+        if not tokens.is_floating_point():
+            raise ArgumentError(f"features[{m}]", tokens.dtype, "floating point numbers")
+    lengths = [len(tokens) for tokens in features]
+    if padded_lengths is None:
+        padded_lengths = lengths
+    padded = tuple(
+        integer(f"padded_lengths[{m}]", length, least=lengths[m])
+        for m, length in enumerate(_per_modality("padded_lengths", padded_lengths, names))
+    )
+    if config.num_tokens is not None and padded != tuple(config.num_tokens):
+        raise ArgumentError("features", f"{padded} tokens per modality", f"{tuple(config.num_tokens)}, the model's num_tokens")
+    if masks is None and padded != tuple(lengths):
+        raise ArgumentError("masks", None, "masks, since padded_lengths exceed the features' lengths")
+    if masks is not None and config.generation == "original":
+        raise ArgumentError("masks", "masks", "None: generation 'original' has no key masks")
+    valid = _valid_tokens(masks, lengths, names)
+    for m, tokens in enumerate(features):
+        finite(f"features[{m}]", tokens[valid[m]])
+    fills = _fills(fill, model, lengths, names)
+
+    def padded_concatenation(parts: list[torch.Tensor]) -> torch.Tensor:
+        # Padding is never read; zeros keep stray NaNs of the input out.
+        rows = []
+        for part, keep, length in zip(parts, valid, padded):
+            block = torch.zeros(length, config.hidden, dtype=torch.float64)
+            block[: len(part)][keep] = part[keep].double()
+            rows.append(block)
+        return torch.cat(rows)
+
+    keep = torch.cat([torch.cat([v, v.new_zeros(length - len(v))]) for v, length in zip(valid, padded)])
+    position = keep.nonzero()[:, 0]
+    rank = torch.full((sum(padded),), -1)
+    rank[position] = torch.arange(len(position))
+    starts = [sum(padded[:m]) for m in range(len(names))]
+    counts = [int(v.sum()) for v in valid]
+    edges = [sum(counts[:m]) for m in range(len(names) + 1)]
+    chosen = _players(players, valid, names)
+    return TokenProblem(
+        model=model,
+        features=padded_concatenation(features),
+        fills=padded_concatenation(fills),
+        valid=position,
+        segments=tuple(zip(edges[:-1], edges[1:])),
+        players=torch.cat([rank[starts[m] + chosen[m]] for m in range(len(names))]),
+        padded_lengths=padded,
+        masked=masks is not None,
+    )
+
+
+def _per_modality(name: str, values: Sequence, names: tuple[str, ...]) -> Sequence:
+    if isinstance(values, (torch.Tensor, str)) or not hasattr(values, "__len__") or len(values) != len(names):
+        got = f"{len(values)} items" if hasattr(values, "__len__") else type(values).__name__
+        raise ArgumentError(name, got, f"one entry for each of the {len(names)} modalities {names}")
+    return values
+
+
+def _one_sample(name: str, tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor")
+    tensor = tensor.detach().cpu()
+    return tensor[0] if tensor.dim() == dims + 1 and len(tensor) == 1 else tensor
+
+
+def _valid_tokens(
+    masks: Sequence[torch.Tensor] | None, lengths: list[int], names: tuple[str, ...]
+) -> list[torch.Tensor]:
+    if masks is None:
+        return [torch.ones(length, dtype=torch.bool) for length in lengths]
+    valid = []
+    for m, mask in enumerate(_per_modality("masks", masks, names)):
+        mask = _one_sample(f"masks[{m}]", mask, 1)
+        shape(f"masks[{m}]", mask, (lengths[m],), "(T,)")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ArgumentError(f"masks[{m}]", "values other than 0 and 1", "1 for valid tokens and 0 for padding")
+        valid.append(mask.bool())
+    if not any(bool(v.any()) for v in valid):
+        raise ArgumentError("masks", "padding only", "at least one valid token")
+    return valid
+
+
+def _fills(
+    fill: str | Sequence[torch.Tensor], model: FLI2MoE, lengths: list[int], names: tuple[str, ...]
+) -> list[torch.Tensor]:
+    hidden = model.config.hidden
+    if isinstance(fill, str):
+        if one_of("fill", fill, ("mean", "zero")) == "zero":
+            return [torch.zeros(length, hidden) for length in lengths]
+        if model.feature_means is None:
+            raise ArgumentError(
+                "fill", "'mean' with a model that carries no feature means",
+                "model.set_feature_means(...) beforehand, fill='zero', or one (H,) tensor per modality",
+            )
+        fill = list(model.feature_means)
+    vectors = []
+    for m, vector in enumerate(_per_modality("fill", fill, names)):
+        if not isinstance(vector, torch.Tensor):
+            raise ArgumentError(f"fill[{m}]", type(vector).__name__, "a torch.Tensor")
+        vector = vector.detach().cpu()
+        if vector.dim() == 1:
+            shape(f"fill[{m}]", vector, (hidden,), "(H,)")
+            vector = vector.expand(lengths[m], hidden)
+        shape(f"fill[{m}]", vector, (lengths[m], hidden), "(T, H)")
+        finite(f"fill[{m}]", vector)
+        vectors.append(vector)
+    return vectors
+
+
+def _players(
+    players: Sequence[Sequence[int]] | None, valid: list[torch.Tensor], names: tuple[str, ...]
+) -> list[torch.Tensor]:
+    """Positions of the players within each modality."""
+    if players is None:
+        chosen = []
+        for name, keep in zip(names, valid):
+            keep = keep.clone()
+            if name in TEXT_MODALITIES:
+                keep[:1] = False
+            chosen.append(keep.nonzero()[:, 0])
+        return chosen
+    chosen = []
+    for m, positions in enumerate(_per_modality("players", players, names)):
+        seen = [integer(f"players[{m}]", int(p), least=0, most=len(valid[m]) - 1) for p in positions]
+        if len(set(seen)) < len(seen):
+            raise ArgumentError(f"players[{m}]", "a position twice", "distinct positions")
+        padding = [p for p in seen if not bool(valid[m][p])]
+        if padding:
+            raise ArgumentError(f"players[{m}]", f"position {padding[0]}, which is padding", "valid tokens")
+        chosen.append(torch.tensor(sorted(seen), dtype=torch.long))
+    return chosen
+
+
+def _name_players(problem: TokenProblem) -> tuple[tuple, tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """Groups of players by modality, a name for each player, and each player's (modality, position)."""
+    starts = [sum(problem.padded_lengths[:m]) for m in range(len(problem.padded_lengths))]
+    groups, names, places = [], [], []
+    players = problem.players.tolist()
+    for m, (modality, (start, stop)) in enumerate(zip(problem.model.config.modalities, problem.segments)):
+        members = tuple(i for i, token in enumerate(players) if start <= token < stop)
+        groups.append((modality, members))
+        for i in members:
+            position = int(problem.valid[players[i]]) - starts[m]
+            names.append(f"{modality} {position}")
+            places.append((m, position))
+    return tuple(groups), tuple(names), tuple(places)
