@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ class Game:
         The modality every player belongs to, where there are modalities.
     backend : str
         What evaluates the coalitions.
+    block : int
+        Coalitions worth asking for at a time: enough to keep the machine busy, few enough for a moving progress bar.
     """
 
     n: int
@@ -33,6 +36,7 @@ class Game:
     player_names: tuple[str, ...]
     groups: tuple[tuple[str, tuple[int, ...]], ...] | None = None
     backend: str = "callable"
+    block: int = CALL_ROWS
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Values of coalitions ``(C, n)`` bool: ``(C,)`` or ``(C, O)`` float64."""
@@ -46,6 +50,10 @@ class Game:
     def precise(self) -> Game | None:
         """The same game with less rounding, to measure the rounding of this one; None where there is none."""
         return None
+
+    def about(self) -> dict[str, Any]:
+        """What a result should remember about the game; JSON types only."""
+        return {}
 
 
 class CallableGame(Game):
@@ -67,6 +75,8 @@ class CallableGame(Game):
                 f"a value of shape {tuple(values.shape)} for {rows.shape[0]} coalitions",
                 "a callable that maps (C, n) bool to (C,) or (C, O) numbers",
             )
+        if values.dim() == 2:
+            self.heads = tuple(f"output {o}" for o in range(values.shape[1]))
         return values.detach().to(device="cpu", dtype=torch.float64)
 
 

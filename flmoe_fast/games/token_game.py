@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
 from flmoe_fast.model.network import FLI2MoE
 
+#: Tokens evaluated per call, see :attr:`Game.block`.
+BLOCK_TOKENS = 1 << 16
 #: Modalities whose first token is the start symbol of a text, which is no player.
 TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
@@ -92,6 +95,7 @@ class TokenGame(Game):
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
         self.backend = "torch" if backend == "auto" else backend
+        self.block = max(1, BLOCK_TOKENS // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
         self._heads = Heads(groups, value, self._target(target))
@@ -108,6 +112,11 @@ class TokenGame(Game):
         """The explained class, or classes of a multilabel target."""
         target = self._heads.target
         return target if isinstance(target, int) else tuple(target.nonzero()[:, 0].tolist())
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Position (n,) of every player in the padded concatenation of all modalities."""
+        return self.problem.valid[self.problem.players]
 
     @torch.no_grad()
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
@@ -128,6 +137,11 @@ class TokenGame(Game):
         twin.dtype, twin.backend = torch.float64, "torch"
         twin.engine = twin._make_engine("torch", torch.float64)
         return twin
+
+    def about(self) -> dict[str, Any]:
+        target = self.target if isinstance(self.target, int) else list(self.target)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
 
     def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | ReferenceEngine:
         if backend == "reference":

@@ -1,0 +1,83 @@
+# make demo | test | bench | clean: each does everything it needs from a fresh clone, in .venv, and nothing twice.
+# A Python of your own that already has the requirements: make test PY=/path/to/python (no .venv is made).
+# PYTHON=... chooses what .venv is made with; OUT=... where the demo writes; ARGS=... goes to pytest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+# An empty environment has a search path inside the shell, but exports none, and Python then cannot find itself.
+export PATH := $(or $(PATH),/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH
+unexport PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MAX_JOBS ?= 2
+
+VENV := .venv
+OUT ?= out/demo
+ARGS ?=
+BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/*)
+
+ifeq ($(origin PY),undefined)
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+FLMOE := $(VENV)/bin/flmoe-fast
+else
+INSTALLED :=
+FLMOE := $(PY) -m flmoe_fast.cli
+endif
+EXTENSION := build/.extension
+
+.PHONY: demo test bench env extension lint host-test nvcc-check pytest clean
+
+demo: extension
+	$(FLMOE) demo --out $(OUT)
+
+test: lint host-test nvcc-check pytest
+
+bench: extension
+	$(PY) -m pytest bench $(ARGS)
+
+env: $(INSTALLED)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+
+# The shared C++ core under AddressSanitizer and UBSan.
+host-test: $(INSTALLED)
+	$(PY) csrc/check.py host
+
+# Every CUDA source for every shipped architecture: no warnings, no spills. Says so and passes where there is no nvcc.
+nvcc-check: $(INSTALLED)
+	$(PY) csrc/check.py nvcc
+
+pytest: extension
+	$(PY) -m pytest $(ARGS)
+
+# The requirements, then the package itself, editable. The build requirements go into the same environment, so that the
+# build needs no environment of its own (and can never fetch torch for one). The extension is the next target's.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@python=$$(for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	      && { echo "$$candidate"; break; } || true; done); \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python >= 3.11 with venv found (tried $(PYTHON) python3 python3.13 python3.12 python3.11);" \
+	       "name one with make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt setuptools wheel pybind11 cmake ninja
+	FLMOE_NATIVE=off FLMOE_CUDA=off $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+extension: $(EXTENSION)
+
+# Built beside the sources, which is where an editable install, or a Python of one's own, finds the package. Where
+# it cannot be built there is no stamp, so that a compiler installed later is noticed.
+$(EXTENSION): $(BUILD_INPUTS) $(INSTALLED)
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(dir $@); if ls flmoe_fast/_C*.so >/dev/null 2>&1; then touch $@; fi
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .benchmarks flmoe_fast/_C*.so
+	find flmoe_fast tests bench csrc -name __pycache__ -type d -prune -exec rm -rf {} +

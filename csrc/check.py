@@ -1,0 +1,101 @@
+"""Checks of the C++ and CUDA sources that need no GPU.
+
+``python csrc/check.py host`` builds host_test under sanitizers with CMake and runs it.
+``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning and each
+register spill as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
+and succeeds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+ROOT = CSRC.parent
+ARCHS = ("sm_80", "sm_90a")
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
+NVCC_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+RESOURCES = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def tool(module: str, directory: str) -> str | None:
+    """A build tool from its Python package, else from PATH."""
+    if importlib.util.find_spec(module) is not None:
+        found = shutil.which(module, path=getattr(importlib.import_module(module), directory, None))
+        if found:
+            return found
+    return shutil.which(module)
+
+
+def host() -> int:
+    """Build host_test in build/host and run it. Returns an exit status."""
+    cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if not (cmake and ninja and compiler):
+        print("host_test: skipped, it needs cmake, ninja and a C++ compiler")
+        return 0
+    tree = ROOT / "build" / "host"
+    configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DFLMOE_MODULE=OFF", "-DFLMOE_CUDA=off", "--log-level=WARNING"]
+    for command in (configure, [cmake, "--build", str(tree), "--target", "host_test"], [str(tree / "host_test")]):
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+def kernel_name(mangled: str) -> str:
+    """The last component of a mangled nested name: a length and that many characters, repeated."""
+    rest, name = re.sub(r"^_ZN?", "", mangled), mangled
+    while match := re.match(r"\d+", rest):
+        length = int(match.group())
+        rest = rest[match.end() :]
+        name, rest = rest[:length], rest[length:]
+    return name
+
+
+def nvcc() -> int:
+    """Compile every .cu for every architecture. Returns an exit status."""
+    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if not compiler:
+        print("nvcc check: skipped, there is no nvcc")
+        return 0
+    failures = 0
+    for source in sorted(CSRC.glob("*.cu")):
+        for arch in ARCHS:
+            with tempfile.TemporaryDirectory() as scratch:
+                command = [compiler, *NVCC_FLAGS, f"-arch={arch}", str(source), "-o", str(Path(scratch) / "out.cubin")]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+            log = result.stdout + result.stderr
+            kernels = list(RESOURCES.finditer(log))
+            if result.returncode or not kernels:
+                print(f"{source.name} for {arch} failed:\n{log}")
+                failures += 1
+            for kernel in kernels:
+                stack, stores, loads = (int(kernel[field]) for field in ("stack", "stores", "loads"))
+                spilled = stores + loads + stack
+                failures += spilled > 0
+                print(
+                    f"{source.name} {arch:7} {kernel_name(kernel['name']):24} {int(kernel['registers']):3} registers, "
+                    f"{stack} B stack, {stores + loads} B spilled" + ("  FAILED" if spilled else "")
+                )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    checks = {"host": host, "nvcc": nvcc}
+    if len(sys.argv) != 2 or sys.argv[1] not in checks:
+        sys.exit(f"usage: python {Path(__file__).name} {'|'.join(checks)}")
+    sys.exit(checks[sys.argv[1]]())

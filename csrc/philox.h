@@ -1,0 +1,33 @@
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+// 1, 2, 3" (SC 2011). A number is a pure function of (key, counter): no state, hence any element of a stream can be
+// recomputed alone, in any order, on any machine.
+#pragma once
+
+#include "hd.h"
+
+namespace flmoe {
+
+struct Philox4 {
+  std::uint32_t x[4];
+};
+
+// Ten rounds on `counter` under the key (key0 = low word, key1 = high word).
+FLMOE_HD Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter.x[0];
+    const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter.x[2];
+    counter = Philox4{{static_cast<std::uint32_t>(b >> 32) ^ counter.x[1] ^ key0, static_cast<std::uint32_t>(b),
+                       static_cast<std::uint32_t>(a >> 32) ^ counter.x[3] ^ key1, static_cast<std::uint32_t>(a)}};
+    key0 += 0x9E3779B9u;  // golden ratio
+    key1 += 0xBB67AE85u;  // sqrt(3) - 1
+  }
+  return counter;
+}
+
+// A double in [0, 1) from 64 random bits: the upper 53, so every value is an exact multiple of 2^-53.
+FLMOE_HD double unit_double(std::uint32_t high, std::uint32_t low) {
+  const std::uint64_t bits = (std::uint64_t{high} << 32) | low;
+  return static_cast<double>(bits >> 11) * (1.0 / 9007199254740992.0);
+}
+
+}  // namespace flmoe

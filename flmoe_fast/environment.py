@@ -1,0 +1,153 @@
+"""What can run here, what cannot and why, and the facts about the machine that a result should carry.
+
+Nothing is probed at import: triton is looked for without being imported, and CUDA is asked only when a function here is
+called.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from flmoe_fast import coalitions
+from flmoe_fast.checks import ArgumentError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run some of the work.
+
+    Attributes:
+        name: ``reference``, ``torch``, ``native``, ``cuda`` or ``triton``.
+        available: whether it can be used in this process.
+        reason: one line: what is missing, empty when nothing is.
+        details: one line: what it does, or what it was built with.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    details: str
+
+
+class Backends(tuple[Backend, ...]):
+    """All backends; ``backends()["torch"]`` is one of them, and printing shows a table."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: str | int | slice):
+        """The backend of that name; an index or a slice works as in any tuple."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for backend in self:
+            if backend.name == key:
+                return backend
+        raise ArgumentError("backend", repr(key), "one of " + ", ".join(repr(backend.name) for backend in self))
+
+    def __repr__(self) -> str:
+        rows = [("backend", "available", "")]
+        rows += [
+            (b.name, "yes" if b.available else "no", b.details if b.available else f"{b.reason} ({b.details})")
+            for b in self
+        ]
+        return _table(rows)
+
+
+def backends() -> Backends:
+    """Every backend with its state in this process. Asks CUDA whether there is a GPU."""
+    extension, missing = coalitions.extension()
+    info = extension.info() if extension is not None else {}
+    gpu = _gpu()
+    if info.get("cuda"):
+        kernels = f"coalition kernels built by nvcc {info['nvcc']} for {info['archs']}"
+    else:
+        kernels = "coalition kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on"
+    triton = _version("triton")
+    return Backends(
+        (
+            Backend("reference", True, "", "one coalition at a time, float64: what the others are checked against"),
+            Backend("torch", True, "", f"batched PyTorch on {'cpu and ' + gpu if gpu else 'cpu'}"),
+            Backend(
+                "native",
+                extension is not None,
+                missing,
+                f"C++ for coalition words (packing, toggling, context draws), {info['compiler']}"
+                if info
+                else "C++ for coalition words; NumPy gives the same bits meanwhile",
+            ),
+            Backend("cuda", False, "no CUDA engine in this version", kernels),
+            Backend(
+                "triton",
+                False,
+                "no Triton engine in this version",
+                f"triton {triton} is installed" if triton else "triton is not installed",
+            ),
+        )
+    )
+
+
+def environment() -> dict[str, str | int | None]:
+    """What a measurement depends on: versions, processor, threads, GPU. ``None`` where there is no such thing."""
+    extension, _ = coalitions.extension()
+    info = extension.info() if extension is not None else {}
+    return {
+        "flmoe_fast": _version("flmoe-fast") or info.get("version"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "numpy": _version("numpy"),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "coalitions": coalitions.implementation(),
+        "compiler": info.get("compiler"),
+        "nvcc": info.get("nvcc") or None,
+        "cuda_archs": info.get("archs") or None,
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": _gpu(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def doctor() -> str:
+    """A report for a person or a bug report: the environment and the backends."""
+    facts = [(name, "none" if value is None else str(value)) for name, value in environment().items()]
+    return f"{_table(facts)}\n\n{backends()!r}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _version(distribution: str) -> str | None:
+    """An installed distribution's version, without importing it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    """The current GPU's name, or None."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(torch.cuda.current_device())
+
+
+def _cpu() -> str | None:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or None

@@ -1,0 +1,168 @@
+"""The hyper-parameters that fix a model's shape and its training loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from flmoe_fast.checks import ArgumentError, integer, one_of
+
+GENERATIONS = ("fl", "original")
+TASKS = ("multiclass", "multilabel")
+
+
+@dataclasses.dataclass(frozen=True)
+class FLI2MoEConfig:
+    """Configuration of :class:`~flmoe_fast.model.network.FLI2MoE`.
+
+    Args:
+        modalities: names of the M modalities in the order of the concatenated sequence, 2 <= M <= 8, no dots.
+        hidden: width H of every token, even and divisible by ``heads``.
+        heads: attention heads h; each is H / h wide.
+        layers: encoder layers of each expert.
+        classes: number C of output logits.
+        generation: ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual
+            blocks, interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches
+            per modality, learned positions, no masks, no residual around attention, losses on logits).
+        task: ``"multiclass"`` (softmax, cross entropy) or ``"multilabel"`` (sigmoid, binary cross entropy).
+        num_tokens: tokens per modality, in order. ``"original"`` needs it, with all numbers equal. For ``"fl"`` it
+            is optional; where given, inputs must have exactly these (padded) lengths.
+        ffn_multiple: feed-forward width as a multiple of H.
+        reweight_hidden: width of the hidden layers of the reweighting MLP.
+        reweight_layers: linear layers of the reweighting MLP, 1 or more.
+        temperature: divides the routing logits before their softmax, > 0.
+        dropout: probability of every dropout in training, 0 <= p < 1.
+        interaction_weight: factor of the mean interaction loss in the total loss, >= 0.
+        class_weights: C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
+
+    Raises:
+        ArgumentError: a field is out of its range; the message names the field.
+    """
+
+    modalities: tuple[str, ...]
+    hidden: int
+    heads: int
+    layers: int
+    classes: int
+    generation: str = "fl"
+    task: str = "multiclass"
+    num_tokens: tuple[int, ...] | None = None
+    ffn_multiple: int = 2
+    reweight_hidden: int = 256
+    reweight_layers: int = 2
+    temperature: float = 1.0
+    dropout: float = 0.5
+    interaction_weight: float = 0.5
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        settle = self._settle
+        settle("modalities", _names(self.modalities))
+        for name in ("hidden", "heads", "layers", "classes", "ffn_multiple", "reweight_hidden", "reweight_layers"):
+            settle(name, integer(name, getattr(self, name), least=1))
+        if self.hidden % 2:
+            raise ArgumentError("hidden", self.hidden, "an even number (the sinusoid pairs sines with cosines)")
+        if self.hidden % self.heads:
+            raise ArgumentError("heads", self.heads, f"a divisor of hidden = {self.hidden}")
+        one_of("generation", self.generation, GENERATIONS)
+        one_of("task", self.task, TASKS)
+        settle("num_tokens", self._token_counts())
+        settle("temperature", _number("temperature", self.temperature, above=0.0))
+        settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
+        settle("interaction_weight", _number("interaction_weight", self.interaction_weight, least=0.0))
+        settle("class_weights", self._weights())
+
+    def _settle(self, name: str, value: object) -> None:
+        # The dataclass is frozen for its users; normalising a field on construction has to go round that.
+        object.__setattr__(self, name, value)
+
+    def _token_counts(self) -> tuple[int, ...] | None:
+        if self.num_tokens is None:
+            if self.generation == "original":
+                raise ArgumentError(
+                    "num_tokens",
+                    None,
+                    "the number of tokens of each modality: generation 'original' "
+                    "learns one position embedding per token",
+                )
+            return None
+        counts = _tuple("num_tokens", self.num_tokens, len(self.modalities), "one integer per modality")
+        counts = tuple(integer(f"num_tokens[{i}]", count, least=1) for i, count in enumerate(counts))
+        if self.generation == "original" and len(set(counts)) > 1:
+            raise ArgumentError("num_tokens", counts, "equal numbers for generation 'original'")
+        return counts
+
+    def _weights(self) -> tuple[float, ...] | None:
+        if self.class_weights is None:
+            return None
+        if self.task != "multiclass":
+            raise ArgumentError("class_weights", self.class_weights, "None, because the task is not 'multiclass'")
+        weights = _tuple("class_weights", self.class_weights, self.classes, "one number per class")
+        return tuple(_number(f"class_weights[{i}]", weight, above=0.0) for i, weight in enumerate(weights))
+
+    @property
+    def experts(self) -> int:
+        """Number E = M + 2 of experts."""
+        return len(self.modalities) + 2
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names in expert order: ``"uniqueness: <modality>"`` for each modality, ``"synergy"``, ``"redundancy"``."""
+        return (*(f"uniqueness: {name}" for name in self.modalities), "synergy", "redundancy")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dict of plain JSON types (lists for tuples)."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> FLI2MoEConfig:
+        """Inverse of :meth:`to_dict`; unknown or missing fields raise :class:`ArgumentError`."""
+        if not isinstance(fields, Mapping):
+            raise ArgumentError("fields", type(fields).__name__, "a mapping of field names to values")
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        unknown, missing = sorted(set(fields) - known, key=str), sorted(required - set(fields))
+        if unknown:
+            raise ArgumentError("fields", f"unknown {unknown}", f"only {sorted(known)}")
+        if missing:
+            raise ArgumentError("fields", f"no {missing}", f"all of {sorted(required)}")
+        return cls(**fields)
+
+
+def _names(modalities: object) -> tuple[str, ...]:
+    if isinstance(modalities, str) or not isinstance(modalities, (tuple, list)):
+        raise ArgumentError("modalities", repr(modalities), "a tuple of 2 to 8 names")
+    if not 2 <= len(modalities) <= 8:
+        raise ArgumentError("modalities", f"{len(modalities)} names", "2 to 8 names")
+    for i, name in enumerate(modalities):
+        # A dot would be read as a level of the state dict where the encoders are stored under these names.
+        if not isinstance(name, str) or not name or "." in name:
+            raise ArgumentError(f"modalities[{i}]", repr(name), "a non-empty string without dots")
+    if len(set(modalities)) < len(modalities):
+        raise ArgumentError("modalities", tuple(modalities), "distinct names")
+    return tuple(modalities)
+
+
+def _tuple(name: str, values: object, length: int, meaning: str) -> tuple:
+    if not isinstance(values, (tuple, list)) or len(values) != length:
+        raise ArgumentError(name, repr(values), f"{meaning} ({length})")
+    return tuple(values)
+
+
+def _number(
+    name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> float:
+    bounds = [f">= {least}"] if least is not None else []
+    bounds += [f"> {above}"] if above is not None else []
+    bounds += [f"< {below}"] if below is not None else []
+    expected = "a finite number " + " and ".join(bounds)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ArgumentError(name, repr(value), expected)
+    low = (least is not None and value < least) or (above is not None and value <= above)
+    if low or (below is not None and value >= below):
+        raise ArgumentError(name, repr(value), expected)
+    return float(value)

@@ -1,0 +1,185 @@
+"""What a probe returns: scores of pairs with their standard errors, and how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from flmoe_fast.checks import ArgumentError, integer, one_of
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = 1
+RANKINGS = ("sii", "-sii", "abs_sii", "gap")
+
+
+@dataclass(frozen=True)
+class InteractionResult:
+    """Shapley interactions and redundancy gaps of P pairs, for a single value or for O heads.
+
+    All arrays are float64 of shape (P,), or (P, O) when the game has heads, unless it says otherwise.
+
+    Attributes
+    ----------
+    pairs : int64 (P, 2)
+        Player indices.
+    sii, sii_stderr
+        Shapley Interaction Index and its standard error. Positive: the two work together; negative: one replaces the
+        other; zero: additive. For a probability the index lies in [-2, 2].
+    gap, gap_stderr
+        Redundancy gap of kind ``gap_kind``; larger means that they back each other up.
+    degrees : float64 (P,)
+        Degrees of freedom of the standard errors, for Student's t. Infinite when exact.
+    contexts : int64 (P,)
+        Contexts averaged over.
+    evaluations : int
+        Model evaluations spent on the estimate.
+    check_evaluations : int
+        Further evaluations in higher precision, spent on measuring ``noise_share``.
+    noise_share : float64 () or (O,)
+        Rounding noise: variance of the second differences' error against float64, over their variance across contexts
+        and pairs. NaN when it was not measured. Above 0.01 the ranking is partly noise.
+    seed : int
+    backend : str
+    gap_kind : str
+    heads : tuple of str or None
+    player_names : tuple of str
+    about : dict
+        Further facts, such as the target and the kind of value. JSON types only.
+    """
+
+    pairs: np.ndarray
+    sii: np.ndarray
+    sii_stderr: np.ndarray
+    gap: np.ndarray
+    gap_stderr: np.ndarray
+    degrees: np.ndarray
+    contexts: np.ndarray
+    evaluations: int
+    check_evaluations: int
+    noise_share: np.ndarray
+    seed: int
+    backend: str
+    gap_kind: str
+    heads: tuple[str, ...] | None
+    player_names: tuple[str, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        heads = "" if self.heads is None else f", {len(self.heads)} heads"
+        return (
+            f"InteractionResult({len(self.pairs)} pairs{heads}, {self.evaluations} evaluations, "
+            f"backend {self.backend!r}, noise share {np.max(self.noise_share):.1e})"
+        )
+
+    def head(self, head: str | int | None = None) -> int:
+        """Column of a head given by name or number; the first by default."""
+        if self.heads is None:
+            if head not in (None, 0):
+                raise ArgumentError("head", repr(head), "None, since this game has a single value")
+            return 0
+        if isinstance(head, str):
+            return self.heads.index(one_of("head", head, self.heads))
+        return integer("head", 0 if head is None else head, least=0, most=len(self.heads) - 1)
+
+    def column(self, name: str, head: str | int | None = None) -> np.ndarray:
+        """One head's (P,) column of ``sii``, ``sii_stderr``, ``gap`` or ``gap_stderr``."""
+        one_of("name", name, ("sii", "sii_stderr", "gap", "gap_stderr"))
+        return getattr(self, name).reshape(len(self.pairs), -1)[:, self.head(head)]
+
+    def interval(
+        self, level: float = 0.95, of: str = "sii", head: str | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends (P,) of the confidence interval of ``of`` ("sii" or "gap") for one head."""
+        one_of("of", of, ("sii", "gap"))
+        if not 0.0 < level < 1.0:
+            raise ArgumentError("level", repr(level), "a number between 0 and 1")
+        centre, stderr = self.column(of, head), self.column(of + "_stderr", head)
+        with np.errstate(invalid="ignore"):
+            quantile = np.where(self.degrees > 0, student.ppf(0.5 + level / 2, np.maximum(self.degrees, 1e-9)), np.nan)
+            half = np.where(stderr == 0, 0.0, quantile * stderr)
+        return centre - half, centre + half
+
+    def order(self, by: str = "sii", head: str | int | None = None) -> np.ndarray:
+        """Pair numbers from the highest rank to the lowest; undefined scores come last.
+
+        ``by`` is "sii" (synergy first), "-sii" (substitution first), "abs_sii" or "gap" (redundancy first).
+        """
+        one_of("by", by, RANKINGS)
+        score = self.column("gap" if by == "gap" else "sii", head)
+        score = {"-sii": -score, "abs_sii": np.abs(score)}.get(by, score)
+        return np.argsort(-np.where(np.isnan(score), -np.inf, score), kind="stable")
+
+    def top(self, k: int = 10, by: str = "sii", head: str | int | None = None) -> pandas.DataFrame:
+        """The ``k`` first pairs of a ranking (see :meth:`order`) as a table with 95 % intervals."""
+        rows = self.order(by, head)[: integer("k", k, least=1)]
+        return self._table(head).iloc[rows].reset_index(drop=True)
+
+    def to_dataframe(self, head: str | int | None = None) -> pandas.DataFrame:
+        """One row per pair; for all heads (``head=None`` with heads), one row per head and pair."""
+        import pandas
+
+        if head is not None or self.heads is None:
+            return self._table(head)
+        return pandas.concat([self._table(i) for i in range(len(self.heads))], ignore_index=True)
+
+    def _table(self, head: str | int | None) -> pandas.DataFrame:
+        import pandas
+
+        columns: dict[str, Any] = {}
+        if self.heads is not None:
+            columns["head"] = self.heads[self.head(head)]
+        columns["i"], columns["j"] = self.pairs.T
+        columns["name_i"], columns["name_j"] = ([self.player_names[p] for p in side] for side in self.pairs.T)
+        for of in ("sii", "gap"):
+            columns[of], columns[of + "_stderr"] = self.column(of, head), self.column(of + "_stderr", head)
+            columns[of + "_low"], columns[of + "_high"] = self.interval(of=of, head=head)
+        columns["contexts"] = self.contexts
+        return pandas.DataFrame(columns)
+
+    def plot(self, head: str | int | None = None, of: str = "sii", ax=None):
+        """Heat map of the pairs (first player down, second across); a dot marks intervals that exclude zero.
+
+        Returns the matplotlib Axes.
+        """
+        from flmoe_fast.probes.heatmap import heatmap
+
+        return heatmap(self, head=head, of=of, ax=ax)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the result to an ``.npz`` file that holds plain arrays and JSON, replacing it in one step."""
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ArgumentError("path", str(path), "a name ending in .npz")
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> InteractionResult:
+        """Read what :meth:`save` wrote. Nothing in the file is executed."""
+        expected = "a file written by InteractionResult.save"
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            rest = json.loads(str(arrays.pop("_json")))
+            if rest.pop("format") != FORMAT:
+                raise ArgumentError("path", f"{path}, of another format", f"{expected}, format {FORMAT}")
+            rest["heads"] = None if rest["heads"] is None else tuple(rest["heads"])
+            return cls(**arrays, **{**rest, "player_names": tuple(rest["player_names"])})
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as problem:
+            if isinstance(problem, ArgumentError):
+                raise
+            raise ArgumentError("path", f"{path} ({problem})", expected) from problem

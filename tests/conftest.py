@@ -1,0 +1,40 @@
+"""Shared by all tests: every test has its own reproducible seed, and two threads whatever the machine."""
+
+from __future__ import annotations
+
+import random
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_fast import coalitions
+
+torch.set_num_threads(2)
+
+
+def pytest_report_header() -> str:
+    """The versions a failure report needs."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"coalitions {coalitions.implementation()}, gpu {gpu}"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed every generator from the test's own name, so that order and selection change nothing."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002 - the legacy state is what libraries still read
+    torch.manual_seed(value)
+    return value

@@ -1,0 +1,178 @@
+"""The extension, and the package with and without it: what is linked, what is imported, how failures read."""
+
+from __future__ import annotations
+
+import ctypes.util
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from flmoe_fast import coalitions
+from flmoe_fast.environment import Backends, backends, doctor, environment
+from flmoe_fast.checks import ArgumentError
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTENSION, MISSING = coalitions.extension()
+
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
+needs_cuda_build = pytest.mark.skipif(
+    EXTENSION is None or not EXTENSION.info()["cuda"], reason="built without CUDA kernels"
+)
+
+# A process in which the extension cannot be found, as after an install without a compiler.
+WITHOUT_EXTENSION = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flmoe_fast._C":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str) -> str:
+    """Run code in a fresh process from the repository's root; its standard output."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def check(what: str) -> str:
+    """Run one of the source checks; what it printed."""
+    command = [sys.executable, str(ROOT / "csrc" / "check.py"), what]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_shared_core_under_sanitizers():
+    output = check("host")
+    if "skipped" in output:
+        pytest.skip(output.strip())
+    assert "checks passed" in output
+
+
+def test_every_kernel_compiles_without_spills():
+    output = check("nvcc")
+    if "skipped" in output:
+        pytest.skip(output.strip())
+    kernels = ("coalition_unpack", "coalition_toggle", "coalition_popcount", "coalition_contexts")
+    for arch in ("sm_80", "sm_90a"):
+        for kernel in kernels:
+            assert any(arch in line and f" {kernel} " in line for line in output.splitlines()), (arch, kernel)
+
+
+@needs_extension
+def test_extension_says_what_it_is():
+    info = EXTENSION.info()
+    assert set(info) == {"cuda", "archs", "compiler", "nvcc", "version"}
+    assert f'version = "{info["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert bool(info["archs"]) == bool(info["nvcc"]) == info["cuda"]
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+def test_extension_links_neither_torch_nor_cuda():
+    libraries = subprocess.run(["ldd", EXTENSION.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libc" in libraries
+    for library in ("libtorch", "libc10", "libcudart", "libcuda.", "libpython"):
+        assert library not in libraries
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: EXTENSION.pack(0, 0, -1, 4), "pack: coalitions is -1"),
+        (lambda: EXTENSION.unpack(0, 0, 2, 4), "unpack: words is a null pointer"),
+        (lambda: EXTENSION.sample_contexts(0, 0, 0, 1, 0, 0, 9, False), "sample_contexts: unknown mode 9"),
+        (lambda: EXTENSION.sample_contexts(0, 0, 2**32, 1, 0, 0, 0, False), "below 2\\^32"),
+    ],
+)
+def test_extension_refuses_nonsense(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+@needs_cuda_build
+def test_empty_launches_touch_no_driver():
+    EXTENSION.cuda_unpack(0, 0, 0, 5, 0)
+    EXTENSION.cuda_toggle(0, 0, 0, 0, 1, 3, 0, 0)
+    EXTENSION.cuda_popcount(0, 0, 0, 1, 0)
+    EXTENSION.cuda_sample_contexts(0, 0, 0, 5, 0, 0, 0, True, 0)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="there is a CUDA driver")
+@pytest.mark.parametrize(
+    ("kernel", "launch"),
+    [
+        ("coalition_unpack", lambda p: EXTENSION.cuda_unpack(p, p, 1, 5, 0)),
+        ("coalition_toggle", lambda p: EXTENSION.cuda_toggle(p, p, p, 1, 1, 1, 1, 0)),
+        ("coalition_popcount", lambda p: EXTENSION.cuda_popcount(p, p, 1, 1, 0)),
+        ("coalition_contexts", lambda p: EXTENSION.cuda_sample_contexts(p, p, 1, 5, 0, 0, 0, False, 0)),
+    ],
+)
+def test_launch_without_a_driver_names_the_kernel(kernel, launch):
+    with pytest.raises(RuntimeError, match=f"^{kernel}: CUDA error 35 \\(cudaErrorInsufficientDriver\\)"):
+        launch(torch.zeros(8, dtype=torch.int64).data_ptr())
+
+
+def test_works_without_the_extension():
+    code = """
+    import torch
+    from flmoe_fast import coalitions
+    from flmoe_fast.environment import backends
+    assert coalitions.implementation() == "numpy"
+    native = backends()["native"]
+    assert not native.available and "FLMOE_NATIVE" in native.reason, native
+    words, u = coalitions.sample_contexts(70, 4, seed=2026)
+    print(words.tolist())
+    """
+    expected = coalitions.sample_contexts(70, 4, seed=2026).words.tolist()
+    assert python(WITHOUT_EXTENSION + textwrap.dedent(code)).strip() == str(expected)
+
+
+@pytest.mark.parametrize("module", ["flmoe_fast", "flmoe_fast.environment"])
+def test_import_is_light(module):
+    heavy = ("triton", "transformers", "matplotlib", "pandas", "sklearn", "shapiq")
+    code = f"""
+    import sys
+    import torch
+    before = set(sys.modules)  # what torch itself imports is torch's business
+    import {module}
+    print(sorted({{m.split(".")[0] for m in set(sys.modules) - before}} & set({heavy!r})), torch.cuda.is_initialized())
+    """
+    assert python(code).split() == ["[]", "False"]
+
+
+def test_backends_tell_the_truth():
+    found = backends()
+    assert isinstance(found, Backends)
+    assert [b.name for b in found] == ["reference", "torch", "native", "cuda", "triton"]
+    assert found["torch"].available
+    assert found[0] is found["reference"]
+    assert found["native"].available == (EXTENSION is not None)
+    for backend in found:
+        assert backend.available == (backend.reason == "")
+        assert "\n" not in backend.reason + backend.details
+        assert backend.name in repr(found)
+    with pytest.raises(ArgumentError, match="'torch'"):
+        found["tensorflow"]
+
+
+def test_environment_and_doctor():
+    facts = environment()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert (facts["gpu"] is not None) == torch.cuda.is_available()
+    report = doctor()
+    assert all(name in report for name in facts)
+    assert repr(backends()) in report

@@ -1,0 +1,314 @@
+"""Coalition words and context draws: against plain loops, between the implementations, and against their stated law."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_fast import coalitions
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.coalitions import (
+    MODES,
+    complement,
+    hamming,
+    pack,
+    popcount,
+    sample_contexts,
+    toggle,
+    unpack,
+    words_for,
+)
+
+PLAYERS = (1, 2, 7, 8, 63, 64, 65, 128, 129, 516)
+KNOWN_WORDS = [
+    [144680442287685638, 2],
+    [18302063631421865977, 61],
+    [5488859658692339912, 40],
+    [12957884415017211703, 23],
+]
+KNOWN_SIZE_WORDS = [
+    [144680442287685636, 2],
+    [18302063631421865979, 61],
+    [5632974847575599304, 60],
+    [12813769226133952311, 3],
+]
+KNOWN_U = [0.14222395501366297, 0.857776044986337, 0.45970716849006604, 0.540292831509934]
+CHI_SQUARE_19 = 43.8  # exceeded with probability 0.001 at 19 degrees of freedom
+
+IMPLEMENTATIONS = {"numpy": coalitions._NumPy()}
+if coalitions.extension()[0] is not None:
+    IMPLEMENTATIONS["native"] = coalitions._Native(coalitions.extension()[0])
+
+needs_native = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS, reason=coalitions.extension()[1] or "native is there"
+)
+needs_cuda_build = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS or not coalitions.extension()[0].info()["cuda"], reason="built without CUDA kernels"
+)
+
+
+@pytest.fixture(params=list(IMPLEMENTATIONS))
+def implementation(request, monkeypatch):
+    """Run the public functions with one implementation, then the other."""
+    monkeypatch.setattr(coalitions, "_active", IMPLEMENTATIONS[request.param])
+    return request.param
+
+
+def random_coalitions(count: int, n: int) -> torch.Tensor:
+    return torch.rand(count, n) < torch.rand(count, 1)
+
+
+def naive_pack(coalition: torch.Tensor) -> list[int]:
+    """Words of one coalition as unsigned Python integers."""
+    words = [0] * words_for(len(coalition))
+    for player, member in enumerate(coalition.tolist()):
+        words[player // 64] += member * 2 ** (player % 64)
+    return words
+
+
+# ---- words
+
+
+@pytest.mark.parametrize("n", PLAYERS)
+def test_words_against_loops(implementation, n):
+    z = random_coalitions(9, n)
+    z[0], z[1] = False, True
+    words = pack(z)
+    assert words.dtype == torch.int64
+    assert words.shape == (9, words_for(n))
+    assert [[w % 2**64 for w in row] for row in words.tolist()] == [naive_pack(row) for row in z]
+    assert torch.equal(unpack(words, n), z)
+    assert torch.equal(popcount(words), z.sum(1))
+    assert torch.equal(unpack(complement(words, n), n), ~z)
+    assert torch.equal(complement(complement(words, n), n), words)
+    assert torch.equal(popcount(complement(words, n)), n - z.sum(1))
+    other = z[torch.randperm(9)]
+    assert torch.equal(hamming(words, pack(other)), (z != other).sum(1))
+
+
+@pytest.mark.parametrize("n", PLAYERS)
+def test_toggle_against_loops(implementation, n):
+    z = random_coalitions(4, n)
+    sets = torch.randint(-1, n, (11, 2))
+    sets[0] = -1
+    sets[1] = n - 1  # twice the same player: cancels
+    got = toggle(pack(z), sets, n=n)
+    assert got.shape == (4, 11, words_for(n))
+    for c in range(4):
+        for g, players in enumerate(sets.tolist()):
+            expected = z[c].clone()
+            for player in players:
+                if player >= 0:
+                    expected[player] ^= True
+            assert torch.equal(unpack(got[c, g][None], n)[0], expected)
+    assert torch.equal(toggle(pack(z), list(range(n))), toggle(pack(z), torch.arange(n)[:, None]))
+
+
+def test_wrong_words_are_noticed(implementation):
+    """The comparisons above can fail: a bit moved, a spare bit set, two players swapped."""
+    z = torch.zeros(1, 65, dtype=torch.bool)
+    z[0, 3] = z[0, 64] = True
+    words = pack(z)
+    assert not torch.equal(unpack(words.flip(1), 65), z)
+    assert not torch.equal(unpack(toggle(words, [4])[:, 0], 65), z)
+    assert int(popcount(words.bitwise_or(torch.tensor([[0, 2]])))) == 3
+
+
+def test_nothing_is_allowed(implementation):
+    assert pack(torch.zeros(0, 70, dtype=torch.bool)).shape == (0, 2)
+    assert unpack(torch.zeros(0, 2, dtype=torch.int64), 70).shape == (0, 70)
+    assert toggle(torch.zeros(3, 2, dtype=torch.int64), []).shape == (3, 0, 2)
+    assert popcount(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [0, 0]
+
+
+def test_strided_input(implementation):
+    z = random_coalitions(40, 130)
+    words = pack(z)
+    assert torch.equal(pack(z.T.contiguous().T), words)
+    assert torch.equal(unpack(words[::3], 130), z[::3])
+    assert torch.equal(popcount(words[::2]), z[::2].sum(1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: pack(torch.zeros(2, 3)),
+        lambda: pack(torch.zeros(3, dtype=torch.bool)),
+        lambda: pack([[True]]),
+        lambda: unpack(torch.zeros(1, 2, dtype=torch.int64), 64),
+        lambda: unpack(torch.zeros(1, 1, dtype=torch.int32), 64),
+        lambda: complement(torch.zeros(1, 1, dtype=torch.int64), 65),
+        lambda: hamming(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)),
+        lambda: toggle(torch.zeros(1, 1, dtype=torch.int64), [64]),
+        lambda: toggle(torch.zeros(1, 1, dtype=torch.int64), [5], n=5),
+        lambda: toggle(torch.zeros(1, 1, dtype=torch.int64), [-2]),
+        lambda: toggle(torch.zeros(1, 1, dtype=torch.int64), [0.5]),
+        lambda: toggle(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int64)),
+        lambda: sample_contexts(0, 2, seed=0),
+        lambda: sample_contexts(4, 3, seed=0),
+        lambda: sample_contexts(4, 0, seed=0),
+        lambda: sample_contexts(4, 2, seed=-1),
+        lambda: sample_contexts(4, 2, seed=2**64),
+        lambda: sample_contexts(4, 2, seed=0, replicate=2**32),
+        lambda: sample_contexts(4, 2, seed=0, mode="sobol"),
+        lambda: sample_contexts(4, 2, seed=0.5),
+    ],
+)
+def test_bad_arguments(call):
+    with pytest.raises(ArgumentError):
+        call()
+
+
+# ---- draws
+
+
+@needs_native
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", PLAYERS)
+def test_implementations_have_the_same_bits(n, mode):
+    numpy, native = IMPLEMENTATIONS["numpy"], IMPLEMENTATIONS["native"]
+    for units in (1, 2, 7, 64, 129):
+        for seed in (0, 1, 2**32, 2**64 - 1):
+            for replicate in (0, 2**32 - 1):
+                for antithetic in (False, True):
+                    arguments = (n, units, seed, replicate, MODES.index(mode), antithetic)
+                    for a, b in zip(numpy.sample(*arguments), native.sample(*arguments)):
+                        assert torch.equal(a, b), arguments
+
+
+def test_known_draw(implementation):
+    """A draw is part of the interface: a result can be recomputed from its seed for as long as this test stands."""
+    words, u = sample_contexts(70, 4, seed=2026, mode="lhs")
+    assert [[w % 2**64 for w in row] for row in words.tolist()] == KNOWN_WORDS
+    assert u.tolist() == KNOWN_U
+    words, u = sample_contexts(70, 4, seed=2026)  # the default, mode "size"
+    assert [[w % 2**64 for w in row] for row in words.tolist()] == KNOWN_SIZE_WORDS
+    assert u.tolist() == KNOWN_U
+
+
+def test_size_mode_draws_exact_sizes(implementation):
+    """Sizes are floor(u (n + 1)), not binomial around it as in the other modes."""
+    for n in (1, 2, 64, 70):
+        words, u = sample_contexts(n, 30, seed=8, mode="size", antithetic=False)
+        assert popcount(words).tolist() == (u * (n + 1)).floor().long().tolist()
+    words, u = sample_contexts(70, 30, seed=8, mode="lhs", antithetic=False)
+    assert popcount(words).tolist() != (u * 71).floor().long().tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_antithetic_rows_are_complements(implementation, mode):
+    words, u = sample_contexts(129, 22, seed=5, mode=mode)
+    assert words.shape == (22, 3)
+    assert u.shape == (22,)
+    assert u.dtype == torch.float64
+    assert torch.equal(complement(words[0::2].contiguous(), 129), words[1::2])
+    assert torch.equal(u[0::2] + u[1::2], torch.ones(11, dtype=torch.float64))
+    assert bool((u[0::2] <= 0.5).all())
+    assert torch.equal(unpack(words, 129).sum(0), torch.full((129,), 11))  # every player in half of the contexts
+
+
+def test_replicates_and_seeds_differ(implementation):
+    draws = [sample_contexts(64, 16, seed=s, replicate=r).words for s, r in ((1, 0), (1, 1), (2, 0), (1 + 2**32, 0))]
+    for i, a in enumerate(draws):
+        for b in draws[i + 1 :]:
+            assert 300 < int(hamming(a, b).sum()) < 724  # 1024 bits; far from equal and from opposite
+    assert torch.equal(draws[0], sample_contexts(64, 16, seed=1).words)
+
+
+def test_torch_random_state_is_left_alone(implementation):
+    before = torch.get_rng_state()
+    sample_contexts(64, 16, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("units", [1, 2, 16, 101])
+def test_every_player_visits_every_stratum_once(units):
+    strata = np.floor(coalitions._uniforms(40, units, 3, 0, MODES.index("lhs")) * units).astype(int)
+    assert (np.sort(strata, axis=0) == np.arange(units)[:, None]).all()
+    if units >= 16:  # control: independent uniforms do not
+        strata = np.floor(coalitions._uniforms(40, units, 3, 0, MODES.index("iid")) * units).astype(int)
+        assert not (np.sort(strata, axis=0) == np.arange(units)[:, None]).all(axis=0).any()
+
+
+@pytest.mark.parametrize("mode", ["lhs", "stratified", "size"])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_sizes_are_stratified(implementation, mode, antithetic):
+    u = sample_contexts(16, 40, seed=9, mode=mode, antithetic=antithetic).u
+    assert torch.equal((u * 40).long().sort().values, torch.arange(40))
+
+
+def test_independent_sizes_are_not_stratified(implementation):
+    u = sample_contexts(16, 40, seed=9, mode="iid", antithetic=False).u
+    assert not torch.equal((u * 40).long().sort().values, torch.arange(40))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_sizes_follow_the_law(implementation, mode, antithetic):
+    """Integrating Bernoulli(u) over u makes every size 0..n equally likely."""
+    n, contexts, replicates = 19, 20, 250
+    sizes = torch.cat(
+        [
+            popcount(sample_contexts(n, contexts, seed=11, mode=mode, antithetic=antithetic, replicate=r).words)
+            for r in range(replicates)
+        ]
+    )
+    counts = torch.bincount(sizes, minlength=n + 1).double()
+    assert len(counts) == n + 1
+    expected = contexts * replicates / (n + 1)
+    assert float(((counts - expected) ** 2 / expected).sum()) < CHI_SQUARE_19
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_players_are_independent_given_u(implementation, mode):
+    """Within one context players are independent given u: pairs co-occur as often as the mean of u^2."""
+    n, replicates = 30, 200
+    draws = [sample_contexts(n, 16, seed=4, mode=mode, replicate=r) for r in range(replicates)]
+    z = unpack(torch.cat([d.words for d in draws]), n).double()
+    both = (z.T @ z / len(z))[~torch.eye(n, dtype=torch.bool)].mean()
+    assert float(both) == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_wrong_laws_are_noticed():
+    """Control for the chi-square: coalitions of fair coins have the wrong sizes."""
+    sizes = (torch.rand(5000, 19) < 0.5).sum(1)
+    counts = torch.bincount(sizes, minlength=20).double()
+    assert float(((counts - 250) ** 2 / 250).sum()) > CHI_SQUARE_19
+
+
+# ---- GPU
+
+
+@pytest.mark.gpu
+@needs_cuda_build
+@pytest.mark.parametrize("n", PLAYERS)
+def test_cuda_kernels_have_the_same_bits(n):
+    module = coalitions.extension()[0]
+    stream = torch.cuda.current_stream().cuda_stream
+    z = random_coalitions(300, n)
+    words, sets = pack(z), torch.randint(-1, n, (17, 2))
+    there, sets_there = words.cuda(), sets.cuda()
+    width = words.shape[1]
+
+    unpacked = torch.empty(300, n, dtype=torch.bool, device="cuda")
+    module.cuda_unpack(there.data_ptr(), unpacked.data_ptr(), 300, n, stream)
+    assert torch.equal(unpacked.cpu(), z)
+
+    counts = torch.empty(300, dtype=torch.int64, device="cuda")
+    module.cuda_popcount(there.data_ptr(), counts.data_ptr(), 300, width, stream)
+    assert torch.equal(counts.cpu(), popcount(words))
+
+    toggled = torch.empty(300, 17, width, dtype=torch.int64, device="cuda")
+    module.cuda_toggle(
+        there.data_ptr(), sets_there.data_ptr(), toggled.data_ptr(), 300, width, 17, sets.shape[1], stream
+    )
+    assert torch.equal(toggled.cpu(), toggle(words, sets))
+
+    for number in range(len(MODES)):
+        for antithetic in (False, True):
+            expected = IMPLEMENTATIONS["numpy"].sample(n, 33, 2**63 + 5, 7, number, antithetic)
+            drawn, u = torch.zeros_like(expected[0], device="cuda"), torch.zeros_like(expected[1], device="cuda")
+            module.cuda_sample_contexts(drawn.data_ptr(), u.data_ptr(), 33, n, 2**63 + 5, 7, number, antithetic, stream)
+            assert torch.equal(drawn.cpu(), expected[0])
+            assert torch.equal(u.cpu(), expected[1])
