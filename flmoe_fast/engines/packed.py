@@ -11,7 +11,11 @@ from flmoe_fast.model.network import FLI2MoE, sinusoid
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One encoder layer of all E experts; every matrix is stored input-major, ready for ``x @ w``."""
+    """One encoder layer of all E experts; every matrix is stored input-major, ready for ``x @ w``.
+
+    The original generation adds its attention output to itself instead of to the layer's input; that factor of two is
+    part of ``out`` and ``out_bias``.
+    """
 
     qkv: torch.Tensor  # (E, H, 3H) LayerNorm gain and the 1/sqrt(d) of the scores folded in
     qkv_bias: torch.Tensor  # (E, 1, 3H) from the LayerNorm shift; the projection itself has no bias
@@ -38,14 +42,15 @@ class PackedModel:
     routing: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # float64 (in, out), (out,)
     temperature: float
     heads: int
-    residual: float  # weight of the layer input in the attention sub-block: x * residual + a * branch
-    branch: float
+    residual: bool  # whether a layer's attention is added to its input (not in the original generation)
 
     @staticmethod
     def of(model: FLI2MoE, padded_lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PackedModel:
         """Pack ``model`` for sequences of the given padded lengths."""
         config = model.config
         hidden, scale = config.hidden, (config.hidden // config.heads) ** -0.5
+        residual = config.generation == "fl"
+        branch = 1.0 if residual else 2.0
         # Folding in float64 keeps the folded weights correctly rounded in the target dtype.
         state = {k: v.detach().to(device="cpu", dtype=torch.float64) for k, v in model.state_dict().items()}
 
@@ -64,8 +69,8 @@ class PackedModel:
             return PackedLayer(
                 qkv=cast((qkv * gain1[:, None, :]).transpose(1, 2)),
                 qkv_bias=cast((qkv @ shift1[:, :, None]).transpose(1, 2)),
-                out=cast(stack(at + "attn.proj.weight").transpose(1, 2)),
-                out_bias=cast(stack(at + "attn.proj.bias")[:, None, :]),
+                out=cast(branch * stack(at + "attn.proj.weight").transpose(1, 2)),
+                out_bias=cast(branch * stack(at + "attn.proj.bias")[:, None, :]),
                 up=cast((up * gain2[:, None, :]).transpose(1, 2)),
                 up_bias=cast((up @ shift2[:, :, None]).transpose(1, 2) + stack(at + "mlp.network.0.bias")[:, None, :]),
                 down=cast(stack(at + "mlp.network.3.weight").transpose(1, 2)),
@@ -73,7 +78,7 @@ class PackedModel:
             )
 
         if config.generation == "original":
-            positions = torch.cat([state[f"interaction_experts.{e}.fusion_model.pos_embed"] for e in range(config.experts)])
+            positions = stack("pos_embed")[:, 0]
         else:
             positions = sinusoid(sum(padded_lengths), hidden, dtype=torch.float64)[None]
         linears = range(0, 3 * config.reweight_layers, 3)
@@ -88,7 +93,6 @@ class PackedModel:
             ),
             temperature=float(config.temperature),
             heads=config.heads,
-            residual=0.0 if config.generation == "original" else 1.0,
-            branch=2.0 if config.generation == "original" else 1.0,
+            residual=residual,
         )
 

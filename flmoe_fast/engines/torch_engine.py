@@ -17,6 +17,7 @@ From the layer-1 output projection on, every token of every coalition is differe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ SCORE_SPREAD = {torch.float32: 60.0, torch.float64: 500.0}
 class TwoStates:
     """Layer-1 quantities of both states of every valid token; state 1 is the token itself, state 0 its fill."""
 
-    x: torch.Tensor  # (1 or E, 2, L, H) inputs with positions added
+    residual: torch.Tensor  # (E, 2, L, H) what the attention's projection is added to, its bias included
     q: torch.Tensor  # (E, h, 2, L, d)
     k: torch.Tensor  # (E, h, 2, L, d)
     v: torch.Tensor  # (E, h, 2, L, d)
@@ -84,6 +85,7 @@ class TorchEngine:
         self.memory = memory
         self.packed = PackedModel.of(problem.model, problem.padded_lengths, dtype, self.device)
         self.players = problem.players.to(self.device)
+        self._buffers: dict[str, torch.Tensor] = {}
         self.states = self._two_states()
         self._routing_base, self._routing_step = self._routing_terms()
 
@@ -92,6 +94,10 @@ class TorchEngine:
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of arbitrary coalitions ``(C, n)`` bool."""
         coalitions = coalitions.to(self.device)
+        if not len(coalitions):
+            classes, experts = self.packed.head.shape[2], self.packed.head.shape[0]
+            nothing = torch.zeros(0, experts, classes, dtype=torch.float64, device=self.device)
+            return Logits(nothing, nothing.sum(-1))
         varies = coalitions.any(0) & ~coalitions.all(0)
         base = self._tokens(coalitions[:1])[0]
         return self._evaluate_sharing(base, self.players[varies], coalitions)
@@ -127,7 +133,8 @@ class TorchEngine:
         qkv = torch.baddbmm(layer.qkv_bias, rows, layer.qkv)  # (E, 2L, 3H)
         qkv = qkv.view(experts, 2, problem.length, 3, packed.heads, -1).permute(3, 0, 4, 1, 2, 5)
         q, k, v = (part.contiguous() for part in qkv)
-        return TwoStates(x, q, k, v)
+        residual = x if packed.residual else torch.zeros_like(x)
+        return TwoStates(residual + layer.out_bias[:, None], q, k, v)
 
     def _routing_terms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean features with every player absent (M, H), and what each player's presence adds (n, M, H); float64."""
@@ -203,15 +210,16 @@ class TorchEngine:
         count, hidden = tokens.shape[0], heads * depth
         present = tokens[:, shared.varying]  # (C, J)
         select = torch.cat([present.new_ones(count, 1), present, ~present], dim=1).to(self.dtype)
-        sums = torch.matmul(select, shared.terms).view(experts, count, length + present.shape[1], hidden + heads)
-        numerators = sums[..., :hidden].unflatten(-1, (heads, depth))
-        out = (numerators / sums[..., hidden:, None]).flatten(-2)
-        attended = out[:, :, :length]
+        sums = self._buffer("sums", experts, count, shared.terms.shape[2])
+        torch.bmm(select.expand(experts, -1, -1), shared.terms, out=sums)
+        sums = sums.unflatten(2, (-1, hidden + heads))  # (E, C, Lq, H + h)
+        numerators, denominators = sums[..., :hidden].unflatten(-1, (heads, depth)), sums[..., hidden:, None]
+        out = self._buffer("attended", experts, count, length, heads, depth)
+        torch.div(numerators[:, :, :length], denominators[:, :, :length], out=out)
         # A varying token that is absent asks with its fill's query row.
-        attended[:, :, shared.varying] = torch.where(
-            present[..., None], attended[:, :, shared.varying], out[:, :, length:]
-        )
-        return attended
+        absent = numerators[:, :, length:] / denominators[:, :, length:]
+        out[:, :, shared.varying] = torch.where(present[..., None, None], out[:, :, shared.varying], absent)
+        return out.flatten(3)
 
     def _attend_directly(self, tokens: torch.Tensor) -> torch.Tensor:
         """Layer-1 attention output (E, C, L, H) by softmax over each coalition's own keys."""
@@ -250,44 +258,64 @@ class TorchEngine:
 
     def _after_first_attention(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Expert logits (C, E, K) in float64 from the first layer's attention output (E, C, L, H)."""
-        packed = self.packed
+        layers = self.packed.layers
         experts, count, length, hidden = attended.shape
-        first = packed.layers[0]
-        stream = torch.baddbmm(first.out_bias, attended.reshape(experts, -1, hidden), first.out)
-        if packed.residual:
-            inputs = torch.where(tokens[None, :, :, None], self.states.x[:, None, 1], self.states.x[:, None, 0])
-            stream += inputs.flatten(1, 2)
-        else:
-            stream *= packed.branch
-        for layer, following in zip(packed.layers, packed.layers[1:]):
-            stream = self._attend(self._feed_forward(stream, layer), following, count)
-        return self._pool_and_classify(stream.view(experts, count, length, hidden))
+        stream = self._buffer("stream", experts, count, length, hidden)
+        absent, present = (state[:, None] for state in self.states.residual.unbind(1))  # (E, 1, L, H)
+        torch.where(tokens[:, :, None], present, absent, out=stream)
+        stream = stream.flatten(1, 2)
+        stream.baddbmm_(attended.reshape(experts, -1, hidden), layers[0].out)
+        for layer, following in zip(layers, layers[1:]):
+            stream.baddbmm_(self._expand(stream, layer), layer.down)
+            stream += layer.down_bias
+            self._attend(stream, following, count)
+        return self._pool_and_classify(stream, count)
 
-    def _feed_forward(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
-        wide = torch.baddbmm(layer.up_bias, F.layer_norm(stream, stream.shape[-1:]), layer.up)
-        return stream + torch.baddbmm(layer.down_bias, F.gelu(wide), layer.down)
+    def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
+        """Hidden activations (E, C L, F) of the feed-forward block."""
+        rows = F.layer_norm(stream, stream.shape[-1:])
+        wide = torch.bmm(rows, layer.up, out=self._buffer("wide", *stream.shape[:2], layer.up.shape[2]))
+        wide += layer.up_bias
+        return torch.ops.aten.gelu_(wide)
 
-    def _attend(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> torch.Tensor:
+    def _attend(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> None:
+        """Attention sub-block of any later layer, in place on ``stream`` (E, C L, H)."""
         experts, rows, hidden = stream.shape
-        qkv = torch.baddbmm(layer.qkv_bias, F.layer_norm(stream, (hidden,)), layer.qkv)
+        qkv = torch.bmm(
+            F.layer_norm(stream, (hidden,)), layer.qkv, out=self._buffer("qkv", experts, rows, 3 * hidden)
+        )
+        qkv += layer.qkv_bias
         q, k, v = qkv.view(experts * count, rows // count, 3, self.packed.heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(experts, rows, hidden)
-        branch = torch.baddbmm(layer.out_bias, out, layer.out)
-        return stream + branch if self.packed.residual else branch * self.packed.branch
+        if self.packed.residual:
+            stream += layer.out_bias
+        else:
+            stream.copy_(layer.out_bias.expand_as(stream))
+        stream.baddbmm_(out, layer.out)
 
-    def _pool_and_classify(self, stream: torch.Tensor) -> torch.Tensor:
+    def _pool_and_classify(self, stream: torch.Tensor, count: int) -> torch.Tensor:
         """Last feed-forward block with its down-projection moved behind the pooling, then the classifier."""
         packed, layer = self.packed, self.packed.layers[-1]
-        experts, count, length, hidden = stream.shape
-        wide = F.gelu(torch.baddbmm(layer.up_bias, F.layer_norm(stream, (hidden,)).flatten(1, 2), layer.up))
         pool = self._pooling()  # (M, L)
-        mean_wide = torch.matmul(pool, wide.view(experts, count, length, -1))  # (E, C, M, F)
-        mean_stream = torch.matmul(pool, stream)  # (E, C, M, H)
+        wide = self._expand(stream, layer)
+        mean_wide, mean_stream = (
+            torch.matmul(pool, part.unflatten(1, (count, -1))) for part in (wide, stream)
+        )  # (E, C, M, F), (E, C, M, H)
         occupied = pool.sum(1).round()[:, None]  # the shift is pooled too, except where there is nothing to pool
         branch = torch.matmul(mean_wide, layer.down[:, None]) + layer.down_bias[:, None] * occupied
         latents = (mean_stream + branch).flatten(2)  # (E, C, M*H)
         logits = torch.baddbmm(packed.head_bias, latents, packed.head)
         return logits.transpose(0, 1).to(torch.float64)
+
+    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor whose memory is used again by the next chunk.
+
+        Fresh pages cost more than the arithmetic of an elementwise operation on them.
+        """
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._buffers[name][:size].view(shape)
 
     def _route(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Routing weights (C, E), float64."""

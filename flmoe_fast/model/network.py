@@ -269,6 +269,7 @@ class FLI2MoE(nn.Module):
             InteractionExpert(copy.deepcopy(fusion)) for _ in range(config.experts)
         )
         self.encoders = nn.ModuleDict(_ordered_encoders(config, encoders or {}))
+        self.feature_means: list[Tensor] | None = None  # no buffer: published state dicts have no such key
 
     def ensemble_state_dict(self) -> dict[str, Tensor]:
         """State dict without the encoders: ``reweight.*`` first, then ``interaction_experts.{e}.*``."""
@@ -296,6 +297,25 @@ class FLI2MoE(nn.Module):
         if not isinstance(inputs, (list, tuple)) or len(inputs) != len(names):
             raise ArgumentError("inputs", _describe(inputs), f"one input for each of {names}")
         return [self.encoders[name](value) for name, value in zip(names, inputs, strict=True)]
+
+    def set_feature_means(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
+        """Remember the mean valid token (H,) of each modality, which stands for an absent token in probes.
+
+        Args:
+            features: M encoded modalities (N, T_m, H), of the training set.
+            masks: M masks (N, T_m), nonzero for valid tokens, or ``None``.
+
+        Raises:
+            ArgumentError: as :meth:`forward`, or a modality without any valid token.
+        """
+        self.check_inputs(features, masks)
+        means = []
+        for m, feature in enumerate(features):
+            tokens = feature.detach().flatten(0, 1) if masks is None else feature.detach()[masks[m].bool()]
+            if not len(tokens):
+                raise ArgumentError(f"masks[{m}]", "no valid token in any sample", "at least one valid token")
+            means.append(tokens.double().mean(dim=0).to(tokens.dtype))
+        self.feature_means = means
 
     def check_inputs(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         """Raise :class:`ArgumentError` unless :meth:`forward` can run on these arguments and give finite numbers."""

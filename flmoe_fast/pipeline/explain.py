@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.explain.importance import METHODS, Importance, token_importance
+from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.probes.interactions import interactions

@@ -1,0 +1,93 @@
+"""One table of awkward shapes, shared by every test that compares an engine with the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A model and a sample. ``valid`` counts the valid tokens of each padded modality; None means no masks at all."""
+
+    name: str
+    tokens: tuple[int, ...]
+    valid: tuple[int, ...] | None
+    hidden: int = 24
+    heads: int = 3
+    layers: int = 2
+    generation: str = "fl"
+    task: str = "multiclass"
+    reweight_layers: int = 2
+
+    def model(self, scale: float = 0.3) -> FLI2MoE:
+        """A float64 model whose experts all differ; ``scale`` moves its weights away from their initialisation."""
+        generator = torch.Generator().manual_seed(7)
+        config = FLI2MoEConfig(
+            modalities=tuple(f"m{i}" for i in range(len(self.tokens))),
+            hidden=self.hidden,
+            heads=self.heads,
+            layers=self.layers,
+            classes=5,
+            generation=self.generation,
+            task=self.task,
+            num_tokens=self.tokens if self.generation == "original" else None,
+            reweight_hidden=12,
+            reweight_layers=self.reweight_layers,
+            temperature=0.7,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = FLI2MoE(config).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return model
+
+    def sample(self) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor]]:
+        """Features (T, H), masks (T,) or None, fills (H,); float64. Padding holds large garbage."""
+        generator = torch.Generator().manual_seed(11)
+        features = [torch.randn(t, self.hidden, generator=generator, dtype=torch.float64) for t in self.tokens]
+        fills = [torch.randn(self.hidden, generator=generator, dtype=torch.float64) for _ in self.tokens]
+        if self.valid is None:
+            return features, None, fills
+        masks = [(torch.arange(t) < v).long() for t, v in zip(self.tokens, self.valid)]
+        for tokens, mask in zip(features, masks):
+            tokens[mask == 0] = 1e6
+        return features, masks, fills
+
+    def game(self, model: FLI2MoE | None = None, **options) -> TokenGame:
+        """The token game of the sample, in float64 unless told otherwise."""
+        features, masks, fills = self.sample()
+        return TokenGame(model or self.model(), features, masks=masks, **{"fill": fills, "target": 1, **options})
+
+    def coalitions(self, n: int, count: int = 12) -> torch.Tensor:
+        """Random coalitions of all sizes, the empty and the full one among them."""
+        generator = torch.Generator().manual_seed(13)
+        rates = torch.linspace(0, 1, count)[:, None]
+        return torch.rand(count, n, generator=generator) < rates
+
+
+EDGES = [
+    Edge("plain", (4, 5), (4, 5)),
+    Edge("no masks", (4, 5), None),
+    Edge("padded", (6, 7), (3, 5)),
+    Edge("one valid token each", (5, 3), (1, 1)),
+    Edge("one token each", (1, 1), (1, 1)),
+    Edge("absent modality", (4, 3, 6), (4, 0, 2)),
+    Edge("three modalities", (3, 4, 2), (3, 2, 2)),
+    Edge("four modalities", (2, 3, 1, 4), (2, 3, 1, 2)),
+    Edge("one head of 256", (3, 2), (3, 2), hidden=256, heads=1, layers=1),
+    Edge("one layer", (4, 3), (4, 2), layers=1),
+    Edge("three layers", (4, 3), (4, 2), layers=3),
+    Edge("one routing layer", (4, 3), (4, 2), reweight_layers=1),
+    Edge("three routing layers", (4, 3), (4, 2), reweight_layers=3),
+    Edge("multilabel", (4, 3), (4, 2), task="multilabel"),
+    Edge("players past a word", (40, 31), (37, 29), hidden=8, heads=2),
+    Edge("original", (4, 4), None, generation="original"),
+    Edge("original, four modalities", (3, 3, 3, 3), None, generation="original"),
+    Edge("original, one head, one layer", (4, 4, 4), None, generation="original", heads=1, layers=1),
+]
