@@ -24,7 +24,7 @@ CURVES = (("#d55e00", "o"), ("#0072b2", "s"), ("#009e73", "^"))
 LINKS = 12
 #: Width of a link in points per |SII| / s.e., and its limits.
 WIDTH, THINNEST, THICKEST = 0.32, 0.5, 6.0
-GAP = 5.0  # distance of the two halves in pixels, where the links are drawn
+GAP = 4.4  # distance of the two halves in pixels, where the links are drawn
 
 
 def draw(
@@ -46,16 +46,14 @@ def draw(
         What the image shows.
     curves : name of a ranking to its masking curve
     """
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(15.5, 5.9), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
-        left, middle, right = figure.subfigures(1, 3, width_ratios=(1.0, 1.15, 1.25))
+    style = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(16, 5.6), dpi=150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+        left, middle, right = figure.subfigures(1, 3, width_ratios=(1.05, 1.0, 1.15))
         _links(left.subplots(), explanation, halves, title)
-        axes = middle.subplots()
-        explanation.interactions.plot(head=0, ax=axes)
-        axes.set_title("Shapley interaction of every pair, mixture")
-        axes.set_xlabel("dot: 95 % interval excludes zero")
-        above, below = right.subplots(2, 1, height_ratios=(1.0, 1.35))
+        _matrix(middle.subplots(), explanation)
+        above, below = right.subplots(2, 1, height_ratios=(1.0, 1.6))
         _importance(above, explanation)
         _masking(below, curves)
         figure.savefig(path)
@@ -106,6 +104,15 @@ def _links(axes: Axes, explanation: Explanation, halves: tuple[Tensor, Tensor], 
     )
 
 
+def _matrix(axes: Axes, explanation: Explanation) -> None:
+    """Interactions of all pairs."""
+    explanation.interactions.plot(head=0, ax=axes)
+    axes.set_aspect("equal")
+    axes.set_title("Shapley interaction of every pair (mixture)", pad=9)
+    axes.set_xlabel("black dot: the 95 % interval excludes zero", labelpad=7)
+    axes.tick_params(length=0)
+
+
 def _width(errors: float) -> float:
     """Line width for an interaction that is ``errors`` standard errors away from zero."""
     return float(np.clip(WIDTH * errors, THINNEST, THICKEST))
@@ -135,17 +142,16 @@ def _masking(axes: Axes, curves: Mapping[str, MaskingCurve]) -> None:
     for (name, curve), (colour, marker) in zip(curves.items(), CURVES):
         x = np.arange(len(curve.most))
         samples = curve.samples
-        axes.errorbar(x, curve.top, curve.top_stderr, color=colour, marker=marker, capsize=3, label=f"top pairs by {name}")
-        axes.errorbar(
-            x, curve.random, curve.random_stderr, color=colour, marker=marker, markerfacecolor="white", capsize=3,
-            linestyle="--", linewidth=1.0, label=f"random tokens, matched to {name}",
-        )
+        look = {"color": colour, "marker": marker, "capsize": 3}
+        axes.errorbar(x, curve.top, curve.top_stderr, label=f"top pairs by {name}", **look)
+        look |= {"markerfacecolor": "white", "linestyle": "--", "linewidth": 1.0}
+        axes.errorbar(x, curve.random, curve.random_stderr, label=f"as many random tokens ({name})", **look)
         axes.set_xticks(x, curve.most)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.set_xlabel("pairs masked")
-    axes.set_ylabel("mean drop of probability")
-    axes.set_title(f"Masking pairs, {samples} held-out images (bars: standard error)")
+    axes.set_ylabel("drop of probability")
+    axes.set_title(f"Masking the top pairs: mean of {samples} images ± s.e.")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncol=2, frameon=False, fontsize=8.5)

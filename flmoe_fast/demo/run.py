@@ -5,10 +5,12 @@ Everything printed is measured in the same run and kept in ``report.txt``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +30,19 @@ from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.training import fit, predict
 from flmoe_fast.pipeline.explain import Explanation, explain
-from flmoe_fast.pipeline.masking import MaskingCurve, mask_pairs, masking_curve
-from flmoe_fast.pipeline.report import GAP_MEANING, report, table
+from flmoe_fast.pipeline.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
+from flmoe_fast.pipeline.report import facts, report, table, with_errors
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.naive import four_corner_loop
 
 HIDDEN, ATTENTION_HEADS, LAYERS = 64, 4, 2
-LEARNING_RATE, SETTLING_RATE, BATCH = 2e-3, 5e-4, 32
-#: Share of the epochs that runs at the lower rate, which steadies the result.
+BATCH, RATE, SETTLING_RATE = 32, 2e-3, 5e-4
+#: Share of the epochs that runs at the lower learning rate, which steadies the result.
 SETTLING = 0.2
+#: The kind of redundancy gap that is positive for nothing but substitution.
 GAP = "strict"
+#: Random draws of tokens for every number of masked pairs.
+REPEATS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +58,15 @@ class Size:
     naive_pairs, naive_samples : int
         Part of the same work that the naive probe does.
     masked_images, masking_contexts : int
-        Held-out images whose pairs are ranked and masked, and contexts for ranking those of one image.
+        Held-out images whose pairs are ranked and masked, and contexts for ranking the pairs of one image.
     """
 
     epochs: int = 10
     contexts: int = 256
     naive_pairs: int = 4
     naive_samples: int = 64
-    masked_images: int = 40
-    masking_contexts: int = 16
+    masked_images: int = 48
+    masking_contexts: int = 24
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -69,33 +74,18 @@ class Size:
             integer(field.name, getattr(self, field.name), least=least)
 
 
-class _Log:
-    """Prints, and remembers what was printed."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, text: str = "") -> None:
-        self.lines.append(text)
-        tqdm.write(text)
-
-    def facts(self, *rows: tuple[str, str]) -> None:
-        for name, text in rows:
-            self(f"  {name:<12} {text}")
-
-
 def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, progress: bool = True) -> dict[str, float]:
     """Run the demonstration and write its files into ``out``.
 
-    ``model.safetensors`` and ``sample.npz`` (input of ``flmoe-fast explain``), ``interactions.csv``,
-    ``interactions.npz``, ``importance.csv``, ``masking.csv``, ``report.txt`` and ``picture.png``.
+    ``model.safetensors`` and ``sample.npz`` (what ``flmoe-fast explain`` reads), ``interactions.csv`` and ``.npz``,
+    ``importance.csv``, ``masking.csv``, ``report.txt`` and ``picture.png``.
 
     Parameters
     ----------
     out
         Folder; made where it does not exist.
     seed : int
-        Of the split, the initial weights, training and all draws.
+        Of the split, the initial weights, the training and all draws.
     size : Size, optional
     progress : bool
         Show progress bars.
@@ -103,205 +93,267 @@ def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, prog
     Returns
     -------
     dict
-        ``accuracy`` (held out), ``speedup`` (naive over shared time per pair and sample) and ``seconds``.
+        ``accuracy`` on held-out images, ``speedup`` (naive over shared time per pair and sample) and ``seconds``.
     """
     started = time.perf_counter()
     size = size or Size()
-    seed = integer("seed", seed, least=0, most=2**32 - 1)
+    seed = integer("seed", seed, least=0, most=2**31)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    say = _Log()
+    lines: list[str] = []
+
+    def say(text: str = "") -> None:
+        lines.append(text)
+        tqdm.write(text)
+
     machine = environment()
-    say(f"Digits as two modalities, on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, seed {seed}")
-    say()
+    say(f"Digits as two modalities. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, seed {seed}")
     training, held_out = two_view_digits(seed)
-    model, accuracy = _model(say, training, held_out, seed, size.epochs, progress)
+    begun = time.perf_counter()
+    model, last = _train(training, seed, size.epochs, progress)
+    accuracy, text = _judge(model, last, training, held_out, size.epochs, time.perf_counter() - begun)
+    say(f"\n1  Model\n{text}")
     save_checkpoint(model, out / "model.safetensors")
 
-    image, explanation = _explain(say, model, held_out, seed, size.contexts, progress)
+    image, explanation = _explain(model, held_out, seed, size.contexts, progress)
+    say(f"\n2  Explanation of held-out image {image}, a {int(held_out.labels[image])}\n{report(explanation)}")
     explanation.save(out)
     inputs = {name: half[image] for name, half in zip(MODALITIES, held_out.inputs)}
-    save_sample(out / "sample.npz", inputs=inputs, masks=dict(zip(MODALITIES, [m[image] for m in held_out.masks])))
+    masks = {name: mask[image] for name, mask in zip(MODALITIES, held_out.masks)}
+    save_sample(out / "sample.npz", inputs=inputs, masks=masks)
 
-    speedup = _compare(say, model, held_out, image, explanation, seed, size)
-    curves = _mask(say, model, held_out, seed, size, progress)
-    frames = [curve.to_dataframe().assign(ranking=name) for name, curve in curves.items()]
-    pandas.concat(frames).set_index("ranking").to_csv(out / "masking.csv")
-    target = explanation.prediction["target"]
-    title = f"Held-out image of a {int(held_out.labels[image])}, predicted {target} (p = {explanation.prediction['full']:.2f})"
+    speedup, text = _compare(model, held_out, image, explanation, seed, size)
+    say(f"\n3  The same probe without sharing: one coalition at a time, four for every sample of a pair\n{text}")
+
+    begun = time.perf_counter()
+    curves, evaluations = _mask(model, held_out, seed, size, progress)
+    text = _masking_table(curves, size, evaluations, time.perf_counter() - begun)
+    say(f"\n4  Masking the tokens of the top pairs, or as many random tokens of each modality\n{text}")
+    tables = [curve.to_dataframe().assign(ranking=name) for name, curve in curves.items()]
+    pandas.concat(tables).set_index("ranking").to_csv(out / "masking.csv")
+
+    prediction = explanation.prediction
+    title = f"Held-out {int(held_out.labels[image])}, predicted {prediction['target']} (p = {prediction['full']:.2f})"
     draw(out / "picture.png", explanation, tuple(inputs.values()), title, curves)
-
     seconds = time.perf_counter() - started
-    say(f"All of it took {seconds:.0f} s. In {out}: picture.png, report.txt, interactions.csv, importance.csv, masking.csv")
-    say(f"The same explanation again:  flmoe-fast explain {out / 'model.safetensors'} {out / 'sample.npz'} --out {out / 'explain'}")
-    (out / "report.txt").write_text("\n".join(say.lines) + "\n")
+    say(f"\n{seconds:.0f} s in all. Written to {out}: picture.png, report.txt, interactions.csv, importance.csv, masking.csv")
+    say(f"The explanation again: flmoe-fast explain {out}/model.safetensors {out}/sample.npz --out {out}/explain")
+    (out / "report.txt").write_text("\n".join(lines) + "\n")
     return {"accuracy": accuracy, "speedup": speedup, "seconds": seconds}
 
 
-def _model(
-    say: _Log, training: Digits, held_out: Digits, seed: int, epochs: int, progress: bool
-) -> tuple[FLI2MoE, float]:
-    """A trained model that carries its mean tokens, and its held-out accuracy."""
-    started = time.perf_counter()
+def _train(training: Digits, seed: int, epochs: int, progress: bool) -> tuple[FLI2MoE, dict]:
+    """A trained model that carries its mean tokens, and the record of the last epoch."""
     config = FLI2MoEConfig(
-        MODALITIES, HIDDEN, ATTENTION_HEADS, LAYERS, CLASSES, dropout=0.0, interaction_weight=0.1, reweight_hidden=HIDDEN
+        MODALITIES,
+        HIDDEN,
+        ATTENTION_HEADS,
+        LAYERS,
+        CLASSES,
+        reweight_hidden=HIDDEN,
+        dropout=0.0,
+        interaction_weight=0.1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = FLI2MoE(config, {name: ProjectionEncoder(PIXELS, HIDDEN) for name in MODALITIES})
     settling = round(SETTLING * epochs)
-    for count, rate in ((epochs - settling, LEARNING_RATE), (settling, SETTLING_RATE)):
-        if count:
-            history = fit(
-                model, training.inputs, training.masks, training.labels,
-                epochs=count, batch_size=BATCH, lr=rate, seed=seed, progress=progress,
-            )
+    history = []
+    with _one_thread():
+        for count, rate in ((epochs - settling, RATE), (settling, SETTLING_RATE)):
+            if count:
+                history += fit(
+                    model,
+                    training.inputs,
+                    training.masks,
+                    training.labels,
+                    epochs=count,
+                    batch_size=BATCH,
+                    lr=rate,
+                    seed=seed,
+                    progress=progress,
+                )
     with torch.no_grad():
         model.set_feature_means(model.encode(training.inputs), training.masks)
-    seconds = time.perf_counter() - started
+    return model, history[-1]
 
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small batches through a small model: dividing its operations among threads costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _judge(
+    model: FLI2MoE, last: dict, training: Digits, held_out: Digits, epochs: int, seconds: float
+) -> tuple[float, str]:
+    """Held-out accuracy, and what there is to say about the model."""
+    config = model.config
     found = predict(model, held_out.inputs, held_out.masks)
     right = found.logits.argmax(-1) == held_out.labels
     accuracy, count = float(right.double().mean()), len(right)
     error = math.sqrt(accuracy * (1 - accuracy) / count)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = facts(
+        [
+            ("data", f"{len(training.labels):,} training and {count} held-out images of {TOKENS} x {2 * PIXELS} pixels"),
+            ("modalities", f"left and right half; a token is a row of {PIXELS} pixels, {TOKENS} tokens a half"),
+            ("network", f"FL-I2MoE, {config.experts} experts of {LAYERS} layers, {parameters:,} parameters"),
+            ("training", f"{epochs} epochs with interaction losses in {seconds:.1f} s, accuracy {last['accuracy']:.1%}"),
+            ("held out", f"accuracy {accuracy:.1%} ± {error:.1%} s.e. ({int(right.sum())} of {count})"),
+        ]
+    )
     alone = (found.expert_logits.argmax(-1) == held_out.labels[:, None]).double().mean(0).tolist()
     routed = found.weights.double().mean(0).tolist()
-    parameters = sum(p.numel() for p in model.parameters())
-    say("1  Model")
-    say.facts(
-        ("data", f"{len(training.labels):,} training and {count} held-out images; {TOKENS} + {TOKENS} tokens of {PIXELS} pixels"),
-        ("network", f"FL-I2MoE, {config.experts} experts of {LAYERS} layers, width {HIDDEN}, {parameters:,} parameters"),
-        ("training", f"{epochs} epochs in {seconds:.1f} s, interaction losses on; training accuracy {history[-1]['accuracy']:.1%}"),
-        ("held out", f"accuracy {accuracy:.1%} ± {error:.1%} s.e. ({int(right.sum())} of {count})"),
-    )
     rows = [[name, f"{a:.1%}", f"{w:.2f}"] for name, a, w in zip(config.expert_names, alone, routed)]
-    say(table(["expert", "held-out accuracy alone", "mean routing weight"], rows))
-    say()
-    return model, accuracy
+    return accuracy, f"{text}\n{table(['expert', 'held-out accuracy alone', 'mean routing weight'], rows)}"
 
 
 def _explain(
-    say: _Log, model: FLI2MoE, held_out: Digits, seed: int, contexts: int, progress: bool
+    model: FLI2MoE, held_out: Digits, seed: int, contexts: int, progress: bool
 ) -> tuple[int, Explanation]:
-    """Explain the first held-out image that the model gets right (any image of a model that gets none right)."""
-    right = predict(model, held_out.inputs, held_out.masks).logits.argmax(-1) == held_out.labels
-    image = int(right.int().argmax())
+    """Explain the first held-out image on which the mixture and most experts are right."""
+    found = predict(model, held_out.inputs, held_out.masks)
+    experts = (found.expert_logits.argmax(-1) == held_out.labels[:, None]).sum(1)
+    mixture = found.logits.argmax(-1) == held_out.labels
+    image = int((mixture * (1 + experts)).argmax())
     features, masks = _sample(model, held_out, image)
-    found = explain(
-        model, features, masks=masks, candidates=TOKENS, contexts=contexts, seed=seed, gap=GAP, progress=progress
+    explanation = explain(
+        model,
+        features,
+        masks=masks,
+        candidates=TOKENS,
+        contexts=contexts,
+        seed=seed,
+        gap=GAP,
+        progress=progress,
     )
-    say(f"2  Explanation of held-out image {image}, a {int(held_out.labels[image])}")
-    say(report(found))
-    say()
-    return image, found
+    return image, explanation
 
 
 def _compare(
-    say: _Log, model: FLI2MoE, held_out: Digits, image: int, explanation: Explanation, seed: int, size: Size
-) -> float:
-    """The naive probe on some of the pairs: how long it takes, and whether both say the same."""
+    model: FLI2MoE, held_out: Digits, image: int, explanation: Explanation, seed: int, size: Size
+) -> tuple[float, str]:
+    """The naive probe on some of the pairs: how much longer it takes, and whether both say the same."""
     result = explanation.interactions
+    # Evenly spaced in the order of the candidates: choosing by the estimates would favour those that came out large.
     count = min(size.naive_pairs, len(result.pairs))
-    # Evenly spaced in the order of the candidates. Choosing by the estimates would favour pairs that were overestimated.
-    chosen = np.linspace(0, len(result.pairs) - 1, count).round().astype(int)
-    pairs = [tuple(pair) for pair in result.pairs[chosen].tolist()]
+    at = np.linspace(0, len(result.pairs) - 1, count).round().astype(int)
+    pairs = [tuple(pair) for pair in result.pairs[at].tolist()]
     features, masks = _sample(model, held_out, image)
-    game = TokenGame(model, features, masks=masks, target=explanation.game.target, backend="reference", dtype=torch.float32)
-    started = time.perf_counter()
-    sii, sii_error, gap, gap_error = (
-        part.numpy() for part in four_corner_loop(game, pairs, size.naive_samples, seed=seed + 1, gap=GAP)
+    game = TokenGame(
+        model,
+        features,
+        masks=masks,
+        target=explanation.game.target,
+        backend="reference",
+        dtype=torch.float32,
     )
-    naive_seconds = time.perf_counter() - started
-    naive = 1e3 * naive_seconds / (count * size.naive_samples)
-    samples = int(result.contexts.sum())
-    shared = 1e3 * explanation.seconds / samples
+    begun = time.perf_counter()
+    naive = [part.numpy() for part in four_corner_loop(game, pairs, size.naive_samples, seed=seed + 1, gap=GAP)]
+    seconds = time.perf_counter() - begun
+    shared = [part[at] for part in (result.sii, result.sii_stderr, result.gap, result.gap_stderr)]
 
-    z = np.stack([
-        _z(result.sii[chosen], result.sii_stderr[chosen], sii, sii_error),
-        _z(result.gap[chosen], result.gap_stderr[chosen], gap, gap_error),
-    ])  # (2, pairs, heads)
-    far = int((np.abs(z) > 3).sum())
-    # Variance times time does not depend on how long either ran.
-    effort = naive * size.naive_samples * np.mean(sii_error[:, 0] ** 2)
-    ours = shared * np.mean(result.contexts[chosen] * result.sii_stderr[chosen, 0] ** 2)
-    per_sample = result.evaluations / samples
-    say(f"3  The same probe without sharing: one coalition at a time, four for every sample of a pair ({count} of the pairs)")
-    rows = [
-        [
-            " x ".join(result.player_names[p] for p in pair),
-            f"{sii[r, 0]:+.4f} ± {sii_error[r, 0]:.4f}",
-            f"{result.sii[at, 0]:+.4f} ± {result.sii_stderr[at, 0]:.4f}",
-            f"{z[0, r, 0]:+.1f}",
-            f"{gap[r, 0]:.4f} ± {gap_error[r, 0]:.4f}",
-            f"{result.gap[at, 0]:.4f} ± {result.gap_stderr[at, 0]:.4f}",
-            f"{z[1, r, 0]:+.1f}",
-        ]
-        for r, (pair, at) in enumerate(zip(pairs, chosen))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z_sii, z_gap = (
+            (shared[k] - naive[k]) / np.sqrt(shared[k + 1] ** 2 + naive[k + 1] ** 2) for k in (0, 2)
+        )  # (pairs, heads)
+    z = np.stack([z_sii, z_gap])
+    z = z[np.isfinite(z)]
+    samples = int(result.contexts.sum())
+    naive_ms, shared_ms = 1e3 * seconds / (count * size.naive_samples), 1e3 * explanation.seconds / samples
+    # Time times variance does not depend on how long either of them ran.
+    naive_effort = naive_ms * size.naive_samples * np.mean(naive[1][:, 0] ** 2)
+    shared_effort = shared_ms * np.mean(result.contexts[at] * shared[1][:, 0] ** 2)
+    columns = [
+        [" x ".join(result.player_names[player] for player in pair) for pair in pairs],
+        *(with_errors(found[k][:, 0], found[k + 1][:, 0]) for k in (0, 2) for found in (naive, shared)),
     ]
-    say(table(["pair (mixture)", "naive SII ± s.e.", "shared SII ± s.e.", "z", f"naive {GAP} gap ± s.e.", "shared gap ± s.e.", "z"], rows))
-    say.facts(
-        ("agreement", f"{z.size - far} of {z.size} differences (SII and gap, {z.shape[2]} heads) within 3 standard errors; "
-                      f"root mean square z {math.sqrt(np.nanmean(z**2)):.2f}"),
-        ("evaluations", f"4 per pair and sample without sharing, {per_sample:.2f} with"),
-        ("time", f"{naive:.2f} ms per pair and sample without sharing ({count} x {size.naive_samples} in {naive_seconds:.1f} s), "
-                 f"{shared:.3f} ms with ({samples:,} in {explanation.seconds:.1f} s, the whole explanation): {naive / shared:.0f} times faster"),
-        ("precision", f"for the same standard error of the SII (mixture, these pairs): {effort / ours:.0f} times faster"),
+    columns = [*columns[:3], [f"{v:+.1f}" for v in z_sii[:, 0]], *columns[3:], [f"{v:+.1f}" for v in z_gap[:, 0]]]
+    header = ["pair (mixture)", "naive SII ± s.e.", "shared SII ± s.e.", "z"]
+    header += [f"naive {GAP} gap ± s.e.", "shared gap ± s.e.", "z"]
+    text = facts(
+        [
+            (
+                "agreement",
+                f"z is the difference in standard errors; {int((np.abs(z) <= 3).sum())} of {z.size} (SII and gap of "
+                f"{count} pairs, {naive[0].shape[1]} heads) are within 3, root mean square {np.sqrt(np.mean(z**2)):.2f}",
+            ),
+            ("evaluations", f"per pair and sample: 4 naive, {result.evaluations / samples:.2f} shared"),
+            (
+                "time",
+                f"per pair and sample: {naive_ms:.2f} ms naive ({count} pairs x {size.naive_samples} in {seconds:.1f} s), "
+                f"{shared_ms:.3f} ms shared ({len(result.pairs)} pairs x {samples // len(result.pairs)} in "
+                f"{explanation.seconds:.1f} s, the whole explanation): {naive_ms / shared_ms:.0f} times faster",
+            ),
+            (
+                "precision",
+                f"to the same standard error of the SII (mixture, these pairs): {naive_effort / shared_effort:.0f} times "
+                "faster",
+            ),
+        ]
     )
-    say()
-    return naive / shared
+    return naive_ms / shared_ms, f"{table(header, list(zip(*columns)))}\n{text}"
 
 
 def _mask(
-    say: _Log, model: FLI2MoE, held_out: Digits, seed: int, size: Size, progress: bool
-) -> dict[str, MaskingCurve]:
-    """Masking curves of the pairs ranked by SII and by redundancy gap."""
-    started = time.perf_counter()
-    masked: dict[str, list] = {"SII": [], f"{GAP} gap": []}
-    images = min(size.masked_images, len(held_out.labels))
+    model: FLI2MoE, held_out: Digits, seed: int, size: Size, progress: bool
+) -> tuple[dict[str, MaskingCurve], int]:
+    """Masking curves of the pairs ranked by SII and by redundancy gap, and the evaluations spent on the rankings."""
+    masked: dict[str, list[MaskedPairs]] = {"SII": [], f"{GAP} gap": []}
     evaluations = 0
-    for image in tqdm(range(images), desc="masking", unit="image", disable=not progress, leave=False):
+    images = range(min(size.masked_images, len(held_out.labels)))
+    for image in tqdm(images, desc="masking", unit="image", disable=not progress, leave=False):
         features, masks = _sample(model, held_out, image)
         game = TokenGame(model, features, masks=masks, heads=("mixture",))
-        # A seed of its own for every image: with the same random tokens everywhere, the images' controls would not be
-        # independent and their standard error too small.
+        # Every image has draws of its own. With the same random tokens everywhere, the controls of different images
+        # would not be independent, and the standard error over images too small.
         own = seed + image
         result = interactions(game, contexts=size.masking_contexts, seed=own, gap=GAP, progress=False)
         evaluations += result.evaluations
-        for ranked, by in zip(masked.values(), ("sii", "gap")):
-            ranked.append(mask_pairs(game, result.pairs[result.order(by)], seed=own))
-    curves = {name: masking_curve(samples) for name, samples in masked.items()}
-    seconds = time.perf_counter() - started
-    say(f"4  Masking the tokens of the top pairs, or as many random tokens of each modality ({images} held-out images)")
-    rows = [
-        [
-            f"{name}, top {curve.most[b]}",
-            f"{curve.tokens[b]:.1f}",
-            f"{curve.top[b]:.3f} ± {curve.top_stderr[b]:.3f}",
-            f"{curve.random[b]:.3f} ± {curve.random_stderr[b]:.3f}",
-            f"{curve.difference[b]:+.3f} ± {curve.difference_stderr[b]:.3f}",
-            f"{round(curve.share[b] * images)} of {images}",
+        for samples, by in zip(masked.values(), ("sii", "gap")):
+            samples.append(mask_pairs(game, result.pairs[result.order(by)], repeats=REPEATS, seed=own))
+    return {name: masking_curve(samples) for name, samples in masked.items()}, evaluations
+
+
+def _masking_table(curves: dict[str, MaskingCurve], size: Size, evaluations: int, seconds: float) -> str:
+    rows = []
+    for name, curve in curves.items():
+        numbers = [
+            [f"{value:{sign}.3f} ± {error:.3f}" for value, error in zip(values, errors)]
+            for values, errors, sign in (
+                (curve.top, curve.top_stderr, ""),
+                (curve.random, curve.random_stderr, ""),
+                (curve.difference, curve.difference_stderr, "+"),
+            )
         ]
-        for name, curve in curves.items()
-        for b in range(len(curve.most))
-    ]
-    say(table(["pairs", "tokens", "drop, top pairs", "drop, random", "difference", "top drops more"], rows))
-    say.facts(
-        ("drop", "loss of the predicted class's probability, mean over images ± standard error; random: mean of 10 draws"),
-        ("ranking", f"{size.masking_contexts} contexts an image, {evaluations:,} evaluations in {seconds:.1f} s; gap: {GAP_MEANING[GAP]}"),
+        more = [f"{round(share * curve.samples)} of {curve.samples}" for share in curve.share]
+        names = [f"{name}, top {most}" for most in curve.most]
+        rows += zip(names, [f"{tokens:.1f}" for tokens in curve.tokens], *numbers, more)
+    header = ["pairs", "tokens masked", "drop, top pairs", "drop, random", "top - random", "top drops more"]
+    explained = facts(
+        [
+            (
+                "drop",
+                f"how much of the predicted class's probability is lost; mean over {curve.samples} held-out images ± "
+                f"standard error; random: {REPEATS} draws an image, averaged first",
+            ),
+            (
+                "ranking",
+                f"{size.masking_contexts} contexts an image, {evaluations:,} evaluations; with the masking {seconds:.1f} s",
+            ),
+        ]
     )
-    say()
-    return curves
+    return f"{table(header, rows)}\n{explained}"
 
 
 @torch.no_grad()
 def _sample(model: FLI2MoE, digits: Digits, image: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Features (T, H) and masks (T,) of one image."""
     features = model.encode([half[image : image + 1] for half in digits.inputs])
-    return [f[0] for f in features], [mask[image] for mask in digits.masks]
-
-
-def _z(a: np.ndarray, a_error: np.ndarray, b: np.ndarray, b_error: np.ndarray) -> np.ndarray:
-    """Difference over its standard error; 0 where both are exactly equal."""
-    error = np.sqrt(a_error**2 + b_error**2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(a == b, 0.0, (a - b) / error)
+    return [feature[0] for feature in features], [mask[image] for mask in digits.masks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from flmoe_fast.checks import integer
 from flmoe_fast.pipeline.explain import Explanation
 from flmoe_fast.probes.result import InteractionResult
 
+WIDTH = 118
 GAP_MEANING = {
     "max": "cost of losing both beyond losing the worse one",
     "sum": "minus the second difference",
@@ -26,6 +28,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 2)
     for row in cells:
         aligned = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append((" " * indent + "   ".join(aligned)).rstrip())
+    return "\n".join(lines)
+
+
+def facts(rows: Sequence[tuple[str, str]], indent: int = 2, name_width: int = 12) -> str:
+    """A name and a sentence a row, long sentences wrapped."""
+    lines = []
+    for name, text in rows:
+        start = " " * indent + name.ljust(name_width) + " "
+        lines.append(textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
     return "\n".join(lines)
 
 
@@ -53,16 +64,23 @@ def _facts(explanation: Explanation) -> str:
     each = str(contexts[0]) if len(contexts) == 1 else f"{contexts[0]} to {contexts[-1]}"
     noise = float(np.max(result.noise_share))
     counts = " + ".join(f"{len(players)} {name}" for name, players in game.groups)
+    noise_text = f"{noise:.1e} of the variance of the second differences (noise share, worst head)"
     rows = [
-        ("value", f"{kind} of {target} ({first}): {prediction['full']:.4f} with all players, {prediction['empty']:.4f} with none"),
+        (
+            "value",
+            f"{kind} of {target} ({first}): {prediction['full']:.4f} with all players, "
+            f"{prediction['empty']:.4f} with none",
+        ),
         ("players", f"{game.n} tokens ({counts}), of which {sum(map(len, explanation.candidates))} are candidates"),
-        ("probe", f"{len(result.pairs)} pairs in {each} contexts, {len(result.heads)} heads from the same evaluations"),
-        ("evaluations", f"{result.evaluations:,} of the model, and {result.check_evaluations:,} in float64 to measure rounding"),
-        ("rounding", f"{noise:.1e} of the variance of the second differences (noise share, worst head)"
-         if np.isfinite(noise) else "not measured: the evaluations are float64 already"),
+        ("probe", f"{len(result.pairs)} pairs in {each} contexts; {len(result.heads)} heads from the same evaluations"),
+        (
+            "evaluations",
+            f"{result.evaluations:,} of the model, and {result.check_evaluations:,} in float64 to measure rounding",
+        ),
+        ("rounding", noise_text if np.isfinite(noise) else "not measured: the evaluations are float64 already"),
         ("time", f"{explanation.seconds:.2f} s on {game.device} (backend {result.backend}, {result.about['dtype']})"),
     ]
-    return "\n".join(f"  {name:<12} {text}" for name, text in rows)
+    return facts(rows)
 
 
 def _importance(explanation: Explanation, k: int) -> str:
@@ -73,25 +91,29 @@ def _importance(explanation: Explanation, k: int) -> str:
     for _, players in explanation.game.groups:
         for p in shares.loc[list(players), "mixture"].nlargest(k).index:
             rows.append([frame["name"][p], *(f"{100 * shares[name][p]:.1f} %" for name in columns)])
-    title = f"Most important tokens: share of all players' importance, in the mixture and in each expert ({k} per modality)"
+    title = f"Tokens, the {k} most important of each modality: share of all players' importance, by column"
     return f"{title}\n{table(['token', *columns], rows)}"
 
 
 def _pairs(result: InteractionResult, head: str, k: int) -> str:
-    sii, sii_error = result.column("sii", head), result.column("sii_stderr", head)
-    gap, gap_error = result.column("gap", head), result.column("gap_stderr", head)
-
-    def name(pair: int) -> str:
-        return " x ".join(result.player_names[p] for p in result.pairs[pair])
-
-    def number(value: float, error: float) -> str:
-        return f"{value:+.4f} ± {error:.4f}"
-
     synergy, redundancy = result.order("sii", head)[:k], result.order("gap", head)[:k]
-    rows = [
-        [f"{rank}", name(a), number(sii[a], sii_error[a]), name(b), number(gap[b], gap_error[b]), number(sii[b], sii_error[b])]
-        for rank, (a, b) in enumerate(zip(synergy, redundancy), start=1)
-    ]
+
+    def names(pairs: np.ndarray) -> list[str]:
+        return [" x ".join(result.player_names[p] for p in pair) for pair in result.pairs[pairs]]
+
+    def numbers(of: str, pairs: np.ndarray) -> list[str]:
+        return with_errors(result.column(of, head)[pairs], result.column(f"{of}_stderr", head)[pairs])
+
+    ranks = [str(rank) for rank in range(1, len(synergy) + 1)]
+    columns = [ranks, names(synergy), numbers("sii", synergy)]
+    columns += [names(redundancy), numbers("gap", redundancy), numbers("sii", redundancy)]
     header = ["", "most synergistic", "SII ± s.e.", "most redundant", f"{result.gap_kind} gap ± s.e.", "its SII ± s.e."]
-    who = "mixture" if head == "mixture" else f"{head} expert" if head in ("synergy", "redundancy") else head
-    return f"Pairs, {who} (gap: {GAP_MEANING[result.gap_kind]})\n{table(header, rows)}"
+    who = f"{head} expert" if head in ("synergy", "redundancy") else head
+    return f"Pairs, {who} ({result.gap_kind} gap: {GAP_MEANING[result.gap_kind]})\n{table(header, list(zip(*columns)))}"
+
+
+def with_errors(values: np.ndarray, errors: np.ndarray) -> list[str]:
+    """``+0.123 ± 0.045``, all with the same decimals: two significant digits of the median standard error."""
+    known = errors[np.isfinite(errors) & (errors > 0)]
+    decimals = int(np.clip(1 - np.floor(np.log10(np.median(known))), 2, 9)) if len(known) else 4
+    return [f"{value:+.{decimals}f} ± {error:.{decimals}f}" for value, error in zip(values, errors)]
