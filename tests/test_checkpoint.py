@@ -347,3 +347,23 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, suffix, st
     assert torch.equal(forward(load_checkpoint(path)), forward(old))
     save_checkpoint(new, path)
     assert torch.equal(forward(load_checkpoint(path)), forward(new))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_feature_means_are_kept(tmp_path, suffix):
+    config = FLI2MoEConfig(modalities=("a", "b"), hidden=8, heads=2, layers=1, classes=3)
+    model = FLI2MoE(config)
+    path = tmp_path / f"model{suffix}"
+    save_checkpoint(model, path)
+    assert load_checkpoint(path).feature_means is None
+    features = [torch.randn(5, 4, 8), torch.randn(5, 3, 8)]
+    masks = [torch.ones(5, 4), torch.tensor([[1, 0, 0]] * 5)]
+    model.set_feature_means(features, masks)
+    save_checkpoint(model, path)
+    loaded = load_checkpoint(path).feature_means
+    assert torch.equal(loaded[0], features[0].double().mean((0, 1)).float())
+    assert torch.equal(loaded[1], features[1][:, 0].double().mean(0).float())
+    model.feature_means = model.feature_means[:1]
+    save_checkpoint(model, path)
+    with pytest.raises(CheckpointError, match="feature_means"):
+        load_checkpoint(path)

@@ -3,9 +3,10 @@
 Two layouts:
 
 * ``.pth`` / ``.pt``: ``torch.save({"ensemble_model": state_dict, "encoder_dict": {name: state_dict}})``, as the
-  published code of I2MoE and FL-I2MoE writes it. Files written here add ``"config"``, a plain dict.
-* ``.safetensors``: the same tensors as ``ensemble_model.<key>`` and ``encoder_dict.<name>.<key>``, with the
-  configuration as JSON under ``config`` in the metadata.
+  published code of I2MoE and FL-I2MoE writes it. Files written here add ``"config"``, a plain dict, and where the
+  model has them ``"feature_means"``, one tensor (H,) per modality name.
+* ``.safetensors``: the same tensors as ``ensemble_model.<key>``, ``encoder_dict.<name>.<key>`` and
+  ``feature_means.<name>``, with the configuration as JSON under ``config`` in the metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -78,6 +79,7 @@ def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
     ensemble = _stored(model.ensemble_state_dict())
     encoders = {name: _stored(encoder.state_dict()) for name, encoder in model.encoders.items()}
     config = model.config.to_dict()
+    means = _stored(dict(zip(model.config.modalities, model.feature_means or [])))
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
@@ -85,9 +87,11 @@ def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
                 tensors = {f"ensemble_model.{key}": tensor for key, tensor in ensemble.items()}
                 for name, state in encoders.items():
                     tensors.update({f"encoder_dict.{name}.{key}": tensor for key, tensor in state.items()})
+                tensors.update({f"feature_means.{name}": mean for name, mean in means.items()})
                 file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)}))
             else:
-                torch.save({"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}, file)
+                content = {"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}
+                torch.save(content | ({"feature_means": means} if means else {}), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -140,7 +144,7 @@ def load_checkpoint(
     if not path.is_file():
         raise CheckpointError(path, "file", "nothing" if not path.exists() else "no regular file", "a checkpoint")
     read = _read_safetensors if path.suffix == _SAFETENSORS_SUFFIX else _read_torch
-    ensemble, encoder_states, stored = read(path)
+    ensemble, encoder_states, stored, means = read(path)
     _refuse_other_layouts(path, ensemble)
     derived = _derive(path, ensemble)
     config = config or _complete(path, derived, stored, given, encoder_states)
@@ -155,7 +159,22 @@ def load_checkpoint(
     dtype = _check_tensors(path, model, tensors)
     model = model.to_empty(device="cpu").to(dtype)
     model.load_state_dict(tensors, strict=True)
+    model.feature_means = _feature_means(path, config, means, dtype)
     return model.eval()
+
+
+def _feature_means(
+    path: Path, config: FLI2MoEConfig, means: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[Tensor] | None:
+    if not means:
+        return None
+    if set(means) != set(config.modalities):
+        raise CheckpointError(path, "feature_means", f"{_some(means)}", f"one for each modality {config.modalities}")
+    for name, mean in means.items():
+        if tuple(mean.shape) != (config.hidden,) or not bool(torch.isfinite(mean).all()):
+            found = f"shape {tuple(mean.shape)}, or values that are not finite"
+            raise CheckpointError(path, f"feature_means.{name}", found, f"({config.hidden},) finite numbers")
+    return [means[name].to(dtype).clone() for name in config.modalities]
 
 
 def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +184,13 @@ def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
 
 
-_States = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Any]
+class _States(NamedTuple):
+    """What a file holds."""
+
+    ensemble: dict[str, Tensor]
+    encoders: dict[str, dict[str, Tensor]]
+    config: Any
+    feature_means: dict[str, Tensor]
 
 
 def _read_torch(path: Path) -> _States:
@@ -193,7 +218,8 @@ def _read_torch(path: Path) -> _States:
     if not isinstance(encoders, Mapping):
         raise CheckpointError(path, "encoder_dict", f"a {type(encoders).__name__}", "a dict of state dicts")
     encoders = {str(name): _state(path, f"encoder_dict.{name}", state) for name, state in encoders.items()}
-    return ensemble, encoders, content.get("config")
+    means = _state(path, "feature_means", content.get("feature_means", {}))
+    return _States(ensemble, encoders, content.get("config"), means)
 
 
 def _state(path: Path, key: str, state: object) -> dict[str, Tensor]:
@@ -208,6 +234,7 @@ def _state(path: Path, key: str, state: object) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> _States:
     ensemble: dict[str, Tensor] = {}
     encoders: dict[str, dict[str, Tensor]] = {}
+    means: dict[str, Tensor] = {}
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -220,15 +247,18 @@ def _read_safetensors(path: Path) -> _States:
                     state = encoders.setdefault(name, {})
                     if not inner.startswith(_BACKBONE_PREFIXES):
                         state[inner] = file.get_tensor(key)
+                elif top == "feature_means" and rest:
+                    means[rest] = file.get_tensor(key)
                 else:
-                    raise CheckpointError(path, key, "this key", "ensemble_model.* or encoder_dict.<name>.*")
+                    expected = "ensemble_model.*, encoder_dict.<name>.* or feature_means.<name>"
+                    raise CheckpointError(path, key, "this key", expected)
     except safetensors.SafetensorError as error:
         found = f"a damaged or truncated file ({error})"
         raise CheckpointError(path, "file", found, "a complete safetensors file") from error
     if "config" not in metadata:
-        return ensemble, encoders, None
+        return _States(ensemble, encoders, None, means)
     try:
-        return ensemble, encoders, json.loads(metadata["config"])
+        return _States(ensemble, encoders, json.loads(metadata["config"]), means)
     except ValueError as error:
         raise CheckpointError(path, "config", f"no JSON ({error})", "the configuration as JSON") from error
 

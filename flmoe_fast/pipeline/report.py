@@ -113,7 +113,10 @@ def _pairs(result: InteractionResult, head: str, k: int) -> str:
 
 
 def with_errors(values: np.ndarray, errors: np.ndarray) -> list[str]:
-    """``+0.123 ± 0.045``, all with the same decimals: two significant digits of the median standard error."""
-    known = errors[np.isfinite(errors) & (errors > 0)]
-    decimals = int(np.clip(1 - np.floor(np.log10(np.median(known))), 2, 9)) if len(known) else 4
-    return [f"{value:+.{decimals}f} ± {error:.{decimals}f}" for value, error in zip(values, errors)]
+    """``+0.123 ± 0.045``: each value to two significant digits of its standard error, between 3 and 7 decimals."""
+    texts = []
+    for value, error in zip(values, errors):
+        known = np.isfinite(error) and error > 0
+        decimals = int(np.clip(1 - np.floor(np.log10(error)), 3, 7)) if known else 4
+        texts.append(f"{value:+.{decimals}f} ± {error:.{decimals}f}")
+    return texts

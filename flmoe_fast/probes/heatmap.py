@@ -31,7 +31,7 @@ def heatmap(result: InteractionResult, *, head: str | int | None = None, of: str
     ax.set_facecolor("0.85")
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-bound or -1.0, vmax=bound or 1.0, aspect="auto")
     sure = (low > 0) | (high < 0)
-    ax.plot(col[sure], row[sure], ".", color="black", markersize=3)
+    ax.plot(col[sure], row[sure], "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5)
     ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7)
     ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7)
     kind = "Shapley interaction" if of == "sii" else f"redundancy gap ({result.gap_kind})"

@@ -182,8 +182,7 @@ class _Run:
         contexts = unpack(words, self.game.n)
         second, gaps, defined = [], [], []
         for block in contexts.split(max(1, self.game.block // grid.evaluations)):
-            values = self.game.corner_values(block, grid.toggled)
-            values = values[..., None] if values.dim() == 2 else values
+            values = _corner_values(self.game, block, grid)
             v11, v10, v01, v00 = grid.corners(block, values)
             second.append(v11 - v10 - v01 + v00)
             value, where = redundancy_gap(self.gap_kind, v11, v10, v01, v00)
@@ -243,11 +242,17 @@ def _noise_share(game: Game, grid: CornerGrid, draw: _Draw) -> tuple[torch.Tenso
     some_pairs = torch.linspace(0, len(grid.pairs) - 1, min(NOISE_PAIRS, len(grid.pairs))).long()
     small = CornerGrid.of(grid.pairs[some_pairs], game.n)
     contexts = draw.contexts[some_contexts]
-    v11, v10, v01, v00 = small.corners(contexts, precise.corner_values(contexts, small.toggled))
+    v11, v10, v01, v00 = small.corners(contexts, _corner_values(precise, contexts, small))
     error = draw.second[some_contexts][:, some_pairs] - (v11 - v10 - v01 + v00)
     spread = draw.second.flatten(0, 1).var(0, correction=0)
     noise = error.square().mean((0, 1))
     return torch.where(noise == 0, 0.0, noise / spread), len(contexts) * small.evaluations
+
+
+def _corner_values(game: Game, contexts: torch.Tensor, grid: CornerGrid) -> torch.Tensor:
+    """Values (K, G, O) of a grid's corners; O = 1 for a game with a single value."""
+    values = game.corner_values(contexts, grid.toggled)
+    return values[..., None] if values.dim() == 2 else values
 
 
 def _heads(game: Game, values: torch.Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from scipy.stats import t as student
@@ -179,7 +180,7 @@ class InteractionResult:
             return cls(**arrays, **{**rest, "player_names": tuple(rest["player_names"])})
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, KeyError, TypeError, ValueError) as problem:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as problem:
             if isinstance(problem, ArgumentError):
                 raise
             raise ArgumentError("path", f"{path} ({problem})", expected) from problem
