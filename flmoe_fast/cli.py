@@ -83,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     spend = one.add_mutually_exclusive_group()
     spend.add_argument("--contexts", type=int, metavar="K", help="contexts, each one sample of every pair (64)")
-    spend.add_argument("--budget", type=int, metavar="B", help="model evaluations, half of them spent where it pays most")
+    spend.add_argument("--budget", type=int, metavar="B", help="model evaluations, part of them spent where it pays")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--gap", choices=GAPS, default="max", help="kind of redundancy gap (%(default)s)")
     one.add_argument("--value", choices=("prob", "logit"), default="prob", help="what is explained (%(default)s)")
     one.add_argument("--target", type=int, nargs="+", metavar="C", help="class or classes (the predicted ones)")
-    one.add_argument("--fill", choices=("mean", "zero"), default="mean", help="what replaces an absent token (%(default)s)")
+    one.add_argument("--fill", choices=("mean", "zero"), default="mean", help="what absent tokens become (%(default)s)")
     one.add_argument("--backend", choices=BACKENDS, default="auto")
     one.add_argument("--dtype", choices=("float32", "float64"), help="arithmetic (the model's)")
     one.add_argument("--device", help="where to evaluate, such as cuda (the CPU)")
@@ -153,7 +153,8 @@ def _device(name: str | None) -> torch.device | None:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
-        raise ArgumentError("device", f"{name!r} ({str(problem).splitlines()[0]})", "a device that torch can use") from None
+        got = f"{name!r} ({str(problem).splitlines()[0]})"
+        raise ArgumentError("device", got, "a device that torch can use here") from None
 
 
 def _heat_maps(found: Explanation, path: Path) -> None:

@@ -139,7 +139,8 @@ def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, prog
     seconds = time.perf_counter() - started
     names = "picture.png, report.txt, interactions.csv, importance.csv, masking.csv"
     say(f"\n{seconds:.0f} s in all. Written to {out}: {names}")
-    say(f"The explanation again: flmoe-fast explain {out}/model.safetensors {out}/sample.npz --out {out}/explain")
+    again = f"--candidates {TOKENS} --contexts {size.contexts} --gap {GAP} --seed {seed} --out {out}/explain"
+    say(f"Part 2 again: flmoe-fast explain {out}/model.safetensors {out}/sample.npz {again}")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
     return {"accuracy": accuracy, "speedup": speedup, "seconds": seconds}
 
@@ -293,8 +294,8 @@ def _compare(
         f"per pair and sample {naive_ms:.2f} ms naive ({naive_run}), {shared_ms:.3f} ms shared ({shared_run}): "
         f"{naive_ms / shared_ms:.0f} times faster"
     )
-    gain = naive_effort / shared_effort
-    precision = f"to the same standard error of these pairs' SII (mixture): about {float(f'{gain:.1g}'):,.0f} times faster"
+    gain = float(f"{naive_effort / shared_effort:.1g}")
+    precision = f"to the same standard error of these pairs' SII (mixture): about {gain:,.0f} times faster"
     text = facts(
         [
             ("agreement", agreement),
@@ -345,8 +346,8 @@ def _masking_table(curves: dict[str, MaskingCurve], size: Size, evaluations: int
         f"how much of the predicted class's probability is lost, mean over {curve.samples} held-out images ± standard "
         f"error; random: {REPEATS} draws an image, averaged first"
     )
-    ranking = f"{size.masking_contexts} contexts an image, {evaluations:,} evaluations; {seconds:.1f} s with the masking"
-    explained = facts([("drop", drop), ("ranking", ranking)])
+    spent = f"{evaluations:,} evaluations; {seconds:.1f} s with the masking"
+    explained = facts([("drop", drop), ("ranking", f"{size.masking_contexts} contexts an image, {spent}")])
     return f"{table(header, rows)}\n{explained}"
 
 

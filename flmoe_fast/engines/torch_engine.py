@@ -77,7 +77,7 @@ class TorchEngine:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        memory: int = 1 << 28,
+        memory: int = 1 << 27,
     ):
         self.problem = problem
         self.dtype = dtype

@@ -80,7 +80,7 @@ class TokenGame(Game):
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        memory: int = 1 << 28,
+        memory: int = 1 << 27,
     ):
         if not isinstance(model, FLI2MoE):
             raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
