@@ -108,9 +108,7 @@ def test_options_reach_the_probe(folder, tmp_path):
 def test_several_targets_of_a_multilabel_model(folder, tmp_path):
     flmoe_fast.save_checkpoint(make_model("multilabel"), tmp_path / "model.pth")
     options = ["--target", "0", "2", "--contexts", "4"]
-    assert main(
-        ["explain", str(tmp_path / "model.pth"), str(folder / "raw.npz"), "--out", str(tmp_path), *options]
-    ) == 0  # fmt: skip
+    assert explain(folder, tmp_path, *options, model=tmp_path / "model.pth", sample="raw.npz") == 0
     assert flmoe_fast.InteractionResult.load(tmp_path / "interactions.npz").about["target"] == [0, 2]
 
 
@@ -301,8 +299,12 @@ def test_demo(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (out / "report.txt").read_text() == printed
 
-    held_out = two_view_digits(1)[1]
+    training, held_out = two_view_digits(1)
     model = flmoe_fast.load_checkpoint(out / "model.safetensors")
+    with torch.no_grad():
+        means, encoded = (model.encode(part.inputs) for part in (training, held_out))
+    for mean, remembered in zip(means, model.feature_means):
+        torch.testing.assert_close(mean.mean((0, 1)), remembered)
     right = predict(model, held_out.inputs, held_out.masks).logits.argmax(-1) == held_out.labels
     assert found["accuracy"] == right.double().mean() > 0.3  # ten classes; one epoch
     assert f"accuracy {found['accuracy']:.1%} " in printed and f"({int(right.sum())} of 360)" in printed
@@ -311,6 +313,15 @@ def test_demo(tmp_path, capsys):
     assert list(masking["ranking"]) == ["SII"] * 4 + ["strict gap"] * 4
     assert list(masking["pairs"]) == [1, 2, 4, 8] * 2 and (masking["samples"] == 3).all()
     np.testing.assert_allclose(masking["difference"], masking["top"] - masking["random"], atol=1e-12)
+    for ranking, by in (("SII", "sii"), ("strict gap", "gap")):
+        drops = []
+        for image in range(3):
+            game = flmoe_fast.TokenGame(model, [f[image] for f in encoded], masks=[m[image] for m in held_out.masks])
+            pairs = flmoe_fast.interactions(game, contexts=4, seed=1 + image, gap="strict", progress=False)
+            gone = torch.ones(2, 16, dtype=torch.bool)
+            gone[1, pairs.pairs[pairs.order(by)[:2]].ravel()] = False
+            drops.append(-game(gone)[:, 0].diff().item())
+        np.testing.assert_allclose(masking[masking["ranking"] == ranking]["top"].iloc[1], np.mean(drops), rtol=1e-4)
     assert len(pandas.read_csv(out / "importance.csv")) == 16
     picture = matplotlib.image.imread(out / "picture.png")
     assert picture.shape[0] > 700 and picture.shape[1] > 2000 and picture[..., :3].std() > 0.1

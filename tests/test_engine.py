@@ -130,7 +130,7 @@ def break_scale(engine):
     """The second layer's scores are not divided by the root of the head width."""
     second = engine.packed.layers[1]
     qkv = second.qkv.clone()
-    qkv[..., : qkv.shape[1]] *= (qkv.shape[1] // engine.packed.heads) ** 0.5
+    qkv[0] *= qkv.shape[-1] ** 0.5
     engine.packed = dataclasses.replace(
         engine.packed, layers=(engine.packed.layers[0], dataclasses.replace(second, qkv=qkv))
     )

@@ -94,9 +94,13 @@ def test_plain_callable_is_one_group_with_one_value():
 
 def sample(rng: np.random.Generator) -> MaskedPairs:
     return MaskedPairs(
-        (1, 2), ("p", "q"), rng.integers(1, 4, (2, 2)), rng.normal(size=2), rng.normal(size=(2, 2)),
-        rng.normal(size=(2, 5, 2)),
-    )  # fmt: skip
+        most=(1, 2),
+        heads=("p", "q"),
+        tokens=rng.integers(1, 4, (2, 2)),
+        full=rng.normal(size=2),
+        top=rng.normal(size=(2, 2)),
+        random=rng.normal(size=(2, 5, 2)),
+    )
 
 
 def test_curve_is_the_paired_comparison():

@@ -65,7 +65,7 @@ def _links(axes: Axes, explanation: Explanation, halves: tuple[Tensor, Tensor], 
     rows, width = halves[0].shape
     starts = (0.0, width + GAP)
     for start, half in zip(starts, halves):
-        axes.imshow(half, cmap="Greys", vmin=0.0, vmax=1.0, extent=(start, start + width, rows, 0.0), zorder=1)
+        axes.imshow(half.numpy(), cmap="Greys", vmin=0.0, vmax=1.0, extent=(start, start + width, rows, 0.0), zorder=1)
         for row in range(rows):
             axes.add_patch(Rectangle((start, row), width, 1.0, fill=False, edgecolor="0.55", linewidth=0.8, zorder=2))
     for row in range(rows):

@@ -1,4 +1,15 @@
-"""A model's weights as the engines use them: experts stacked, norms folded into the projections that follow them."""
+"""A model's weights as the engines use them: experts stacked, norms folded into the projections that follow them.
+
+All of it is exact algebra, done in float64:
+
+* A LayerNorm's gain g and shift s go into the next projection: ``W (g * n + s) = (W diag(g)) n + W s``.
+* The 1/sqrt(d) of the scores goes into Q.
+* A constant added to every key moves all scores of a query alike, which a softmax does not see: K needs no shift.
+* Attention weights sum to one, so a constant added to every value comes out as it went in: V's shift goes into the
+  output projection's.
+* The original generation adds its attention output to itself instead of to the layer's input; that factor of two goes
+  into the output projection.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +22,10 @@ from flmoe_fast.model.network import FLI2MoE, sinusoid
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One encoder layer of all E experts; every matrix is stored input-major, ready for ``x @ w``.
+    """One encoder layer of all E experts; every matrix is stored input-major, ready for ``x @ w``."""
 
-    The original generation adds its attention output to itself instead of to the layer's input; that factor of two is
-    part of ``out`` and ``out_bias``.
-    """
-
-    qkv: torch.Tensor  # (E, H, 3H) LayerNorm gain and the 1/sqrt(d) of the scores folded in
-    qkv_bias: torch.Tensor  # (E, 1, 3H) from the LayerNorm shift; the projection itself has no bias
+    qkv: torch.Tensor  # (3, E, h, H, d) Q, K and V of each head
+    q_bias: torch.Tensor  # (E, h, 1, d)
     out: torch.Tensor  # (E, H, H)
     out_bias: torch.Tensor  # (E, 1, H)
     up: torch.Tensor  # (E, H, F) LayerNorm gain folded in
@@ -29,11 +36,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class PackedModel:
-    """All weights of an :class:`FLI2MoE` in one dtype on one device.
-
-    Folding a LayerNorm's gain g and shift s into the next projection W is exact algebra:
-    ``W (g * n + s) = (W diag(g)) n + W s`` for the plain normalised row n.
-    """
+    """All weights of an :class:`FLI2MoE` in one dtype on one device."""
 
     layers: tuple[PackedLayer, ...]
     head: torch.Tensor  # (E, M*H, K)
@@ -64,13 +67,18 @@ class PackedModel:
             at = f"network.{index}."
             gain1, shift1 = stack(at + "norm1.weight"), stack(at + "norm1.bias")
             gain2, shift2 = stack(at + "norm2.weight"), stack(at + "norm2.bias")
-            qkv = torch.cat([stack(at + "attn.q.weight") * scale, stack(at + "attn.kv.weight")], dim=1)  # (E, 3H, H)
+            key, value = stack(at + "attn.kv.weight").chunk(2, dim=1)
+            qkv = torch.stack([stack(at + "attn.q.weight") * scale, key, value])  # (3, E, H, H)
+            q_shift, _, v_shift = qkv @ shift1[:, :, None]  # (E, H, 1) each
+            out = branch * stack(at + "attn.proj.weight")
+            out_bias = branch * stack(at + "attn.proj.bias")[:, :, None] + out @ v_shift
+            by_head = (qkv * gain1[:, None, :]).unflatten(2, (config.heads, -1))  # (3, E, h, d, H)
             up = stack(at + "mlp.network.0.weight")  # (E, F, H)
             return PackedLayer(
-                qkv=cast((qkv * gain1[:, None, :]).transpose(1, 2)),
-                qkv_bias=cast((qkv @ shift1[:, :, None]).transpose(1, 2)),
-                out=cast(branch * stack(at + "attn.proj.weight").transpose(1, 2)),
-                out_bias=cast(branch * stack(at + "attn.proj.bias")[:, None, :]),
+                qkv=cast(by_head.transpose(3, 4)),
+                q_bias=cast(q_shift.unflatten(1, (config.heads, -1)).transpose(2, 3)),
+                out=cast(out.transpose(1, 2)),
+                out_bias=cast(out_bias.transpose(1, 2)),
                 up=cast((up * gain2[:, None, :]).transpose(1, 2)),
                 up_bias=cast((up @ shift2[:, :, None]).transpose(1, 2) + stack(at + "mlp.network.0.bias")[:, None, :]),
                 down=cast(stack(at + "mlp.network.3.weight").transpose(1, 2)),

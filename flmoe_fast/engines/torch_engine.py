@@ -128,11 +128,9 @@ class TorchEngine:
         positions = packed.positions[:, problem.valid.to(self.device)]
         x = both[None] + positions[:, None]  # (1 or E, 2, L, H)
         layer = packed.layers[0]
-        experts, hidden = layer.qkv.shape[0], x.shape[-1]
-        rows = F.layer_norm(x, (hidden,)).flatten(1, 2).expand(experts, -1, -1)
-        qkv = torch.baddbmm(layer.qkv_bias, rows, layer.qkv)  # (E, 2L, 3H)
-        qkv = qkv.view(experts, 2, problem.length, 3, packed.heads, -1).permute(3, 0, 4, 1, 2, 5)
-        q, k, v = (part.contiguous() for part in qkv)
+        rows = F.layer_norm(x, x.shape[-1:]).flatten(1, 2).expand(layer.out.shape[0], -1, -1)
+        q, k, v = (torch.matmul(rows[:, None], weight) for weight in layer.qkv)  # (E, h, 2L, d)
+        q, k, v = (part.unflatten(2, (2, -1)) for part in (q + layer.q_bias, k, v))
         residual = x if packed.residual else torch.zeros_like(x)
         return TwoStates(residual + layer.out_bias[:, None], q, k, v)
 
@@ -192,17 +190,14 @@ class TorchEngine:
             return None
         weight_rest, weight_vary = (score_rest - top).exp(), (score_vary - top).exp()
 
-        constant = torch.cat(  # (E, 1, Lq, H + h)
-            [
-                (weight_rest @ value_rest).permute(0, 2, 1, 3).flatten(2),
-                weight_rest.sum(-1).permute(0, 2, 1),
-            ],
-            dim=-1,
-        )[:, None]
-        per_key = weight_vary.permute(0, 3, 2, 1)  # (E, 2J, Lq, h)
+        terms = self._buffer("terms", experts, 1 + 2 * len(varying), queries.shape[2], heads * (depth + 1))
+        numerators, denominators = terms[..., : heads * depth].unflatten(-1, (heads, depth)), terms[..., heads * depth :]
+        numerators[:, 0] = (weight_rest @ value_rest).transpose(1, 2)
+        denominators[:, 0] = weight_rest.sum(-1).transpose(1, 2)
+        denominators[:, 1:] = weight_vary.permute(0, 3, 2, 1)  # (E, 2J, Lq, h)
         values = value_vary.permute(0, 2, 1, 3)[:, :, None]  # (E, 2J, 1, h, d)
-        terms = torch.cat([(per_key[..., None] * values).flatten(3), per_key], dim=-1)  # (E, 2J, Lq, H + h)
-        return SharedAttention(torch.cat([constant, terms], dim=1).flatten(2), varying)
+        torch.mul(denominators[:, 1:, :, :, None], values, out=numerators[:, 1:])
+        return SharedAttention(terms.flatten(2), varying)
 
     def _attend_shared(self, shared: SharedAttention, tokens: torch.Tensor) -> torch.Tensor:
         """Layer-1 attention output (E, C, L, H) of coalitions given as token states ``tokens`` (C, L)."""
@@ -273,39 +268,50 @@ class TorchEngine:
 
     def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
         """Hidden activations (E, C L, F) of the feed-forward block."""
-        rows = F.layer_norm(stream, stream.shape[-1:])
-        wide = torch.bmm(rows, layer.up, out=self._buffer("wide", *stream.shape[:2], layer.up.shape[2]))
+        wide = self._buffer("wide", *stream.shape[:2], layer.up.shape[2])
+        for rows, weight, out in zip(stream, layer.up, wide):
+            torch.mm(F.layer_norm(rows, rows.shape[-1:]), weight, out=out)
         wide += layer.up_bias
         return torch.ops.aten.gelu_(wide)
 
     def _attend(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> None:
         """Attention sub-block of any later layer, in place on ``stream`` (E, C L, H)."""
-        experts, rows, hidden = stream.shape
-        qkv = torch.bmm(
-            F.layer_norm(stream, (hidden,)), layer.qkv, out=self._buffer("qkv", experts, rows, 3 * hidden)
-        )
-        qkv += layer.qkv_bias
-        q, k, v = qkv.view(experts * count, rows // count, 3, self.packed.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(experts, rows, hidden)
-        if self.packed.residual:
-            stream += layer.out_bias
-        else:
-            stream.copy_(layer.out_bias.expand_as(stream))
-        stream.baddbmm_(out, layer.out)
+        heads, _, depth = layer.qkv.shape[2:]
+        qkv = self._buffer("qkv", 3, heads, stream.shape[1], depth)
+        # One expert at a time: each head's rows then lie together, which attention reads fastest.
+        for expert, rows in enumerate(stream):
+            normalised = F.layer_norm(rows, rows.shape[-1:])
+            for part, weight in zip(qkv, layer.qkv[:, expert]):
+                torch.matmul(normalised, weight, out=part)
+            qkv[0] += layer.q_bias[expert]
+            q, k, v = qkv.unflatten(2, (count, -1)).transpose(1, 2).unbind(0)  # (C, h, L, d)
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(rows.shape)
+            if self.packed.residual:
+                rows += layer.out_bias[expert]
+            else:
+                rows.copy_(layer.out_bias[expert].expand_as(rows))
+            rows.addmm_(out, layer.out[expert])
 
     def _pool_and_classify(self, stream: torch.Tensor, count: int) -> torch.Tensor:
         """Last feed-forward block with its down-projection moved behind the pooling, then the classifier."""
         packed, layer = self.packed, self.packed.layers[-1]
-        pool = self._pooling()  # (M, L)
         wide = self._expand(stream, layer)
-        mean_wide, mean_stream = (
-            torch.matmul(pool, part.unflatten(1, (count, -1))) for part in (wide, stream)
-        )  # (E, C, M, F), (E, C, M, H)
-        occupied = pool.sum(1).round()[:, None]  # the shift is pooled too, except where there is nothing to pool
-        branch = torch.matmul(mean_wide, layer.down[:, None]) + layer.down_bias[:, None] * occupied
-        latents = (mean_stream + branch).flatten(2)  # (E, C, M*H)
+        mean_wide, mean_stream = (  # (E, C M, F), (E, C M, H)
+            torch.stack([self._mean(part, m, count) for m in range(len(self.problem.segments))], dim=2).flatten(1, 2)
+            for part in (wide, stream)
+        )
+        latents = mean_stream + torch.bmm(mean_wide, layer.down)
+        # The shift is pooled too, except where there is nothing to pool.
+        occupied = [float(stop > start) for start, stop in self.problem.segments]
+        latents = latents.unflatten(1, (count, -1)) + layer.down_bias[:, None] * latents.new_tensor(occupied)[:, None]
+        latents = latents.flatten(2)  # (E, C, M*H)
         logits = torch.baddbmm(packed.head_bias, latents, packed.head)
         return logits.transpose(0, 1).to(torch.float64)
+
+    def _mean(self, rows: torch.Tensor, modality: int, count: int) -> torch.Tensor:
+        """Mean (E, C, X) of ``rows`` (E, C L, X) over a modality's valid tokens; zero if it has none."""
+        start, stop = self.problem.segments[modality]
+        return rows.unflatten(1, (count, -1))[:, :, start:stop].sum(2) / max(stop - start, 1)
 
     def _buffer(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor whose memory is used again by the next chunk.

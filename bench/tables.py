@@ -1,0 +1,139 @@
+"""Fill the tables of README.md from the files under bench/results.
+
+    python -m bench.tables [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. ``--check`` changes nothing and fails if a table
+is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from bench.timing import read
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _machine(head: dict) -> str:
+    machine = head["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"Measured on {where}, torch {machine['torch']}, {head['date']}."
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _range(values: dict, digits: int) -> str:
+    return f"{values['median']:.{digits}f} ({values['q1']:.{digits}f}–{values['q3']:.{digits}f})"
+
+
+def engine() -> str:
+    """Speed of the engine against the naive loop and batched PyTorch."""
+    found = read("engine-cpu")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    table = [
+        [
+            row["shape"],
+            row["candidate"],
+            _range(row["ms_per_coalition"], 2),
+            _range(row["ms_per_pair_sample"], 2),
+            f"{row['times_naive']['median']:.1f}x",
+            f"{row['times_batched']['median']:.1f}x",
+        ]
+        for row in rows
+    ]
+    columns = ["shape", "", "ms per coalition", "ms per pair-sample", "against naive", "against batched"]
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} Medians and quartiles; ratios are per pair-sample."
+
+
+def accuracy() -> str:
+    """nMSE at equal evaluations."""
+    found = read("accuracy")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    rows = [row for row in rows if "estimator" in row]
+    budgets = sorted({row["budget"] for row in rows})
+    named: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        named.setdefault((row["value"], row["estimator"]), {})[row["budget"]] = row["nmse"]
+    table = [[value, name, *(f"{by[b]:.3f}" for b in budgets)] for (value, name), by in named.items()]
+    some = rows[0]
+    columns = ["value", "estimator", *(f"{b:,}" for b in budgets)]
+    return (
+        f"{_markdown(columns, table)}\n\n{_machine(head)} nMSE against enumeration (0 is exact, 1 is what all zeros would score), "
+        f"mean over {some['games']} games x {some['seeds']} seeds: 16 tokens, 64 cross-modal pairs."
+    )
+
+
+def coverage() -> str:
+    """Coverage of the 95 % intervals."""
+    found = read("accuracy")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    rows = [row for row in rows if "coverage_budget" in row]
+    table = [
+        [
+            row["value"],
+            "adaptive" if row["adaptive"] else "uniform",
+            f"{row['coverage_budget']:,}",
+            f"{100 * row['coverage_sii']:.1f} %",
+            f"{100 * row['coverage_gap']:.1f} %",
+        ]
+        for row in rows
+    ]
+    columns = ["value", "allocation", "evaluations", "SII", "redundancy gap (max)"]
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
+
+
+def memory() -> str:
+    """Peak memory of a long run."""
+    found = read("memory")
+    if found is None:
+        return "not measured"
+    head, [row] = found
+    columns = ["players", "evaluations", "peak memory", "seconds", "noise share"]
+    cells = [
+        str(row["players"]),
+        f"{row['evaluations']:,}",
+        f"{row['gb_peak']:.2f} GB",
+        f"{row['seconds']:.0f}",
+        f"{row['noise_share']:.1e}",
+    ]
+    return f"{_markdown(columns, [cells])}\n\n{_machine(head)}"
+
+
+TABLES = {"engine": engine, "accuracy": accuracy, "coverage": coverage, "memory": memory}
+
+
+def filled(text: str) -> str:
+    """``text`` with every marked table generated anew."""
+
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Fill README.md, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = README.read_text()
+    if check:
+        sys.exit(0 if filled(text) == text else "README.md: a table differs from bench/results; run python -m bench.tables")
+    README.write_text(filled(text))
+
+
+if __name__ == "__main__":
+    main()
