@@ -18,7 +18,7 @@ export MAX_JOBS ?= 2
 VENV := .venv
 OUT ?= out/demo
 ARGS ?=
-BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/*)
+BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/*)
 
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "coalition.h"
+#include "cpu/bind.h"
 #include "draw.h"
 #ifdef FLMOE_WITH_CUDA
 #include "launch.h"
@@ -212,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("width"), py::arg("groups"), py::arg("size"));
   m.def("sample_contexts", &sample_contexts, release(), py::arg("words"), py::arg("sizes"), py::arg("units"),
         py::arg("players"), py::arg("seed"), py::arg("replicate"), py::arg("mode"), py::arg("antithetic"));
+  flmoe::cpu::bind(m);
 #ifdef FLMOE_WITH_CUDA
   m.def("cuda_unpack", &cuda_unpack, release(), py::arg("words"), py::arg("bytes"), py::arg("coalitions"),
         py::arg("players"), py::arg("stream"));

@@ -22,7 +22,7 @@ class Backend:
     """One way to run some of the work.
 
     Attributes:
-        name: ``reference``, ``torch``, ``native``, ``cuda`` or ``triton``.
+        name: ``reference``, ``torch``, ``cpu``, ``native``, ``cuda`` or ``triton``.
         available: whether it can be used in this process.
         reason: one line: what is missing, empty when nothing is.
         details: one line: what it does, or what it was built with.
@@ -71,6 +71,7 @@ def backends() -> Backends:
         (
             Backend("reference", True, "", "one coalition at a time, float64: what the others are checked against"),
             Backend("torch", True, "", f"batched PyTorch on {'cpu and ' + gpu if gpu else 'cpu'}"),
+            _cpu_engine(),
             Backend(
                 "native",
                 extension is not None,
@@ -90,6 +91,15 @@ def backends() -> Backends:
     )
 
 
+def _cpu_engine() -> Backend:
+    """The native CPU engine and its instruction levels; float32 games on the CPU use it unless told otherwise."""
+    extension, missing = coalitions.extension()
+    if extension is None:
+        return Backend("cpu", False, missing, "native float32 engine; the torch engine runs instead")
+    usable = [f"{name} ({arithmetic})" for name, arithmetic, lacking in extension.cpu_levels() if not lacking]
+    return Backend("cpu", True, "", "native float32 engine, best level first: " + ", ".join(usable))
+
+
 def environment() -> dict[str, str | int | None]:
     """What a measurement depends on: versions, processor, threads, GPU. ``None`` where there is no such thing."""
     extension, _ = coalitions.extension()
@@ -107,6 +117,7 @@ def environment() -> dict[str, str | int | None]:
         "nvcc": info.get("nvcc") or None,
         "cuda_archs": info.get("archs") or None,
         "cpu": _cpu(),
+        "cpu_levels": [name for name, _, lacking in extension.cpu_levels() if not lacking] if extension else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -156,7 +156,7 @@ def test_import_is_light(module):
 def test_backends_tell_the_truth():
     found = backends()
     assert isinstance(found, Backends)
-    assert [b.name for b in found] == ["reference", "torch", "native", "cuda", "triton"]
+    assert [b.name for b in found] == ["reference", "torch", "cpu", "native", "cuda", "triton"]
     assert found["torch"].available
     assert found[0] is found["reference"]
     assert found["native"].available == (EXTENSION is not None)

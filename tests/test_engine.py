@@ -78,7 +78,7 @@ def test_float32_is_as_exact_as_plain_float32(edge: Edge, path: str):
     """Twice the error of the reference run in float32, plus one rounding: no constant is chosen by hand."""
     coalitions, exact = truth(edge)
     exact, plain = flat(exact)[: len(coalitions)], flat(truth(edge, torch.float32)[1])[: len(coalitions)]
-    ours = flat(edge.game(dtype=torch.float32).engine.evaluate(coalitions))
+    ours = flat(edge.game(dtype=torch.float32, backend="torch").engine.evaluate(coalitions))
     limit = 2 * ((plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
     assert float((ours - exact).abs().max()) <= float(limit)
 
@@ -149,10 +149,10 @@ def test_a_mistake_is_seen(mistake, path: str):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_chunks_and_order_do_not_matter(dtype, tolerance, path: str):
     edge = next(e for e in EDGES if e.name == "players past a word")
-    game = edge.game(dtype=dtype)
+    game = edge.game(dtype=dtype, backend="torch")
     coalitions = edge.coalitions(game.n, count=17)
     values = game(coalitions)
-    tiny = edge.game(dtype=dtype, memory=1)
+    tiny = edge.game(dtype=dtype, backend="torch", memory=1)
     assert tiny.engine.chunk == 1 and game.engine.chunk >= 17
     assert relative(tiny(coalitions), values) <= tolerance
     order = torch.randperm(17)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
+from flmoe_fast.engines.cpu_engine import CpuEngine, why_not
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
@@ -20,7 +21,7 @@ BLOCK_TOKENS = 1 << 16
 #: Modalities whose first token is the start symbol of a text, which is no player.
 TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "reference")
 
 
 class TokenGame(Game):
@@ -51,13 +52,16 @@ class TokenGame(Game):
         full input.
     value : "prob" or "logit"
     heads : subset of ("mixture", "experts", "weighted")
-    backend : "auto", "torch" or "reference"
+    backend : "auto", "cpu", "torch" or "reference"
+        "cpu" is the native engine: float32 on the CPU, with the compiled extension. "auto" takes it where it can run,
+        else "torch"; :func:`flmoe_fast.environment.backends` shows what is missing. Asked for by name, a backend
+        that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int
-        Bytes of activations the torch engine may hold at a time.
+        Bytes of activations the engine may hold at a time.
 
     Raises
     ------
@@ -94,7 +98,9 @@ class TokenGame(Game):
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
-        self.backend = "torch" if backend == "auto" else backend
+        if backend == "auto":
+            backend = "torch" if why_not(self.dtype, self.device) else "cpu"
+        self.backend = backend
         self.block = max(1, BLOCK_TOKENS // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
@@ -141,12 +147,16 @@ class TokenGame(Game):
     def about(self) -> dict[str, Any]:
         target = self.target if isinstance(self.target, int) else list(self.target)
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
+        about = {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
+        if isinstance(self.engine, CpuEngine):
+            about |= {"level": self.engine.level, "arithmetic": self.engine.arithmetic}
+        return about
 
     def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | ReferenceEngine:
         if backend == "reference":
             return ReferenceEngine(self.problem, dtype=dtype, device=self.device)
-        return TorchEngine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
+        engine = CpuEngine if backend == "cpu" else TorchEngine
+        return engine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
 
     @torch.no_grad()
     def _target(self, target: int | Sequence[int] | None) -> int | torch.Tensor:

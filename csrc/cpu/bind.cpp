@@ -1,0 +1,157 @@
+// flmoe_fast._C.CpuModel: packed weights, and one call that evaluates coalitions. Shapes and dtypes are checked in Python;
+// addresses are integers. Weights are copied, every other array stays Python's.
+#include "bind.h"
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+using std::int64_t;
+using std::uintptr_t;
+
+namespace flmoe::cpu {
+namespace {
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+template <class T>
+const T* at(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+class CpuModel {
+ public:
+  CpuModel(const std::string& level_name, int experts, int layers, int length, int hidden, int heads, int wide,
+           int classes, int modalities, bool residual)
+      : level_(level(level_name)),
+        shape_{experts, layers, length, hidden, heads, wide, classes, modalities, residual},
+        layers_(static_cast<std::size_t>(experts) * layers) {
+    for (const int size : {experts, layers, length, hidden, heads, wide, classes, modalities}) {
+      if (size < 1) throw std::runtime_error("CpuModel: every size must be positive");
+    }
+    if (hidden % heads != 0) throw std::runtime_error("CpuModel: hidden must be a multiple of heads");
+  }
+
+  // Float32 matrices (E, in, out) and vectors (E, 1, out) of one layer, all widths padded.
+  void set_layer(int layer, uintptr_t qkv, uintptr_t qkv_bias, uintptr_t out, uintptr_t out_bias, uintptr_t up,
+                 uintptr_t up_bias, uintptr_t down, uintptr_t down_bias) {
+    if (layer < 0 || layer >= shape_.layers) throw std::runtime_error("CpuModel: no such layer");
+    const int stream = shape_.stream(), attended = shape_.attended(), wide = shape_.expanded();
+    for (int e = 0; e < shape_.experts; ++e) {
+      layers_[static_cast<std::size_t>(e) * shape_.layers + layer] = {
+          matrix(qkv, e, stream, 3 * attended), vector(qkv_bias, e, 3 * attended), matrix(out, e, attended, stream),
+          vector(out_bias, e, stream),          matrix(up, e, stream, wide),       vector(up_bias, e, wide),
+          matrix(down, e, wide, stream),        vector(down_bias, e, stream)};
+    }
+  }
+
+  std::size_t workspace() const { return level_.workspace(shape_); }
+  int head_width() const { return shape_.head_width(); }
+
+  void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int patterns, int queries,
+           uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t head,
+           uintptr_t head_bias, uintptr_t logits, int64_t coalitions, int threads, uintptr_t workspace,
+           std::size_t stride) const {
+    if (coalitions < 0 || threads < 1) throw std::runtime_error("CpuModel.run: a negative size, or no thread");
+    if (coalitions == 0) return;
+    if ((table == 0) == (states == 0)) throw std::runtime_error("CpuModel.run: expected either a table or states");
+    if (stride % 64 != 0 || stride < this->workspace()) throw std::runtime_error("CpuModel.run: workspace too small");
+    const Call call{{at<float>(table), at<std::int32_t>(pick), at<std::int32_t>(absent_row), groups, patterns, queries,
+                     at<float>(states)},
+                    at<float>(base),
+                    at<std::uint8_t>(present),
+                    at<std::int32_t>(modality),
+                    at<double>(head),
+                    at<double>(head_bias),
+                    reinterpret_cast<double*>(logits),
+                    coalitions};
+    cpu::run(level_, {shape_, layers_.data()}, call, threads, reinterpret_cast<char*>(workspace), stride);
+  }
+
+ private:
+  float* memory(std::size_t floats) {
+    auto* p = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+    if (p == nullptr) throw std::bad_alloc();
+    owned_.emplace_back(p);
+    return p;
+  }
+
+  // The first layer's qkv and the last one's down are not multiplied here and may be left out.
+  const float* matrix(uintptr_t from, int expert, int rows, int columns) {
+    if (from == 0) return nullptr;
+    const std::size_t size = static_cast<std::size_t>(rows) * columns;
+    float* to = memory(size);
+    level_.pack(at<float>(from) + expert * size, rows, columns, to);
+    return to;
+  }
+
+  const float* vector(uintptr_t from, int expert, int columns) {
+    if (from == 0) return nullptr;
+    float* to = memory(columns);
+    const float* values = at<float>(from) + static_cast<std::size_t>(expert) * columns;
+    for (int i = 0; i < columns; ++i) to[i] = values[i];
+    return to;
+  }
+
+  const Level& level_;
+  const Shape shape_;
+  std::vector<LayerWeights> layers_;
+  std::vector<std::unique_ptr<float, Free>> owned_;
+};
+
+// ((name, arithmetic, what is missing), ...), best level first.
+py::tuple describe_levels() {
+  py::list found;
+  for (const Support& support : levels()) {
+    found.append(py::make_tuple(support.name, support.level != nullptr ? support.level->arithmetic : "", support.missing));
+  }
+  return py::tuple(found);
+}
+
+void matmul(const std::string& name, uintptr_t a, uintptr_t b, uintptr_t c, int m, int k, int n) {
+  if (m < 1 || k < 1 || n < 1 || k % kCell != 0 || n % kCell != 0) {
+    throw std::runtime_error("cpu_matmul: k and n must be multiples of 32");
+  }
+  std::vector<char> workspace(sizeof(float) * (static_cast<std::size_t>(m + 16) * k + static_cast<std::size_t>(k) * n +
+                                               64 * kCell) + 64);
+  const Level& chosen = level(name);
+  chosen.begin();
+  chosen.matmul(at<float>(a), at<float>(b), reinterpret_cast<float*>(c), m, k, n, workspace.data());
+  chosen.end();
+}
+
+void elementwise(const std::string& name, const std::string& function, uintptr_t x, uintptr_t y, int64_t count) {
+  const Level& chosen = level(name);
+  if (function != "exp2" && function != "gelu") throw std::runtime_error("cpu_elementwise: expected exp2 or gelu");
+  (function == "exp2" ? chosen.exp2 : chosen.gelu)(at<float>(x), reinterpret_cast<float*>(y), count);
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("cpu_levels", &describe_levels, "Instruction levels, best first: (name, arithmetic, what is missing).");
+  m.def("cpu_matmul", &matmul, release(), py::arg("level"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"),
+        py::arg("k"), py::arg("n"));
+  m.def("cpu_elementwise", &elementwise, release(), py::arg("level"), py::arg("function"), py::arg("x"), py::arg("y"),
+        py::arg("count"));
+  py::class_<CpuModel>(m, "CpuModel")
+      .def(py::init<const std::string&, int, int, int, int, int, int, int, int, bool>(), py::arg("level"),
+           py::arg("experts"), py::arg("layers"), py::arg("length"), py::arg("hidden"), py::arg("heads"),
+           py::arg("wide"), py::arg("classes"), py::arg("modalities"), py::arg("residual"))
+      .def("set_layer", &CpuModel::set_layer, release(), py::arg("layer"), py::arg("qkv"), py::arg("qkv_bias"),
+           py::arg("out"), py::arg("out_bias"), py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
+      .def_property_readonly("workspace", &CpuModel::workspace)
+      .def_property_readonly("head_width", &CpuModel::head_width)
+      .def("run", &CpuModel::run, release(), py::arg("table"), py::arg("pick"), py::arg("absent_row"),
+           py::arg("groups"), py::arg("patterns"), py::arg("queries"), py::arg("states"), py::arg("base"),
+           py::arg("present"), py::arg("modality"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),
+           py::arg("coalitions"), py::arg("threads"), py::arg("workspace"), py::arg("stride"));
+}
+
+}  // namespace flmoe::cpu

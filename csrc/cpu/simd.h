@@ -1,0 +1,123 @@
+// Vectors of kLanes floats on the compiler's own vector types, so that one text serves every instruction level. Each
+// level includes it in a namespace of its own: no function compiled for a newer machine can be linked into an older
+// level's code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "shape.h"
+
+namespace flmoe::cpu::FLMOE_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kParts = kCell / kLanes;  // vectors of one cell's row
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+FLMOE_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+FLMOE_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+FLMOE_INLINE Vec splat(float x) { return x - Vec{}; }
+FLMOE_INLINE Ints bits(Vec v) { return __builtin_bit_cast(Ints, v); }
+FLMOE_INLINE Vec floats(Ints v) { return __builtin_bit_cast(Vec, v); }
+
+FLMOE_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FLMOE_INLINE float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+#endif
+}
+
+FLMOE_INLINE float largest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+// 1 / x for x in [1, 2^20], to two roundings.
+FLMOE_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec guess = _mm512_rcp14_ps(x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 2^x with relative error below 2.5e-7 on [-125, 126]; smaller x gives 2^-125.
+FLMOE_INLINE Vec exp2(Vec x) {
+  x = maximum(x, splat(-125.0f));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
+  const Vec shifted = x + 0x1.8p23f;
+  const Vec f = x - (shifted - 0x1.8p23f);
+  Vec p = splat(1.53453458e-4f);
+  p = p * f + 1.33999315e-3f;
+  p = p * f + 9.61848896e-3f;
+  p = p * f + 5.55032878e-2f;
+  p = p * f + 2.40226469e-1f;
+  p = p * f + 6.93147206e-1f;
+  p = p * f + 1.0f;
+  return floats(bits(p) + (bits(shifted) << 23));
+}
+
+// x * Phi(x), the erf form of GELU, with absolute error below 1.2e-7 * max(1, |x|).
+//
+// gelu(x) = max(x, 0) - a * Phi(-a) with a = |x|, and Phi(-a) = exp(-a^2 / 2) * m(1 / (1 + 0.275 a)) where m is a minimax
+// polynomial of degree 6 (error 9e-9 of a * Phi(-a)): no cancellation, and the tail goes to zero by itself.
+FLMOE_INLINE Vec gelu(Vec x) {
+  const Vec a = floats(bits(x) & 0x7fffffff);
+  const Vec u = reciprocal(a * 0.275f + 1.0f);
+  Vec m = splat(-0.113098657f);
+  m = m * u + 0.445053504f;
+  m = m * u - 0.320102515f;
+  m = m * u + 0.325452317f;
+  m = m * u + 0.0453894031f;
+  m = m * u + 0.117306116f;
+  const Vec tail = exp2(a * a * -0.721347520f) * (m * u) * a;
+  return maximum(x, Vec{}) - tail;
+}
+
+// One row of one cell.
+struct Row {
+  Vec part[kParts];
+};
+
+FLMOE_INLINE Row load_row(const float* p) {
+  Row row;
+  for (int i = 0; i < kParts; ++i) row.part[i] = load(p + i * kLanes);
+  return row;
+}
+
+FLMOE_INLINE void store_row(float* p, const Row& row) {
+  for (int i = 0; i < kParts; ++i) store(p + i * kLanes, row.part[i]);
+}
+
+}  // namespace flmoe::cpu::FLMOE_LEVEL

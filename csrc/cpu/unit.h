@@ -1,0 +1,233 @@
+// One unit of work: a stack of coalitions through one expert, from layer-1 attention to logits.
+//
+// Rows go through a layer in blocks small enough for the L2 cache: attention, output projection and residual, LayerNorm,
+// feed-forward and residual, LayerNorm, the next layer's q, k, v. In the last layer the feed-forward block ends with the
+// pooled activations: its second matrix is linear and part of the head. Keys and values of a layer are packed before its
+// first block. Nothing is allocated.
+#pragma once
+
+#include "attention.h"
+#include "combine.h"
+#include "norm.h"
+#include "pool.h"
+
+namespace flmoe::cpu::FLMOE_LEVEL {
+
+class Unit {
+ public:
+  Unit(const Model& model, const Call& call, int expert, char* memory)
+      : shape_(model.shape), weights_(model.layers + static_cast<std::ptrdiff_t>(expert) * shape_.layers), call_(call),
+        expert_(expert) {
+    lay_out(memory);
+  }
+
+  // Bytes of `memory`.
+  static std::size_t bytes(const Shape& shape) {
+    const Model model{shape, nullptr};
+    const Call call{};
+    Unit unit(model, call, 0, nullptr);
+    return unit.used_ + 64;
+  }
+
+  void run(std::int64_t first, int count) {
+    first_ = first;
+    count_ = count;
+    const int length = shape_.length, rows = count * length;
+    for (int c = 0; c < count; ++c) {
+      for (int t = 0; t < length; ++t) slot_[c * length + t] = c * shape_.modalities + call_.modality[t];
+    }
+    std::memset(pooled_, 0, sizeof(double) * count * shape_.pooled());
+    const int blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int step = ((rows + blocks - 1) / blocks + kRows - 1) / kRows * kRows;  // never more than kBlockRows + kRows
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      if (layer > 0 || call_.first.table == nullptr) pack_keys(layer);
+      for (int row = 0; row < rows; row += step) block(layer, row, rows - row < step ? rows - row : step);
+    }
+    for (int c = 0; c < count; ++c) {
+      const std::int64_t index = (first + c) * shape_.experts + expert_;
+      classify(pooled_ + static_cast<std::ptrdiff_t>(c) * shape_.pooled(), shape_.pooled(),
+               call_.head + static_cast<std::ptrdiff_t>(expert_) * shape_.classes * shape_.pooled(),
+               call_.head_bias + static_cast<std::ptrdiff_t>(expert_) * shape_.classes, shape_.classes,
+               call_.logits + index * shape_.classes);
+    }
+  }
+
+ private:
+  static constexpr int kMostRows = (kBlockRows + kRows + 15) / 16 * 16;
+
+  // Hands out parts of the memory; with no memory, only counts it.
+  template <class T>
+  void take(T*& array, std::size_t count) {
+    array = reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(memory_) + used_);
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+  }
+
+  void lay_out(char* memory) {
+    memory_ = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
+    const std::size_t rows = static_cast<std::size_t>(shape_.stack()) * shape_.length;
+    const std::size_t packed = static_cast<std::size_t>(shape_.stack()) * shape_.attended() * padded(shape_.length);
+    take(product_, kRows * kCell);
+    take(scratch_.query, kMostRows * shape_.head_width());
+    take(scratch_.scores, kMostRows * kKeys);
+    take(scratch_.weights, kMostRows * kKeys);
+    take(scratch_.out, kMostRows * shape_.head_width());
+    take(attended_, kMostRows * shape_.attended());
+    take(norm_, kMostRows * shape_.stream());
+    take(wide_, kMostRows * shape_.expanded());
+    take(stream_, rows * shape_.stream());
+    take(qkv_, shape_.layers > 1 ? rows * 3 * shape_.attended() : 0);
+    take(keys_, packed);
+    take(values_, packed);
+    take(pooled_, static_cast<std::size_t>(shape_.stack()) * shape_.pooled());
+    take(slot_, rows);
+  }
+
+  bool present(int coalition, int token) const {
+    return call_.present[(first_ + coalition) * shape_.length + token] != 0;
+  }
+
+  // Projected q, k, v of a token.
+  const float* projected(int layer, int coalition, int token) const {
+    const std::ptrdiff_t width = 3 * shape_.attended();
+    if (layer > 0) return qkv_ + (static_cast<std::ptrdiff_t>(coalition) * shape_.length + token) * width;
+    const std::ptrdiff_t state = static_cast<std::ptrdiff_t>(expert_) * 2 + present(coalition, token);
+    return call_.first.states + (state * shape_.length + token) * width;
+  }
+
+  std::ptrdiff_t packed_at(int coalition, int head) const {
+    return static_cast<std::ptrdiff_t>(coalition * shape_.heads + head) * shape_.head_width() * padded(shape_.length);
+  }
+
+  void pack_keys(int layer) {
+    const int width = shape_.head_width();
+    for (int c = 0; c < count_; ++c) {
+      for (int h = 0; h < shape_.heads; ++h) {
+        const int key = shape_.attended() + h * width, value = key + shape_.attended();
+        pack_columns([&](int t) { return projected(layer, c, t) + key; }, shape_.length, width, keys_ + packed_at(c, h));
+        pack_rows([&](int t) { return projected(layer, c, t) + value; }, shape_.length, width, values_ + packed_at(c, h));
+      }
+    }
+  }
+
+  // Attention of stacked rows [start, start + rows) into attended_.
+  void attention(int layer, int start, int rows) {
+    const int length = shape_.length, width = shape_.head_width();
+    for (int r = 0; r < rows;) {
+      const int c = (start + r) / length, token = (start + r) % length;
+      if (layer == 0 && call_.first.table != nullptr) {
+        const std::int32_t absent = call_.first.absent_row[token];
+        const int query = absent >= 0 && !present(c, token) ? absent : token;
+        combine(shape_, call_.first, expert_, call_.first.pick + (first_ + c) * call_.first.groups, query, attended_, r);
+        ++r;
+        continue;
+      }
+      int most = rows - r < length - token ? rows - r : length - token;
+      most = most < kRows ? most : kRows;
+      for (int h = 0; h < shape_.heads; ++h) {
+        attend([&](int i) { return projected(layer, c, token + i) + h * width; }, most, keys_ + packed_at(c, h),
+               values_ + packed_at(c, h), length, width, scratch_, attended_, shape_.attended(), r, h * width);
+      }
+      r += most;
+    }
+  }
+
+  // What the attention's projection is added to, nullptr for nothing but the bias.
+  const float* base(int layer, int row) const {
+    const std::ptrdiff_t width = shape_.stream();
+    if (layer > 0) return shape_.residual ? stream_ + row * width : nullptr;
+    const int c = row / shape_.length, token = row % shape_.length;
+    const std::ptrdiff_t state = static_cast<std::ptrdiff_t>(expert_) * 2 + present(c, token);
+    return call_.base + (state * shape_.length + token) * width;
+  }
+
+  void block(int layer, int start, int rows) {
+    const LayerWeights& weights = weights_[layer];
+    const int width = shape_.stream();
+    float* stream = stream_ + static_cast<std::ptrdiff_t>(start) * width;
+    attention(layer, start, rows);
+    gemm(attended_, shape_.attended(), rows, weights.out, width, product_, [&](int row, int count, int column, float* x) {
+      const Row bias = load_row(weights.out_bias + column);
+      for (int r = 0; r < count; ++r) {
+        const float* from = base(layer, start + row + r);
+        Row sum = load_row(x + r * kCell);
+        for (int p = 0; p < kParts; ++p) sum.part[p] += layer > 0 ? bias.part[p] : Vec{};
+        if (from != nullptr) {
+          const Row old = load_row(from + column);
+          for (int p = 0; p < kParts; ++p) sum.part[p] += old.part[p];
+        }
+        store_row(stream + (row + r) * width + column, sum);
+      }
+    });
+    normalise(stream, width, shape_.hidden, rows, norm_);
+    if (layer + 1 == shape_.layers) return finish(weights, start, rows);
+    gemm(norm_, width, rows, weights.up, shape_.expanded(), product_, [&](int row, int count, int column, float* x) {
+      const Row bias = load_row(weights.up_bias + column);
+      for (int r = 0; r < count; ++r) {
+        Row sum = load_row(x + r * kCell);
+        for (int p = 0; p < kParts; ++p) sum.part[p] = gelu(sum.part[p] + bias.part[p]);
+        put(wide_, shape_.expanded(), row + r, column, sum);
+      }
+    });
+    gemm(wide_, shape_.expanded(), rows, weights.down, width, product_, [&](int row, int count, int column, float* x) {
+      const Row bias = load_row(weights.down_bias + column);
+      for (int r = 0; r < count; ++r) {
+        float* to = stream + (row + r) * width + column;
+        Row sum = load_row(to);
+        for (int p = 0; p < kParts; ++p) sum.part[p] += load(x + r * kCell + p * kLanes) + bias.part[p];
+        store_row(to, sum);
+      }
+    });
+    normalise(stream, width, shape_.hidden, rows, norm_);
+    const LayerWeights& next = weights_[layer + 1];
+    const int projected = 3 * shape_.attended();
+    float* qkv = qkv_ + static_cast<std::ptrdiff_t>(start) * projected;
+    gemm(norm_, width, rows, next.qkv, projected, product_, [&](int row, int count, int column, float* x) {
+      const Row bias = load_row(next.qkv_bias + column);
+      for (int r = 0; r < count; ++r) {
+        Row sum = load_row(x + r * kCell);
+        for (int p = 0; p < kParts; ++p) sum.part[p] += bias.part[p];
+        store_row(qkv + static_cast<std::ptrdiff_t>(row + r) * projected + column, sum);
+      }
+    });
+  }
+
+  // The last layer's feed-forward block up to its activations, pooled together with the stream.
+  void finish(const LayerWeights& weights, int start, int rows) {
+    const int width = shape_.stream(), expanded = shape_.expanded();
+    const std::ptrdiff_t pitch = expanded + width;
+    gemm(norm_, width, rows, weights.up, expanded, product_, [&](int row, int count, int column, float* x) {
+      const Row bias = load_row(weights.up_bias + column);
+      for (int r = 0; r < count; ++r) {
+        Row sum = load_row(x + r * kCell);
+        for (int p = 0; p < kParts; ++p) sum.part[p] = gelu(sum.part[p] + bias.part[p]);
+        store_row(x + r * kCell, sum);
+      }
+      pool(x, kCell, count, slot_ + start + row, pooled_ + column, pitch);
+    });
+    for (int column = 0; column < width; column += kCell) {
+      pool(stream_ + static_cast<std::ptrdiff_t>(start) * width + column, width, rows, slot_ + start,
+           pooled_ + expanded + column, pitch);
+    }
+  }
+
+  const Shape shape_;
+  const LayerWeights* weights_;
+  const Call& call_;
+  const int expert_;
+  std::int64_t first_ = 0;
+  int count_ = 0;
+  char* memory_ = nullptr;
+  std::size_t used_ = 0;
+  float* product_;   // (kRows, 32) one product
+  AttentionScratch scratch_;
+  float* attended_;  // left operand (block, attended)
+  float* norm_;      // left operand (block, stream)
+  float* wide_;      // left operand (block, expanded)
+  float* stream_;    // (rows, stream)
+  float* qkv_;       // (rows, 3 * attended)
+  float *keys_, *values_;  // packed, per coalition and head
+  double* pooled_;   // (coalitions, M, expanded + stream)
+  std::int32_t* slot_;  // (rows,) which of the pooled rows a row belongs to
+};
+
+}  // namespace flmoe::cpu::FLMOE_LEVEL
