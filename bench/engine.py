@@ -1,4 +1,4 @@
-"""Milliseconds per coalition and per pair-sample: naive loop, batched PyTorch, and the engine on corner grids.
+"""Milliseconds per coalition and per pair-sample: naive loop, batched PyTorch, and the engines on corner grids.
 
     python -m bench.engine [--shapes mmimdb enrico mimic digits] [--rounds 5] [--compile]
 
@@ -16,6 +16,7 @@ import torch
 from bench.baselines import BatchedSDPA
 from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, spread, write
+from flmoe_fast.environment import backends
 from flmoe_fast.probes.grid import CornerGrid
 
 GRIDS = ((4, 5), (10, 10))
@@ -30,14 +31,17 @@ def grid(shape: Shape, rows: int, cols: int) -> CornerGrid:
 
 def measure(shape: Shape, rounds: int, compiled: bool) -> list[dict]:
     """Rows of one shape."""
-    game = shape.game(heads=("mixture",))
+    game = shape.game(heads=("mixture",), backend="torch")
+    engines = {"torch engine": game}
+    if backends()["cpu"].available:
+        engines["native CPU engine"] = shape.game(heads=("mixture",), backend="cpu")
     reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     coalitions = torch.rand(32, game.n, generator=generator) < 0.5
     context = torch.rand(1, game.n, generator=generator) < 0.5
     batched = BatchedSDPA(game)
     small = shape.name == "digits"
-    naive_count, batch = (20, 256) if small else (2, 16)
+    naive_count, batch = (20, 256) if small else (4, 16)
     many = torch.rand(batch, game.n, generator=generator) < 0.5
 
     runs = {"naive loop": (naive_count, 4.0, lambda: reference(coalitions[:naive_count]))}
@@ -50,8 +54,9 @@ def measure(shape: Shape, rounds: int, compiled: bool) -> list[dict]:
         contexts = context.expand(8 if small else 1, -1)
         count = corners.evaluations * len(contexts)
         share = corners.evaluations / len(corners.pairs)
-        label = f"engine, {min(rows, shape.tokens[0])} x {min(cols, shape.tokens[1])} grid"
-        runs[label] = (count, share, lambda c=contexts, g=corners: game.corner_values(c, g.toggled))
+        for name, engine in engines.items():
+            label = f"{name}, {min(rows, shape.tokens[0])} x {min(cols, shape.tokens[1])} grid"
+            runs[label] = (count, share, lambda e=engine, c=contexts, g=corners: e.corner_values(c, g.toggled))
 
     seconds = interleave({name: run for name, (_, _, run) in runs.items()}, rounds)
     per_coalition = {name: [1e3 * s / runs[name][0] for s in seconds[name]] for name in runs}

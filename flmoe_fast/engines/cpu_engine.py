@@ -266,9 +266,10 @@ class _Native:
             residual=packed.residual,
         )
         for index, layer in enumerate(packed.layers):
+            bias = torch.stack([layer.q_bias, torch.zeros_like(layer.q_bias), torch.zeros_like(layer.q_bias)])
             arrays = (
-                self._by_head(layer.qkv, scale=True) if index else None,
-                self._by_head(layer.qkv_bias, scale=True) if index else None,
+                self._by_head(_columns(layer.qkv), scale=True) if index else None,
+                self._by_head(_columns(bias), scale=True) if index else None,
                 self._by_head(layer.out.transpose(1, 2)).transpose(1, 2).contiguous(),
                 layer.out_bias,
                 layer.up,
@@ -352,6 +353,11 @@ class _Native:
             "ekmh,eh,m->ek", head, layer.down_bias.double()[:, 0], occupied
         )
         return torch.cat([wide, _pad_last(head * share)], dim=-1).contiguous(), bias.contiguous()
+
+
+def _columns(parts: torch.Tensor) -> torch.Tensor:
+    """Q, K and V per head (3, E, h, X, d) as columns (E, X, 3 H)."""
+    return parts.permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def _pad_last(tensor: torch.Tensor) -> torch.Tensor:
