@@ -62,7 +62,7 @@ def tables(model: FLI2MoE, count: int) -> dict[str, list[Table]]:
 
 
 class _Logits(TokenGame):
-    """The token game before the choice of a value: all logits and routing weights, so that one enumeration serves all."""
+    """The token game before a value is chosen: all logits and routing weights, so that one enumeration serves all."""
 
     def __init__(self, game: TokenGame):
         self.__dict__.update(game.__dict__)
@@ -150,7 +150,10 @@ def accuracy(kind: str, games: list[Table], truths: list[np.ndarray], seeds: int
                     "nmse_stderr": float(np.std(errors, ddof=1) / len(errors) ** 0.5),
                 }
             )
-            print(f"{kind:6} {name:36} {budget:6} nMSE {rows[-1]['nmse']:9.4f} +- {rows[-1]['nmse_stderr']:.4f}", flush=True)
+            print(
+                f"{kind:6} {name:36} {budget:6} nMSE {rows[-1]['nmse']:9.4f} +- {rows[-1]['nmse_stderr']:.4f}",
+                flush=True,
+            )
     return rows
 
 
@@ -171,7 +174,8 @@ def coverage(kind: str, games: list[Table], truths: list[np.ndarray], seeds: int
             row = {"value": kind, "coverage_budget": budget, "adaptive": adaptive, "games": len(games), "seeds": seeds}
             row |= {f"coverage_{of}": float(np.mean(shares)) for of, shares in inside.items()}
             rows.append(row)
-            print(f"{kind:6} coverage at {budget}, adaptive {adaptive}: {row['coverage_sii']:.4f} (gap {row['coverage_gap']:.4f})", flush=True)
+            shares = f"{row['coverage_sii']:.4f} (gap {row['coverage_gap']:.4f})"
+            print(f"{kind:6} coverage at {budget}, adaptive {adaptive}: {shares}", flush=True)
     return rows
 
 

@@ -68,10 +68,9 @@ def accuracy() -> str:
     table = [[value, name, *(f"{by[b]:.3f}" for b in budgets)] for (value, name), by in named.items()]
     some = rows[0]
     columns = ["value", "estimator", *(f"{b:,}" for b in budgets)]
-    return (
-        f"{_markdown(columns, table)}\n\n{_machine(head)} nMSE against enumeration (0 is exact, 1 is what all zeros would score), "
-        f"mean over {some['games']} games x {some['seeds']} seeds: 16 tokens, 64 cross-modal pairs."
-    )
+    games = f"{some['games']} games x {some['seeds']} seeds, 16 tokens, 64 cross-modal pairs"
+    note = f"nMSE against enumeration (0 is exact, 1 is what all zeros would score), mean over {games}."
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
 
 def coverage() -> str:
@@ -92,7 +91,8 @@ def coverage() -> str:
         for row in rows
     ]
     columns = ["value", "allocation", "evaluations", "SII", "redundancy gap (max)"]
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
+    note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
 
 def memory() -> str:
@@ -131,7 +131,9 @@ def main() -> None:
     check = parser.parse_args().check
     text = README.read_text()
     if check:
-        sys.exit(0 if filled(text) == text else "README.md: a table differs from bench/results; run python -m bench.tables")
+        sys.exit(
+            0 if filled(text) == text else "README.md: a table differs from bench/results; run python -m bench.tables"
+        )
     README.write_text(filled(text))
 
 

@@ -70,5 +70,11 @@ def test_estimator_overhead(benchmark):
     values = torch.randn(2, 9, dtype=torch.float64)
     benchmark.group = "host"
     benchmark(
-        interactions, lambda z: values[z[:, 0].long()], n=40, rows=range(10), cols=range(10, 20), contexts=64, progress=False
+        interactions,
+        lambda z: values[z[:, 0].long()],
+        n=40,
+        rows=range(10),
+        cols=range(10, 20),
+        contexts=64,
+        progress=False,
     )

@@ -59,7 +59,9 @@ def read(name: str) -> tuple[dict, list[dict]] | None:
 def _commit() -> str:
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", "flmoe_fast", "csrc"], capture_output=True, text=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "flmoe_fast", "csrc"], capture_output=True, text=True
+        )
         return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -24,17 +24,32 @@ _PUBLIC = {
     "load_checkpoint": "flmoe_fast.model.checkpoint",
     "save_checkpoint": "flmoe_fast.model.checkpoint",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "Explanation",
+    "FLI2MoE",
+    "FLI2MoEConfig",
+    "Game",
+    "InteractionResult",
+    "TokenGame",
+    "backends",
+    "exact_interactions",
+    "explain",
+    "interactions",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 if TYPE_CHECKING:
-    from flmoe_fast.environment import backends
     from flmoe_fast.checks import ArgumentError
-    from flmoe_fast.pipeline.explain import Explanation, explain
+    from flmoe_fast.environment import backends
     from flmoe_fast.games.game import Game
     from flmoe_fast.games.token_game import TokenGame
     from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
     from flmoe_fast.model.config import FLI2MoEConfig
     from flmoe_fast.model.network import FLI2MoE
+    from flmoe_fast.pipeline.explain import Explanation, explain
     from flmoe_fast.probes.exact import exact_interactions
     from flmoe_fast.probes.interactions import interactions
     from flmoe_fast.probes.result import InteractionResult

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from flmoe_fast import coalitions
-from flmoe_fast.environment import Backends, backends, doctor, environment
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.environment import Backends, backends, doctor, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION, MISSING = coalitions.extension()

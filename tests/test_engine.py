@@ -54,7 +54,10 @@ def truth(edge: Edge, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
 def test_values_equal_the_reference(edge: Edge, path: str):
     game = edge.game()
     coalitions, expected = truth(edge)
-    plain, corners = game.engine.evaluate(coalitions), game.engine.evaluate_toggles(coalitions[CONTEXTS], toggles(game.n))
+    plain, corners = (
+        game.engine.evaluate(coalitions),
+        game.engine.evaluate_toggles(coalitions[CONTEXTS], toggles(game.n)),
+    )
     ours = Logits(torch.cat([plain.experts, corners.experts]), torch.cat([plain.weights, corners.weights]))
     assert relative(ours.experts, expected.experts) <= FP64
     assert relative(ours.weights, expected.weights) <= FP64
@@ -65,7 +68,7 @@ def test_values_equal_the_reference(edge: Edge, path: str):
 
 @pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
 def test_context_tables_equal_the_reference(edge: Edge, monkeypatch):
-    """A table per context, as large problems use it: too small a limit for all players, large enough for the toggled."""
+    """A table per context, as large problems use it: the limit is too small for all players, not for the toggled."""
     game = edge.game()
     coalitions, expected = truth(edge)
     monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", game.engine._table_bytes(min(2, game.n)))

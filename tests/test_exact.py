@@ -59,7 +59,9 @@ def test_truth_table(name: str, n: int):
 
 def test_ratio_gap_is_a_share_where_the_joint_cost_is_positive():
     assert exact_interactions(GAMES["or"], n=3, pairs=[(0, 1)], gap="ratio", progress=False).gap[0] == pytest.approx(1)
-    assert exact_interactions(GAMES["and"], n=3, pairs=[(0, 1)], gap="ratio", progress=False).gap[0] == pytest.approx(-1)
+    assert exact_interactions(GAMES["and"], n=3, pairs=[(0, 1)], gap="ratio", progress=False).gap[0] == pytest.approx(
+        -1
+    )
     # XOR: losing both costs nothing, so there is nothing to take a share of.
     assert np.isnan(exact_interactions(GAMES["xor"], n=3, pairs=[(0, 1)], gap="ratio", progress=False).gap[0])
 

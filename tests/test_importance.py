@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.pipeline.importance import normalize_importance, target_classes, token_importance
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
+from flmoe_fast.pipeline.importance import normalize_importance, target_classes, token_importance
 
 LENGTHS = (4, 3)
 

@@ -150,7 +150,10 @@ def with_inf(features):
     [
         (with_nan, r"features\[1\]: got nan at index \(2, 3\) \(1 such values\), expected finite numbers"),
         (with_inf, r"features\[0\]: got inf at index \(1, 0\)"),
-        (lambda f: {"features": [f[0][:, :7], f[1]]}, r"features\[0\]: got shape \(5, 7\), expected \(T, H\) = \(any, 8\)"),
+        (
+            lambda f: {"features": [f[0][:, :7], f[1]]},
+            r"features\[0\]: got shape \(5, 7\), expected \(T, H\) = \(any, 8\)",
+        ),
         (lambda f: {"features": f[:1]}, "features: got 1 items, expected one entry for each of the 2 modalities"),
         (lambda f: {"features": f[0]}, "features: got 5 items|features: got Tensor"),
         (lambda f: {"features": [f[0].long(), f[1]]}, r"features\[0\]: got torch.int64, expected floating point"),

@@ -99,8 +99,14 @@ def _links(axes: Axes, explanation: Explanation, halves: tuple[Tensor, Tensor], 
         *(Line2D([], [], color="0.3", linewidth=_width(z), label=f"|SII| = {z} s.e.") for z in (4, 12)),
     ]
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=2, frameon=False, fontsize=8.5,
-        title=f"the {min(LINKS, len(result.pairs))} largest of {len(result.pairs)} pairs", title_fontsize=8.5,
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncol=2,
+        frameon=False,
+        fontsize=8.5,
+        title=f"the {min(LINKS, len(result.pairs))} largest of {len(result.pairs)} pairs",
+        title_fontsize=8.5,
     )
 
 

@@ -220,9 +220,7 @@ def _judge(
     return accuracy, f"{text}\n{table(['expert', 'held-out accuracy alone', 'mean routing weight'], rows)}"
 
 
-def _explain(
-    model: FLI2MoE, held_out: Digits, seed: int, contexts: int, progress: bool
-) -> tuple[int, Explanation]:
+def _explain(model: FLI2MoE, held_out: Digits, seed: int, contexts: int, progress: bool) -> tuple[int, Explanation]:
     """Explain the first of the held-out images on which the mixture and most experts are right."""
     found = predict(model, held_out.inputs, held_out.masks)
     experts = (found.expert_logits.argmax(-1) == held_out.labels[:, None]).sum(1)

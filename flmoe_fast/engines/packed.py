@@ -96,11 +96,13 @@ class PackedModel:
             head_bias=cast(stack(f"network.{config.layers}.fc.bias")[:, None, :]),
             positions=cast(positions),
             routing=tuple(
-                (state[f"reweight.mlp.network.{i}.weight"].T.to(device), state[f"reweight.mlp.network.{i}.bias"].to(device))
+                (
+                    state[f"reweight.mlp.network.{i}.weight"].T.to(device),
+                    state[f"reweight.mlp.network.{i}.bias"].to(device),
+                )
                 for i in linears
             ),
             temperature=float(config.temperature),
             heads=config.heads,
             residual=residual,
         )
-

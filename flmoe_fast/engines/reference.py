@@ -17,7 +17,9 @@ class ReferenceEngine:
 
     name = "reference"
 
-    def __init__(self, problem: TokenProblem, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"):
+    def __init__(
+        self, problem: TokenProblem, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ):
         self.problem = problem
         self.dtype = dtype
         self.device = torch.device(device)
@@ -26,7 +28,9 @@ class ReferenceEngine:
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of coalitions ``(C, n)`` bool."""
         outputs = [self._forward(coalition) for coalition in coalitions]
-        return Logits(torch.cat([o.expert_logits for o in outputs]).double(), torch.cat([o.weights for o in outputs]).double())
+        return Logits(
+            torch.cat([o.expert_logits for o in outputs]).double(), torch.cat([o.weights for o in outputs]).double()
+        )
 
     def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
         """Logits and routing of ``contexts[k] ^ toggled[g]``, in the order (k, g)."""

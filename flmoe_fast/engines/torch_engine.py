@@ -1,4 +1,4 @@
-"""The portable engine: batched coalition evaluation in PyTorch, on CPU or GPU, with everything shared that is exact to share.
+"""The portable engine: coalitions in PyTorch, on CPU or GPU, batched, with everything shared that is exact to share.
 
 What coalitions of one sample have in common, and where it is used:
 
@@ -7,7 +7,7 @@ What coalitions of one sample have in common, and where it is used:
 * Layer-1 attention is a ratio of sums over keys. With the score maximum fixed per query over *all* states, numerator
   and denominator are sums of one term per key, and a key's term has two possible values. Tokens that do not vary give
   a constant; the ones that vary are selected by a 0/1 matrix, so the layer-1 attention of all coalitions is one matrix
-  product with only positive terms in the denominator: nothing is subtracted, nothing cancels. (:class:`SharedAttention`)
+  product, and its denominators only have positive terms: nothing cancels. (:class:`SharedAttention`)
 * The last layer's down-projection is linear, so it is applied after the mean over tokens, on M rows instead of L.
 * Routing reads mean features, which are affine in the coalition.
 * Padding is never attended to nor pooled, so it is left out and no mask remains in any attention.
@@ -191,7 +191,10 @@ class TorchEngine:
         weight_rest, weight_vary = (score_rest - top).exp(), (score_vary - top).exp()
 
         terms = self._buffer("terms", experts, 1 + 2 * len(varying), queries.shape[2], heads * (depth + 1))
-        numerators, denominators = terms[..., : heads * depth].unflatten(-1, (heads, depth)), terms[..., heads * depth :]
+        numerators, denominators = (
+            terms[..., : heads * depth].unflatten(-1, (heads, depth)),
+            terms[..., heads * depth :],
+        )
         numerators[:, 0] = (weight_rest @ value_rest).transpose(1, 2)
         denominators[:, 0] = weight_rest.sum(-1).transpose(1, 2)
         denominators[:, 1:] = weight_vary.permute(0, 3, 2, 1)  # (E, 2J, Lq, h)
@@ -221,7 +224,8 @@ class TorchEngine:
         experts, heads, _, length, depth = self.states.q.shape
         state, token = tokens.long(), torch.arange(length, device=self.device)
         q, k, v = (  # (E*C, h, L, d)
-            part[:, :, state, token].transpose(1, 2).flatten(0, 1) for part in (self.states.q, self.states.k, self.states.v)
+            part[:, :, state, token].transpose(1, 2).flatten(0, 1)
+            for part in (self.states.q, self.states.k, self.states.v)
         )
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return out.transpose(1, 2).reshape(experts, tokens.shape[0], length, heads * depth)

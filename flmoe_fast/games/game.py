@@ -43,7 +43,7 @@ class Game:
         raise NotImplementedError
 
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
-        """Values of ``contexts[k] ^ toggled[g]`` for contexts (K, n) and toggled players (G, n): (K, G) or (K, G, O)."""
+        """Values (K, G) or (K, G, O) of ``contexts[k] ^ toggled[g]``, for contexts (K, n) and toggles (G, n)."""
         values = self((contexts[:, None] ^ toggled).flatten(0, 1))
         return values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
 

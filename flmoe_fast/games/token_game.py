@@ -208,7 +208,9 @@ def _problem(
         for m, length in enumerate(_per_modality("padded_lengths", padded_lengths, names))
     )
     if config.num_tokens is not None and padded != tuple(config.num_tokens):
-        raise ArgumentError("features", f"{padded} tokens per modality", f"{tuple(config.num_tokens)}, the model's num_tokens")
+        raise ArgumentError(
+            "features", f"{padded} tokens per modality", f"{tuple(config.num_tokens)}, the model's num_tokens"
+        )
     if masks is None and padded != tuple(lengths):
         raise ArgumentError("masks", None, "masks, since padded_lengths exceed the features' lengths")
     if masks is not None and config.generation == "original":
@@ -287,7 +289,8 @@ def _fills(
             return [torch.zeros(length, hidden) for length in lengths]
         if model.feature_means is None:
             raise ArgumentError(
-                "fill", "'mean' with a model that carries no feature means",
+                "fill",
+                "'mean' with a model that carries no feature means",
                 "model.set_feature_means(...) beforehand, fill='zero', or one (H,) tensor per modality",
             )
         fill = list(model.feature_means)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
+from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
 
@@ -132,7 +132,13 @@ def explain(
     if not blocks:
         raise ArgumentError("players", "players of a single modality", "players of at least two modalities")
     result = interactions(
-        game, pairs=torch.cat(blocks), contexts=contexts, budget=budget, seed=seed, gap=gap, adaptive=adaptive,
+        game,
+        pairs=torch.cat(blocks),
+        contexts=contexts,
+        budget=budget,
+        seed=seed,
+        gap=gap,
+        adaptive=adaptive,
         progress=progress,
     )
     ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))[:, 0]
@@ -159,5 +165,7 @@ def _per_modality(candidates: int | Sequence[int], modalities: int) -> list[int]
     if isinstance(candidates, int) and not isinstance(candidates, bool):
         candidates = [candidates] * modalities
     if not hasattr(candidates, "__len__") or len(candidates) != modalities:
-        raise ArgumentError("candidates", repr(candidates), f"an integer, or one for each of the {modalities} modalities")
+        raise ArgumentError(
+            "candidates", repr(candidates), f"an integer, or one for each of the {modalities} modalities"
+        )
     return [integer(f"candidates[{m}]", count, least=1) for m, count in enumerate(candidates)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
+from flmoe_fast.games.heads import predicted_target
 from flmoe_fast.model.network import FLI2MoE, eval_mode
 
 METHODS = ("attnXgrad", "attn")
@@ -100,7 +101,7 @@ def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Te
     """
     classes = logits.shape[-1]
     if target is None:
-        target = logits >= 0 if task == "multilabel" else int(logits.argmax())
+        target = predicted_target(logits, task)
     if isinstance(target, Tensor) and target.dim() == 0:
         target = target.item()
     if isinstance(target, numbers.Number):

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from flmoe_fast.probes.result import InteractionResult
 
 
-def heatmap(result: InteractionResult, *, head: str | int | None = None, of: str = "sii", ax: Axes | None = None) -> Axes:
+def heatmap(
+    result: InteractionResult, *, head: str | int | None = None, of: str = "sii", ax: Axes | None = None
+) -> Axes:
     """Draw ``result`` as a matrix: first player down, second across, grey where a pair was not probed.
 
     The colour scale is symmetric about zero; a dot marks pairs whose 95 % interval excludes zero.

@@ -133,9 +133,7 @@ def interactions(
     return result
 
 
-def _plan(
-    grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None
-) -> tuple[int, bool]:
+def _plan(grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None) -> tuple[int, bool]:
     """Contexts of the first draw, and whether a second one follows."""
     if budget is None:
         if adaptive:

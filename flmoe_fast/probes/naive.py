@@ -15,7 +15,13 @@ from flmoe_fast.probes.gap import redundancy_gap
 
 
 def four_corner_loop(
-    game: Game | Callable, pairs: list[tuple[int, int]], samples: int, *, n: int | None = None, seed: int = 0, gap: str = "max"
+    game: Game | Callable,
+    pairs: list[tuple[int, int]],
+    samples: int,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    gap: str = "max",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """SII and redundancy gap of ``pairs``, with standard errors, from independent samples; each (P, O) float64.
 
@@ -39,7 +45,12 @@ def four_corner_loop(
         counted = (~gaps.isnan()).sum(0)
         spread = (gaps - gaps.nanmean(0)).square().nansum(0) / (counted - 1).clamp(min=1)
         found.append(
-            (second.mean(0), second.std(0) / math.sqrt(samples), gaps.nanmean(0), (spread / counted.clamp(min=1)).sqrt())
+            (
+                second.mean(0),
+                second.std(0) / math.sqrt(samples),
+                gaps.nanmean(0),
+                (spread / counted.clamp(min=1)).sqrt(),
+            )
         )
     sii, sii_stderr, mean_gap, gap_stderr = (torch.stack(part) for part in zip(*found))
     return sii, sii_stderr, mean_gap, gap_stderr

@@ -38,7 +38,9 @@ def resolve_pairs(
     if len(equal):
         name = "pairs" if pairs is not None else "rows"
         at = int(equal[0])
-        raise ArgumentError(name, f"player {int(chosen[at, 0])} paired with itself (pair {at})", "two different players")
+        raise ArgumentError(
+            name, f"player {int(chosen[at, 0])} paired with itself (pair {at})", "two different players"
+        )
     ordered = chosen.sort(dim=1).values
     _, count = ordered.unique(dim=0, return_counts=True)
     if int(count.max()) > 1:
