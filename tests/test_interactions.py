@@ -224,6 +224,13 @@ def test_blocks_do_not_matter(rough):
     assert np.array_equal(run(Small(), contexts=10).sii, run(lookup(rough), contexts=10).sii)
 
 
+def test_pairs_are_symmetric(rough):
+    forth = run(lookup(rough), contexts=10)
+    back = run(lookup(rough), contexts=10, pairs=[(j, i) for i, j in PAIRS])
+    assert np.allclose(forth.sii, back.sii, rtol=0, atol=1e-12)
+    assert np.allclose(forth.gap, back.gap, rtol=0, atol=1e-12)
+
+
 def test_contexts_are_those_of_the_seed(rough):
     seen = []
 

@@ -40,3 +40,11 @@ def test_examples(tmp_path, monkeypatch):
     assert result.pairs[result.order("gap")[:6]].max() == 3
     covered = (names["low"] <= names["exact"].sii) & (names["exact"].sii <= names["high"])
     assert covered.mean() > 0.8
+
+
+def test_tables_are_those_of_the_results():
+    from bench.tables import filled
+
+    text = README.read_text()
+    assert filled(text) == text
+    assert filled(text.replace("<!-- end -->", "| typed by hand |\n<!-- end -->", 1)) == text  # would be undone

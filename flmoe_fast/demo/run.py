@@ -63,10 +63,10 @@ class Size:
     """
 
     epochs: int = 10
-    contexts: int = 256
+    contexts: int = 512
     naive_pairs: int = 4
     naive_samples: int = 64
-    masked_images: int = 48
+    masked_images: int = 60
     masking_contexts: int = 24
 
     def __post_init__(self) -> None:
@@ -75,6 +75,19 @@ class Size:
             integer(field.name, getattr(self, field.name), least=least)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside the block. All operations here are small: dividing them gains little on idle cores, and on
+    busy ones every division waits for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, progress: bool = True) -> dict[str, float]:
     """Run the demonstration and write its files into ``out``.
 
@@ -108,7 +121,7 @@ def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, prog
         tqdm.write(text)
 
     machine = environment()
-    versions = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    versions = f"{machine['cpu']}, one thread, torch {machine['torch']}"
     say(f"Handwritten digits as two modalities. {versions}, seed {seed}")
     training, held_out = two_view_digits(seed)
     begun = time.perf_counter()
@@ -163,34 +176,22 @@ def _train(training: Digits, seed: int, epochs: int, progress: bool) -> tuple[FL
         model = FLI2MoE(config, {name: ProjectionEncoder(PIXELS, HIDDEN) for name in MODALITIES})
     settling = round(SETTLING * epochs)
     history = []
-    with _one_thread():
-        for count, rate in ((epochs - settling, RATE), (settling, SETTLING_RATE)):
-            if count:
-                history += fit(
-                    model,
-                    training.inputs,
-                    training.masks,
-                    training.labels,
-                    epochs=count,
-                    batch_size=BATCH,
-                    lr=rate,
-                    seed=seed,
-                    progress=progress,
-                )
+    for count, rate in ((epochs - settling, RATE), (settling, SETTLING_RATE)):
+        if count:
+            history += fit(
+                model,
+                training.inputs,
+                training.masks,
+                training.labels,
+                epochs=count,
+                batch_size=BATCH,
+                lr=rate,
+                seed=seed,
+                progress=progress,
+            )
     with torch.no_grad():
         model.set_feature_means(model.encode(training.inputs), training.masks)
     return model, history[-1]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For small batches through a small model: dividing their work among threads costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _judge(
@@ -260,9 +261,8 @@ def _compare(
     for turn, pair in enumerate(pairs):
         own = seed + 1 + turn
         begun = time.perf_counter()
-        with _one_thread():  # the faster setting for single coalitions, too
-            game = TokenGame(model, features, **options, backend="reference", dtype=torch.float32)
-            parts.append(four_corner_loop(game, [pair], size.naive_samples, seed=own, gap=GAP))
+        game = TokenGame(model, features, **options, backend="reference", dtype=torch.float32)
+        parts.append(four_corner_loop(game, [pair], size.naive_samples, seed=own, gap=GAP))
         middle = time.perf_counter()
         game = TokenGame(model, features, **options)
         interactions(game, pairs=result.pairs, contexts=contexts, seed=own, gap=GAP, progress=False)
