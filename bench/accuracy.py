@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.timing import write
-from flmoe_fast import TokenGame, exact_interactions, interactions, load_checkpoint
+from flmoe_fast import InteractionResult, TokenGame, exact_interactions, interactions, load_checkpoint
 from flmoe_fast.data.digits import two_view_digits
 from flmoe_fast.games.heads import Heads
 from flmoe_fast.model.network import FLI2MoE
@@ -26,6 +26,8 @@ from flmoe_fast.probes.exact import enumerate_values
 from flmoe_fast.probes.naive import four_corner_loop
 
 BUDGETS = (1024, 2048, 4096)
+#: Kinds of redundancy gap whose intervals are checked.
+COVERED = ("max", "strict")
 PLAYERS = 16
 PAIRS = [(i, j) for i in range(8) for j in range(8, 16)]
 
@@ -155,26 +157,35 @@ def accuracy(kind: str, games: list[Table], truths: list[np.ndarray], seeds: int
     return rows
 
 
-def coverage(kind: str, games: list[Table], truths: list[np.ndarray], seeds: int) -> list[dict]:
-    """Share of 95 % intervals that contain the truth, for the index and for the gap."""
+def coverage(kind: str, games: list[Table], seeds: int) -> list[dict]:
+    """Share of 95 % intervals that contain the truth: of the index, and of two kinds of gap."""
     rows = []
+    truths = {gap: [exact_interactions(g, pairs=PAIRS, gap=gap, progress=False) for g in games] for gap in COVERED}
     for adaptive in (True, False):
         for budget in BUDGETS:
-            inside = {"sii": [], "gap": []}
-            for game, truth in zip(games, truths):
-                for seed in range(seeds):
-                    result = interactions(
-                        game, pairs=PAIRS, budget=budget, seed=1000 + seed, adaptive=adaptive, progress=False
-                    )
-                    for of, exact in (("sii", truth.sii), ("gap", truth.gap)):
-                        low, high = result.interval(of=of)
-                        inside[of].append(((low <= exact) & (exact <= high)).mean())
+            inside: dict[str, list[float]] = {"sii": [], **{gap: [] for gap in COVERED}}
+            for gap, exact in truths.items():
+                for game, truth in zip(games, exact):
+                    for seed in range(1000, 1000 + seeds):
+                        found = interactions(
+                            game, pairs=PAIRS, budget=budget, seed=seed, gap=gap, adaptive=adaptive, progress=False
+                        )
+                        inside[gap].append(covered(found, truth, "gap"))
+                        if gap == COVERED[0]:  # the index does not depend on the kind of gap
+                            inside["sii"].append(covered(found, truth, "sii"))
             row = {"value": kind, "coverage_budget": budget, "adaptive": adaptive, "games": len(games), "seeds": seeds}
             row |= {f"coverage_{of}": float(np.mean(shares)) for of, shares in inside.items()}
             rows.append(row)
-            shares = f"{row['coverage_sii']:.4f} (gap {row['coverage_gap']:.4f})"
+            shares = ", ".join(f"{of} {row[f'coverage_{of}']:.4f}" for of in inside)
             print(f"{kind:6} coverage at {budget}, adaptive {adaptive}: {shares}", flush=True)
     return rows
+
+
+def covered(found: InteractionResult, truth: InteractionResult, of: str) -> float:
+    """Share of the pairs whose interval contains the truth."""
+    low, high = found.interval(of=of)
+    exact = getattr(truth, of)
+    return float(((low <= exact) & (exact <= high)).mean())
 
 
 def main() -> None:
@@ -187,9 +198,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for kind, games in tables(load_checkpoint(options.model), options.games).items():
-        truths = [exact_interactions(game, pairs=PAIRS, progress=False) for game in games]
-        rows += accuracy(kind, games, [truth.sii for truth in truths], options.seeds)
-        rows += coverage(kind, games, truths, options.coverage_seeds)
+        truths = [exact_interactions(game, pairs=PAIRS, progress=False).sii for game in games]
+        rows += accuracy(kind, games, truths, options.seeds)
+        rows += coverage(kind, games, options.coverage_seeds)
     print("wrote", write("accuracy", rows))
 
 

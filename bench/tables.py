@@ -86,11 +86,12 @@ def coverage() -> str:
             "adaptive" if row["adaptive"] else "uniform",
             f"{row['coverage_budget']:,}",
             f"{100 * row['coverage_sii']:.1f} %",
-            f"{100 * row['coverage_gap']:.1f} %",
+            f"{100 * row['coverage_max']:.1f} %",
+            f"{100 * row['coverage_strict']:.1f} %",
         ]
         for row in rows
     ]
-    columns = ["value", "allocation", "evaluations", "SII", "redundancy gap (max)"]
+    columns = ["value", "allocation", "evaluations", "SII", "gap (max)", "gap (strict)"]
     note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
     return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
