@@ -1,6 +1,6 @@
 """Checks of the C++ and CUDA sources that need no GPU.
 
-``python csrc/check.py host`` builds host_test under sanitizers with CMake and runs it.
+``python csrc/check.py host`` builds host_test and cpu_test under sanitizers with CMake and runs them.
 ``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning and each
 register spill as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
 and succeeds.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
+HOST_TESTS = ("host_test", "cpu_test")
 ARCHS = ("sm_80", "sm_90a")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
 NVCC_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
@@ -40,16 +41,17 @@ def tool(module: str, directory: str) -> str | None:
 
 
 def host() -> int:
-    """Build host_test in build/host and run it. Returns an exit status."""
+    """Build host_test and cpu_test in build/host and run them. Returns an exit status."""
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if not (cmake and ninja and compiler):
-        print("host_test: skipped, it needs cmake, ninja and a C++ compiler")
+        print("host tests: skipped, it needs cmake, ninja and a C++ compiler")
         return 0
     tree = ROOT / "build" / "host"
     configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += ["-DFLMOE_MODULE=OFF", "-DFLMOE_CUDA=off", "--log-level=WARNING"]
-    for command in (configure, [cmake, "--build", str(tree), "--target", "host_test"], [str(tree / "host_test")]):
+    build = [cmake, "--build", str(tree), "--parallel", os.environ.get("MAX_JOBS") or "2", "--target", *HOST_TESTS]
+    for command in (configure, build, *([str(tree / test)] for test in HOST_TESTS)):
         status = subprocess.run(command, check=False).returncode
         if status:
             return status

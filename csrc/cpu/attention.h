@@ -10,31 +10,26 @@ constexpr int kKeys = 128;  // keys per block: scores and weights of a block sta
 // Memory of one call; all of it is overwritten.
 struct AttentionScratch {
   float* query;    // left operand (kRows, head width)
-  float* scores;   // (kRows, kKeys)
+  float* scores;   // 2 x (kRows, kKeys)
   float* weights;  // left operand (kRows, kKeys)
   float* out;      // (kRows, head width)
 };
 
-// Floats that AttentionScratch's arrays take together.
-inline std::size_t attention_floats(int width) {
-  constexpr int rows = (kRows + 15) / 16 * 16;
-  return static_cast<std::size_t>(rows) * (2 * width + 2 * kKeys);
-}
 
-// Turns a block's scores (of base 2) into weights; the maximum and sum of every row move on, and what was summed before
-// is rescaled where the maximum rose.
-inline void weigh(const AttentionScratch& scratch, int rows, int keys, int width, float* top, float* total) {
+// Turns scores (of base 2) of rows first..stop-1 into weights; the maximum and sum of every row move on, and what was
+// summed before is rescaled where the maximum rose.
+FLMOE_INLINE void weigh(const AttentionScratch& scratch, float* block, int first, int stop, int keys, int width, float* top,
+                        float* total) {
   const int whole = padded(keys);
-  for (int r = 0; r < rows; ++r) {
-    float* scores = scratch.scores + r * kKeys;
+  for (int r = first; r < stop; ++r) {
+    float* scores = block + r * kKeys;
     for (int i = keys; i < whole; ++i) scores[i] = -1e30f;  // padding of the last block: weight 2^-125 of a zero value
-    Vec most[kParts];
-    for (int p = 0; p < kParts; ++p) most[p] = load(scores + p * kLanes);
+    Row most = load_row(scores);
     for (int j = kCell; j < whole; j += kCell) {
-      for (int p = 0; p < kParts; ++p) most[p] = maximum(most[p], load(scores + j + p * kLanes));
+      for (int p = 0; p < kParts; ++p) most.part[p] = maximum(most.part[p], load(scores + j + p * kLanes));
     }
-    for (int p = 1; p < kParts; ++p) most[0] = maximum(most[0], most[p]);
-    const float here = largest(most[0]);
+    for (int p = 1; p < kParts; ++p) most.part[0] = maximum(most.part[0], most.part[p]);
+    const float here = largest(most.part[0]);
     if (here > top[r]) {
       const Vec shrink = exp2(splat(top[r] - here));
       total[r] *= shrink[0];
@@ -59,6 +54,8 @@ inline void weigh(const AttentionScratch& scratch, int rows, int keys, int width
 
 // Attends `rows` <= kRows queries, given by row(i) (one head, scores of base 2), to `length` keys and values packed by
 // pack_columns and pack_rows. The result goes to columns column.. of the left operand `attended`.
+//
+// A block's weights are computed in between the products of the next block's scores.
 template <class RowAt>
 inline void attend(RowAt row, int rows, const float* keys, const float* values, int length, int width,
                    const AttentionScratch& scratch, float* attended, int attended_width, int at, int column) {
@@ -73,16 +70,32 @@ inline void attend(RowAt row, int rows, const float* keys, const float* values, 
   }
   std::memset(scratch.out, 0, sizeof(float) * rows * width);
   const int height = padded(length);
+  float *scores = scratch.scores, *coming = scratch.scores + kRows * kKeys;
+  const auto count_at = [&](int key) { return length - key < kKeys ? length - key : kKeys; };
+  for (int j = 0; j < count_at(0); j += kCell) {
+    multiply<Flow::right>(scratch.query, width, 0, rows, keys + j * width, width / kCell, scores + j, kKeys, false,
+                          [](int, int) {});
+  }
   for (int key = 0; key < length; key += kKeys) {
-    const int count = length - key < kKeys ? length - key : kKeys;
-    for (int j = 0; j < count; j += kCell) {
-      multiply(scratch.query, width, 0, rows, keys + (key + j) * width, width / kCell, scratch.scores + j, kKeys, false);
+    const int count = count_at(key), next = key + kKeys, products = next < length ? cells(count_at(next)) : 0;
+    int done = 0;
+    for (int j = 0; j < products; ++j) {
+      const auto between = [&](int step, int steps) __attribute__((always_inline)) {
+        const int until = rows * (j * steps + step + 1) / (products * steps);
+        if (until > done) weigh(scratch, scores, done, until, count, width, top, total);
+        done = until;
+      };
+      multiply<Flow::right>(scratch.query, width, 0, rows, keys + (next + j * kCell) * width, width / kCell,
+                            coming + j * kCell, kKeys, false, between);
     }
-    weigh(scratch, rows, count, width, top, total);
+    weigh(scratch, scores, done, rows, count, width, top, total);
     for (int j = 0; j < width; j += kCell) {
-      multiply(scratch.weights, kKeys, 0, rows, values + j * height + key * kCell, cells(count), scratch.out + j, width,
-               true);
+      multiply<Flow::right>(scratch.weights, kKeys, 0, rows, values + j * height + key * kCell, cells(count),
+                            scratch.out + j, width, true, [](int, int) {});
     }
+    float* const other = scores;
+    scores = coming;
+    coming = other;
   }
   for (int r = 0; r < rows; ++r) {
     const Vec scale = splat(1.0f / total[r]);

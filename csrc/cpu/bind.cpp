@@ -118,11 +118,11 @@ void matmul(const std::string& name, uintptr_t a, uintptr_t b, uintptr_t c, int 
     throw std::runtime_error("cpu_matmul: k and n must be multiples of 32");
   }
   std::vector<char> workspace(sizeof(float) * (static_cast<std::size_t>(m + 16) * k + static_cast<std::size_t>(k) * n +
-                                               64 * kCell) + 64);
+                                               128 * kCell) + 64);
   const Level& chosen = level(name);
-  chosen.begin();
+  const unsigned state = chosen.begin();
   chosen.matmul(at<float>(a), at<float>(b), reinterpret_cast<float*>(c), m, k, n, workspace.data());
-  chosen.end();
+  chosen.end(state);
 }
 
 void elementwise(const std::string& name, const std::string& function, uintptr_t x, uintptr_t y, int64_t count) {

@@ -121,13 +121,13 @@ void run(const Level& level, const Model& model, const Call& call, int threads, 
   std::atomic<std::int64_t> next{0};
   // Expert by expert, so that threads at work at the same time read the same weights.
   const auto work = [&](int thread) {
-    level.begin();
+    const unsigned state = level.begin();
     for (std::int64_t unit = next++; unit < units; unit = next++) {
       const std::int64_t first = unit % stacks * stack;
       level.unit(model, call, static_cast<int>(unit / stacks), first,
                  static_cast<int>(std::min(stack, call.coalitions - first)), workspace + thread * stride);
     }
-    level.end();
+    level.end(state);
   };
   std::vector<std::thread> others;
   const int count = static_cast<int>(std::min<std::int64_t>(threads, units));

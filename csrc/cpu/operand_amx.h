@@ -46,15 +46,36 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline void begin_thread() {
+inline unsigned begin_thread() {
   // Constant memory: the intrinsic tells the compiler of the first bytes only, which could drop stores to the others.
   static constexpr TileConfig config;
   _tile_loadconfig(&config);
+  return flush_denormals();
 }
-inline void end_thread() { _tile_release(); }
+inline void end_thread(unsigned former) {
+  _tile_release();
+  restore_denormals(former);
+}
 
-inline void multiply(const float* left, int width, int row, int rows, const float* panel, int depth, float* c, int stride,
-                     bool add) {
+// Share `part` of `parts` of some floats, whole cells, to the L2 cache.
+FLMOE_INLINE void prefetch(const float* from, int count, int part, int parts) {
+  const int lines = count / 16;
+  for (int line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
+    _mm_prefetch(from + 16 * line, _MM_HINT_T1);
+  }
+}
+
+// The register's number is part of the instruction, so these cannot be functions.
+#define FLMOE_LOAD_LEFT(tile, from) \
+  if constexpr (flow == Flow::left) _tile_stream_loadd(tile, from, 64); else _tile_loadd(tile, from, 64)
+#define FLMOE_LOAD_RIGHT(tile, from) \
+  if constexpr (flow == Flow::right) _tile_stream_loadd(tile, from, 64); else _tile_loadd(tile, from, 64)
+
+// c (rows, 32) = or += left[row.., : 32 * depth] @ panel, for row a multiple of kRows and rows <= kRows. `between` is
+// called with (step, steps) after every few tile products.
+template <Flow flow, class Between>
+FLMOE_INLINE void multiply(const float* left, int width, int row, int rows, const float* panel, int depth, float* c,
+                           int stride, bool add, Between between) {
   const std::ptrdiff_t next = static_cast<std::ptrdiff_t>(width / kCell) * (2 * kTile);
   const float* a = left + row / 16 * next;
   const int bytes = stride * 4;
@@ -76,41 +97,45 @@ inline void multiply(const float* left, int width, int row, int rows, const floa
   }
   if (both) {
     for (int i = 0; i < depth; ++i, a += 2 * kTile, panel += 4 * kTile) {
-      _tile_loadd(4, a + kTile, 64);
-      _tile_loadd(6, panel, 64);
+      FLMOE_LOAD_LEFT(4, a + kTile);
+      FLMOE_LOAD_RIGHT(6, panel);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + kTile, 64);
+      FLMOE_LOAD_RIGHT(7, panel + kTile);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + next + kTile, 64);
+      FLMOE_LOAD_LEFT(5, a + next + kTile);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      _tile_loadd(4, a, 64);
+      between(3 * i, 3 * depth);
+      FLMOE_LOAD_LEFT(4, a);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + next, 64);
+      FLMOE_LOAD_LEFT(5, a + next);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      _tile_loadd(6, panel + 2 * kTile, 64);
+      between(3 * i + 1, 3 * depth);
+      FLMOE_LOAD_RIGHT(6, panel + 2 * kTile);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + 3 * kTile, 64);
+      FLMOE_LOAD_RIGHT(7, panel + 3 * kTile);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      between(3 * i + 2, 3 * depth);
     }
   } else {
     for (int i = 0; i < depth; ++i, a += 2 * kTile, panel += 4 * kTile) {
-      _tile_loadd(4, a + kTile, 64);
-      _tile_loadd(6, panel, 64);
+      FLMOE_LOAD_LEFT(4, a + kTile);
+      FLMOE_LOAD_RIGHT(6, panel);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + kTile, 64);
+      FLMOE_LOAD_RIGHT(7, panel + kTile);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(4, a, 64);
+      FLMOE_LOAD_LEFT(4, a);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(6, panel + 2 * kTile, 64);
+      FLMOE_LOAD_RIGHT(6, panel + 2 * kTile);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + 3 * kTile, 64);
+      FLMOE_LOAD_RIGHT(7, panel + 3 * kTile);
       _tile_dpbf16ps(1, 4, 7);
+      between(i, depth);
     }
   }
   _tile_stored(0, c, bytes);
@@ -120,6 +145,9 @@ inline void multiply(const float* left, int width, int row, int rows, const floa
     _tile_stored(3, c + 16 * stride + 16, bytes);
   }
 }
+
+#undef FLMOE_LOAD_LEFT
+#undef FLMOE_LOAD_RIGHT
 
 // Two rows of 32 bfloat16 to their 32 interleaved pairs: columns 0-15 and 16-31.
 FLMOE_INLINE void interleave(__m512i even, __m512i odd, float* first, float* second) {

@@ -49,9 +49,12 @@ inline void tile_of(int count, const float* a, int width, const float* panel, in
   tile<rows>(a, width, panel, k, c, stride, add);
 }
 
-// c (rows, 32) = or += left[row.., : 32 * depth] @ panel, for row a multiple of kRows and rows <= kRows.
-inline void multiply(const float* left, int width, int row, int rows, const float* panel, int depth, float* c, int stride,
-                     bool add) {
+// c (rows, 32) = or += left[row.., : 32 * depth] @ panel, for row a multiple of kRows and rows <= kRows. `between` is
+// called with (step, steps) while the product is computed; here products and the rest share the vector units, so once.
+template <Flow, class Between>
+FLMOE_INLINE void multiply(const float* left, int width, int row, int rows, const float* panel, int depth, float* c,
+                           int stride, bool add, Between between) {
+  between(0, 1);
   const float* a = left + static_cast<std::ptrdiff_t>(row) * width;
   for (int r = 0; r < rows; r += kTileRows) {
     for (int part = 0; part < kParts; part += kTileParts) {
@@ -82,7 +85,10 @@ inline void pack_columns(RowAt row, int count, int columns, float* to) {
   }
 }
 
-inline void begin_thread() {}
-inline void end_thread() {}
+// Weights are read in order, which the processor's own prefetching sees; float32 products leave it the time.
+FLMOE_INLINE void prefetch(const float*, int, int, int) {}
+
+inline unsigned begin_thread() { return flush_denormals(); }
+inline void end_thread(unsigned former) { restore_denormals(former); }
 
 }  // namespace flmoe::cpu::FLMOE_LEVEL

@@ -75,8 +75,8 @@ struct Level {
   std::size_t (*workspace)(const Shape&);  // bytes one thread needs
   // Evaluates coalitions [first, first + count) of one expert; count <= shape.stack().
   void (*unit)(const Model&, const Call&, int expert, std::int64_t first, int count, char* workspace);
-  void (*begin)();  // once per thread before its first unit, and after its last
-  void (*end)();
+  unsigned (*begin)();  // once per thread before its first unit; what it returns goes to end() after the last
+  void (*end)(unsigned);
   // For tests: elementwise functions, and c (m, n) = a (m, k) @ b (k, n) with all widths multiples of a cell.
   void (*exp2)(const float* x, float* y, std::int64_t count);
   void (*gelu)(const float* x, float* y, std::int64_t count);

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -104,6 +104,27 @@ FLMOE_INLINE Vec gelu(Vec x) {
   const Vec tail = exp2(a * a * -0.721347520f) * (m * u) * a;
   return maximum(x, Vec{}) - tail;
 }
+
+// Denormals become zero: they are far below any rounding here, and a product of one costs hundreds of cycles. Returns the
+// calling thread's former state, which must be restored.
+inline unsigned flush_denormals() {
+#if defined(__x86_64__)
+  const unsigned former = _mm_getcsr();
+  _mm_setcsr(former | 0x8040);
+  return former;
+#else
+  return 0;
+#endif
+}
+
+inline void restore_denormals([[maybe_unused]] unsigned former) {
+#if defined(__x86_64__)
+  _mm_setcsr(former);
+#endif
+}
+
+// Which operand of a product passes through the first-level cache once, so that it need not push the other one out.
+enum class Flow { left, right };
 
 // One row of one cell.
 struct Row {

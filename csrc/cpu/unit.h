@@ -66,11 +66,11 @@ class Unit {
     memory_ = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
     const std::size_t rows = static_cast<std::size_t>(shape_.stack()) * shape_.length;
     const std::size_t packed = static_cast<std::size_t>(shape_.stack()) * shape_.attended() * padded(shape_.length);
-    take(product_, kRows * kCell);
-    take(scratch_.query, kMostRows * shape_.head_width());
-    take(scratch_.scores, kMostRows * kKeys);
-    take(scratch_.weights, kMostRows * kKeys);
-    take(scratch_.out, kMostRows * shape_.head_width());
+    take(product_, 2 * kRows * kCell);
+    take(scratch_.query, (kRows + 15) / 16 * 16 * shape_.head_width());
+    take(scratch_.scores, 2 * kRows * kKeys);
+    take(scratch_.weights, (kRows + 15) / 16 * 16 * kKeys);
+    take(scratch_.out, kRows * shape_.head_width());
     take(attended_, kMostRows * shape_.attended());
     take(norm_, kMostRows * shape_.stream());
     take(wide_, kMostRows * shape_.expanded());
@@ -218,7 +218,7 @@ class Unit {
   int count_ = 0;
   char* memory_ = nullptr;
   std::size_t used_ = 0;
-  float* product_;   // (kRows, 32) one product
+  float* product_;   // 2 x (kRows, 32): two products
   AttentionScratch scratch_;
   float* attended_;  // left operand (block, attended)
   float* norm_;      // left operand (block, stream)

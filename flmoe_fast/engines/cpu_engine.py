@@ -1,10 +1,10 @@
 """The native CPU engine: what differs per coalition runs in C++, cache-blocked and fused, in one call per chunk.
 
-Everything that is computed once per sample or per context is the torch engine's: the two states of every token, the
-routing, and the layer-1 attention terms with one fixed maximum per query. Those terms are summed here by *pattern*: the
-varying tokens are cut into groups, and every pattern of presence that a group shows among the coalitions gets its sum of
-numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up: only positive terms
-in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
+What is computed once per sample or per context is the torch engine's: the two states of every token, the routing, and
+the layer-1 attention terms with one fixed maximum per query. Those terms are summed here by *pattern*: the varying
+tokens are cut into groups, and every pattern of presence that a group shows among the coalitions gets its sum of
+numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up: only positive
+terms in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
 
 The matrix products are microkernels of our own rather than a library's: an operand is split, normalised or packed as it
 is produced and an activation function is applied before a product leaves the first-level cache, which no library's GEMM
@@ -187,7 +187,8 @@ class CpuEngine(TorchEngine):
             picks.append(pick + count)
             count += len(codes)
         if not groups:  # all coalitions are the same: one pattern of nobody
-            groups, picks = [(varying, torch.ones(1, 0, dtype=torch.bool))], [torch.zeros(len(coalitions), dtype=torch.long)]
+            groups = [(varying, torch.ones(1, 0, dtype=torch.bool))]
+            picks = [torch.zeros(len(coalitions), dtype=torch.long)]
         return varying, Patterns(tuple(groups), torch.stack(picks, 1).int().contiguous())
 
     def _worth_sharing(self, varying: torch.Tensor, patterns: Patterns) -> bool:
@@ -207,7 +208,9 @@ class CpuEngine(TorchEngine):
         rest = rest.nonzero()[:, 0]
         state = base.long()
         state[varying] = 1
-        queries = torch.cat([states.q[:, :, state, torch.arange(length)], states.q[:, :, 0, varying]], dim=2)  # (E, h, Q, d)
+        queries = torch.cat(  # (E, h, Q, d)
+            [states.q[:, :, state, torch.arange(length)], states.q[:, :, 0, varying]], dim=2
+        )
         values = F.pad(states.v, (0, 1), value=1.0)  # the denominator is one more column
         key_vary = torch.cat([states.k[:, :, 0, varying], states.k[:, :, 1, varying]], dim=2)  # (E, h, 2J, d)
         value_vary = torch.cat([values[:, :, 0, varying], values[:, :, 1, varying]], dim=2)

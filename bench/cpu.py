@@ -1,0 +1,225 @@
+"""The native CPU engine, level by level, against PyTorch: time, thread scaling, share of the GEMM rate, rounding noise.
+
+    python -m bench.cpu [--shapes mmimdb enrico mimic] [--threads 1 2] [--rounds 5] [--compile] [--no-noise]
+
+Every candidate of a shape, at every number of threads, takes turns in one run; ratios are medians of the rounds'
+ratios. Engines evaluate a 10 x 10 corner grid of one context, the others a batch. Noise is measured on a model trained
+on handwritten digits, two pixels a token: the variance of the second differences' error against float64, over their
+variance across contexts and pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from bench.baselines import BatchedSDPA
+from bench.engine import grid
+from bench.shapes import SHAPES, Shape
+from bench.timing import interleave, spread, write
+from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
+from flmoe_fast.data.digits import two_view_digits
+from flmoe_fast.engines.cpu_engine import CpuEngine, levels
+from flmoe_fast.engines.problem import Logits
+from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.model.encoders import ProjectionEncoder
+from flmoe_fast.model.training import fit
+from flmoe_fast.probes.grid import CornerGrid
+
+SIDE = 10
+GEMM = 1536
+
+
+def counted_flops(shape: Shape) -> float:
+    """What one coalition needs that differs from every other coalition's, all experts: 22 L H^2 + 4 L^2 H each."""
+    length, hidden = sum(shape.tokens), shape.hidden
+    return (len(shape.tokens) + 2) * (22.0 * length * hidden**2 + 4.0 * length**2 * hidden)
+
+
+def gemm(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """A large product, for the machine's rate."""
+    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def autocast(model: BatchedSDPA) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The same batched forward under bfloat16 autocast."""
+
+    def run(coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(coalitions)
+
+    return run
+
+
+def usable_levels() -> list[str]:
+    """Native levels of this machine, best first."""
+    return [name for name, (_, missing) in levels().items() if not missing]
+
+
+def candidates(shape: Shape, compiled: bool) -> dict[str, tuple[int, float, Callable[[], object]]]:
+    """Name to (coalitions a call evaluates, evaluations per pair-sample, call)."""
+    game = shape.game(heads=("mixture",), backend="torch")
+    reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    few = torch.rand(2, game.n, generator=generator) < 0.5
+    many = torch.rand(16, game.n, generator=generator) < 0.5
+    context = torch.rand(1, game.n, generator=generator) < 0.5
+    batched = BatchedSDPA(game)
+    corners = grid(shape, SIDE, SIDE)
+    share = corners.evaluations / len(corners.pairs)
+    half = autocast(batched)
+    runs = {
+        "naive loop": (len(few), 4.0, lambda: reference(few)),
+        "batched SDPA fp32": (len(many), 4.0, lambda: batched(many)),
+        "batched SDPA bf16 autocast": (len(many), 4.0, lambda: half(many)),
+    }
+    if compiled:
+        program = torch.compile(batched, mode="max-autotune-no-cudagraphs", dynamic=False)
+        runs["batched SDPA fp32, torch.compile"] = (len(many), 4.0, lambda: program(many))
+    engines = {"torch engine fp32": TorchEngine(game.problem)}
+    for level in usable_levels():
+        engines[f"native {level} {levels()[level][0]}"] = CpuEngine(game.problem, level=level)
+    for name, engine in engines.items():
+        runs[name] = (corners.evaluations, share, lambda e=engine: e.evaluate_toggles(context, corners.toggled))
+    return runs
+
+
+def timings(shape: Shape, threads: list[int], rounds: int, compiled: bool) -> list[dict]:
+    """Rows of one shape."""
+    runs = candidates(shape, compiled)
+    gemms = {f"gemm {name}": gemm(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+
+    def at(count: int, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            torch.set_num_threads(count)
+            return call()
+
+        return run
+
+    everything = {(name, t): at(t, call) for t in threads for name, (_, _, call) in runs.items()}
+    everything |= {(name, t): at(t, call) for t in threads for name, call in gemms.items()}
+    with torch.no_grad():
+        seconds = interleave(everything, rounds)
+    rows = []
+    for (name, t), times in seconds.items():
+        row = {"shape": shape.name, "candidate": name, "threads": t}
+        if name in gemms:
+            rows.append(row | {"gflops": spread([2e-9 * GEMM**3 / s for s in times])})
+            continue
+        count, share, _ = runs[name]
+
+        def ratio(other: str, other_threads: int = t, ours=times, count=count) -> dict[str, float]:
+            theirs, each = seconds[other, other_threads], runs[other][0]
+            return spread([(a / each) / (b / count) for a, b in zip(theirs, ours)])
+
+        row |= {
+            "tokens": list(shape.tokens),
+            "hidden": shape.hidden,
+            "experts": len(shape.tokens) + 2,
+            "ms_per_coalition": spread([1e3 * s / count for s in times]),
+            "ms_per_pair_sample": spread([1e3 * share * s / count for s in times]),
+            "times_naive": ratio("naive loop"),
+            "times_batched_fp32": ratio("batched SDPA fp32"),
+            "times_torch_engine": ratio("torch engine fp32"),
+            "scaling_from_one_thread": ratio(name, 1) if 1 in threads else None,
+        }
+        if name.startswith("native"):
+            # Products that the level's arithmetic needs for one counted product, at the rate of PyTorch's own GEMM.
+            kind, products = ("bf16", 3) if "bf16x3" in name else ("fp32", 1)
+            rate = [2.0 * GEMM**3 / s for s in seconds[f"gemm {kind}", t]]
+            work = products * counted_flops(shape) * count
+            row["share_of_gemm_rate"] = spread([work / s / r for s, r in zip(times, rate)])
+        rows.append(row)
+    return rows
+
+
+def trained_model(epochs: int) -> tuple[FLI2MoE, list[torch.Tensor], float]:
+    """A model of digits whose 32 tokens are two pixels each, held-out features (N, 16, 64), and held-out accuracy."""
+    training, held_out = two_view_digits()
+
+    def pixels(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [half.flatten(1).unflatten(1, (-1, 2)) for half in inputs]
+
+    torch.manual_seed(0)
+    config = FLI2MoEConfig(("left", "right"), 64, 4, 2, 10, reweight_hidden=64, dropout=0.0, interaction_weight=0.1)
+    model = FLI2MoE(config, {name: ProjectionEncoder(2, 64) for name in ("left", "right")})
+    inputs = pixels(training.inputs)
+    masks = [torch.ones(x.shape[:2]) for x in inputs]
+    torch.set_num_threads(1)
+    fit(model, inputs, masks, training.labels, epochs=epochs, batch_size=64, lr=1e-3, progress=False)
+    with torch.no_grad():
+        model.set_feature_means(model.encode(inputs), masks)
+        features = model.encode(pixels(held_out.inputs))
+        output = model(features, [torch.ones(x.shape[:2]) for x in features])
+    return model, features, float((output.logits.argmax(1) == held_out.labels).float().mean())
+
+
+def noise(epochs: int, samples: int, contexts: int) -> list[dict]:
+    """Rows with the noise share of every arithmetic."""
+    model, features, accuracy = trained_model(epochs)
+    generator = torch.Generator().manual_seed(0)
+    errors: dict[str, float] = {}
+    total = 0.0
+    for index in range(samples):
+        game = TokenGame(model, [f[index] for f in features], masks=[torch.ones(16)] * 2, heads=("mixture",))
+        exact = game.precise()
+        corners = CornerGrid.of(torch.cartesian_prod(torch.arange(4, 12), 16 + torch.arange(4, 12)), game.n)
+        drawn = torch.rand(contexts, game.n, generator=generator) < torch.rand(contexts, 1, generator=generator)
+        every = (drawn[:, None] ^ corners.toggled).flatten(0, 1)
+
+        def second(values: torch.Tensor, c: CornerGrid = corners, t: torch.Tensor = drawn) -> torch.Tensor:
+            v11, v10, v01, v00 = c.corners(t, values.unflatten(0, (len(t), -1)))
+            return v11 - v10 - v01 + v00
+
+        truth = second(exact(every))
+        total += float(truth.var(correction=0))
+        batched = BatchedSDPA(game)
+        half = autocast(batched)
+        ways = {"batched SDPA fp32": batched, "batched SDPA bf16 autocast": half}
+        ways |= {"torch engine fp32": TorchEngine(game.problem).evaluate}
+        ways |= {f"native {x} {levels()[x][0]}": CpuEngine(game.problem, level=x).evaluate for x in usable_levels()}
+        for name, way in ways.items():
+            with torch.no_grad():
+                found = way(every)
+            found = found if isinstance(found, Logits) else Logits(found[0].double(), found[1].double())
+            error = float((second(game._heads.values(found)) - truth).square().mean())
+            errors[name] = errors.get(name, 0.0) + error
+    model_facts = {"model": "digits, 32 tokens of two pixels", "accuracy": accuracy, "samples": samples, "contexts": contexts}
+    return [{"candidate": name, "noise_share": error / total, **model_facts} for name, error in errors.items()]
+
+
+def main() -> None:
+    """Measure, print, and write bench/results/cpu-engine.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mmimdb", "enrico", "mimic"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of the batched baseline as well")
+    parser.add_argument("--no-noise", action="store_true", help="leave out training a model and measuring noise on it")
+    parser.add_argument("--epochs", type=int, default=15, help="training epochs of the noise model")
+    options = parser.parse_args()
+    rows = [] if options.no_noise else noise(options.epochs, samples=4, contexts=16)
+    for row in rows:
+        share = row["noise_share"]
+        print(f"{row['candidate']:34} noise share {share:.1e}  (accuracy {row['accuracy']:.3f})", flush=True)
+    for name in options.shapes:
+        found = timings(SHAPES[name], options.threads, options.rounds, options.compile)
+        rows += found
+        for row in found:
+            label = f"{name:8} {row['candidate']:34} {row['threads']} threads"
+            if "gflops" in row:
+                print(f"{label} {row['gflops']['median']:9.0f} GFLOP/s", flush=True)
+                continue
+            per, share = row["ms_per_coalition"], row.get("share_of_gemm_rate")
+            others = {"naive": "times_naive", "SDPA": "times_batched_fp32", "torch engine": "times_torch_engine"}
+            ratios = "".join(f"  x{row[key]['median']:.1f} {other}" for other, key in others.items())
+            rate = f"  {share['median']:.0%} of GEMM" if share else ""
+            print(f"{label} {per['median']:9.3f} ms [{per['q1']:.3f}, {per['q3']:.3f}]{ratios}{rate}", flush=True)
+    print("wrote", write("cpu-engine", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+// The CPU engine's levels against plain double arithmetic, under AddressSanitizer and UBSan: every array is an exact-size
+// heap block, so a vector that reads past its matrix is an error and not luck.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace {
+
+using namespace flmoe::cpu;
+
+long checks = 0;
+
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    ++checks;                                                              \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (false)
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Aligned memory of exactly that many elements.
+template <class T>
+struct Block {
+  explicit Block(std::size_t count) : size(count) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, std::max<std::size_t>(1, count * sizeof(T))) != 0) throw std::bad_alloc();
+    owned.reset(static_cast<T*>(p));
+  }
+  T* data() { return owned.get(); }
+  T& operator[](std::size_t i) { return owned.get()[i]; }
+  std::size_t size;
+  std::unique_ptr<T, Free> owned;
+};
+
+std::uint64_t state = 1;
+
+// Uniform in (-1, 1).
+double random_number() {
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<double>(state >> 11) * 0x1p-52 - 1.0;
+}
+
+double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
+
+void test_functions(const Level& level) {
+  for (const std::int64_t count : {1, 3, 16, 1001}) {
+    Block<float> x(count), y(count);
+    for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(60 * random_number());
+    level.exp2(x.data(), y.data(), count);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double exact = std::exp2(static_cast<double>(x[i]));
+      CHECK(std::abs(y[i] - exact) <= 2.5e-7 * exact, "%s: 2^%g is %g", level.name, x[i], y[i]);
+    }
+    level.gelu(x.data(), y.data(), count);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double allowed = 1.2e-7 * std::max(1.0f, std::abs(x[i]));
+      CHECK(std::abs(y[i] - gelu(x[i])) <= allowed, "%s: gelu(%g) is %g", level.name, x[i], y[i]);
+    }
+  }
+}
+
+bool is_split(const Level& level) { return level.arithmetic[0] == 'b'; }
+
+void test_products(const Level& level) {
+  for (const int m : {1, 5, 14, 16, 17, 28, 33, 61}) {
+    for (const int k : {32, 96}) {
+      for (const int n : {32, 64}) {
+        Block<float> a(m * k), b(k * n), c(m * n);
+        for (int i = 0; i < m * k; ++i) a[i] = static_cast<float>(random_number());
+        for (int i = 0; i < k * n; ++i) b[i] = static_cast<float>(random_number());
+        Block<char> workspace(sizeof(float) * ((m + 15) / 16 * 16 * k + k * n + 2 * 64 * kCell) + 64);
+        const unsigned before = level.begin();
+        level.matmul(a.data(), b.data(), c.data(), m, k, n, workspace.data());
+        level.end(before);
+        for (int i = 0; i < m * n; ++i) {
+          double exact = 0;
+          for (int j = 0; j < k; ++j) exact += static_cast<double>(a[i / n * k + j]) * b[j * n + i % n];
+          CHECK(std::abs(c[i] - exact) <= k * (is_split(level) ? 0x1p-16 : 0x1p-23), "%s: product %d x %d x %d, element %d",
+                level.name, m, k, n, i);
+        }
+      }
+    }
+  }
+}
+
+// A whole random problem, its layers as padded matrices for the engine and for the double loop below.
+struct Problem {
+  explicit Problem(const Shape& s, std::int64_t count)
+      : shape(s), coalitions(count), states(2ul * s.experts * s.length * 3 * s.attended()),
+        base(2ul * s.experts * s.length * s.stream()), head(1ul * s.experts * s.classes * s.pooled()),
+        head_bias(1ul * s.experts * s.classes), present(count * s.length), modality(s.length) {
+    for (int e = 0; e < s.experts; ++e) {
+      for (int l = 0; l < s.layers; ++l) {
+        add(s.hidden, s.stream(), 3 * s.attended(), true);
+        add(1, 1, 3 * s.attended(), true);
+        add(s.attended(), s.attended(), s.stream(), false, true);
+        add(1, 1, s.stream(), false);
+        add(s.hidden, s.stream(), s.expanded(), false);
+        add(1, 1, s.expanded(), false);
+        add(s.wide, s.expanded(), s.stream(), false);
+        add(1, 1, s.stream(), false);
+      }
+    }
+    for (std::size_t i = 0; i < states.size; ++i) states[i] = by_head(static_cast<int>(i % s.attended()));
+    for (std::size_t i = 0; i < base.size; ++i) base[i] = small(static_cast<int>(i % s.stream()) < s.hidden);
+    for (std::size_t i = 0; i < head.size; ++i) head[i] = random_number() / s.length;
+    for (std::size_t i = 0; i < head_bias.size; ++i) head_bias[i] = random_number();
+    for (std::size_t i = 0; i < present.size; ++i) present[i] = random_number() > 0;
+    for (int t = 0; t < s.length; ++t) modality[t] = t * s.modalities / s.length;
+  }
+
+  static float small(bool real) { return real ? static_cast<float>(random_number()) : 0.0f; }
+  float by_head(int column) { return small(column % shape.head_width() < shape.depth()); }
+
+  // One matrix of `rows` real rows; padding is zero, by head in the columns or in the rows where asked.
+  void add(int rows, int padded_rows, int columns, bool head_columns, bool head_rows = false) {
+    matrices.emplace_back(1ul * padded_rows * columns);
+    Block<float>& m = matrices.back();
+    const float scale = rows > 1 ? 1.0f / std::sqrt(static_cast<float>(rows)) : 0.3f;
+    const int real_columns = columns == shape.stream() ? shape.hidden : columns == shape.expanded() ? shape.wide : columns;
+    for (int i = 0; i < padded_rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        const bool row = head_rows ? i % shape.head_width() < shape.depth() : i < rows;
+        const bool column = head_columns ? j % shape.head_width() < shape.depth() : j < real_columns;
+        m[1ul * i * columns + j] = scale * small(row && column);
+      }
+    }
+  }
+
+  float* matrix(int expert, int layer, int which) { return matrices[(expert * shape.layers + layer) * 8 + which].data(); }
+
+  Shape shape;
+  std::int64_t coalitions;
+  std::vector<Block<float>> matrices;
+  Block<float> states, base;
+  Block<double> head, head_bias;
+  Block<std::uint8_t> present;
+  Block<std::int32_t> modality;
+};
+
+using Rows = std::vector<std::vector<double>>;
+
+Rows times(const Rows& x, const float* w, const float* bias, int columns) {
+  Rows y(x.size(), std::vector<double>(columns));
+  for (std::size_t r = 0; r < x.size(); ++r) {
+    for (int j = 0; j < columns; ++j) y[r][j] = bias != nullptr ? bias[j] : 0.0f;
+    for (std::size_t i = 0; i < x[r].size(); ++i) {
+      for (int j = 0; j < columns; ++j) y[r][j] += x[r][i] * w[i * columns + j];
+    }
+  }
+  return y;
+}
+
+Rows normalised(const Rows& x, int hidden) {
+  Rows y = x;
+  for (auto& row : y) {
+    double mean = 0, square = 0;
+    for (int j = 0; j < hidden; ++j) mean += row[j] / hidden;
+    for (int j = 0; j < hidden; ++j) square += (row[j] - mean) * (row[j] - mean) / hidden;
+    for (int j = 0; j < hidden; ++j) row[j] = (row[j] - mean) / std::sqrt(square + 1e-5);
+  }
+  return y;
+}
+
+Rows attended(const Rows& qkv, const Shape& shape) {
+  const int width = shape.head_width(), all = shape.attended();
+  Rows out(qkv.size(), std::vector<double>(all));
+  for (int h = 0; h < shape.heads; ++h) {
+    for (std::size_t r = 0; r < qkv.size(); ++r) {
+      double total = 0;
+      for (const auto& key : qkv) {
+        double score = 0;
+        for (int j = 0; j < width; ++j) score += qkv[r][h * width + j] * key[all + h * width + j];
+        const double weight = std::exp2(score);
+        total += weight;
+        for (int j = 0; j < width; ++j) out[r][h * width + j] += weight * key[2 * all + h * width + j];
+      }
+      for (int j = 0; j < width; ++j) out[r][h * width + j] /= total;
+    }
+  }
+  return out;
+}
+
+std::vector<double> logits_of(Problem& p, int expert, std::int64_t coalition) {
+  const Shape& s = p.shape;
+  Rows qkv(s.length), stream(s.length);
+  for (int t = 0; t < s.length; ++t) {
+    const std::size_t row = (2ul * expert + p.present[coalition * s.length + t]) * s.length + t;
+    qkv[t].assign(p.states.data() + row * 3 * s.attended(), p.states.data() + (row + 1) * 3 * s.attended());
+    stream[t].assign(p.base.data() + row * s.stream(), p.base.data() + (row + 1) * s.stream());
+  }
+  std::vector<double> pooled(s.pooled());
+  for (int l = 0; l < s.layers; ++l) {
+    const Rows branch = times(attended(qkv, s), p.matrix(expert, l, 2), l > 0 ? p.matrix(expert, l, 3) : nullptr, s.stream());
+    for (int t = 0; t < s.length; ++t) {
+      for (int j = 0; j < s.stream(); ++j) stream[t][j] = branch[t][j] + (l == 0 || s.residual ? stream[t][j] : 0.0);
+    }
+    Rows wide = times(normalised(stream, s.hidden), p.matrix(expert, l, 4), p.matrix(expert, l, 5), s.expanded());
+    for (auto& row : wide) std::transform(row.begin(), row.end(), row.begin(), gelu);
+    if (l + 1 == s.layers) {
+      for (int t = 0; t < s.length; ++t) {
+        double* to = pooled.data() + p.modality[t] * (s.expanded() + s.stream());
+        for (int j = 0; j < s.expanded(); ++j) to[j] += wide[t][j];
+        for (int j = 0; j < s.stream(); ++j) to[s.expanded() + j] += stream[t][j];
+      }
+      break;
+    }
+    const Rows down = times(wide, p.matrix(expert, l, 6), p.matrix(expert, l, 7), s.stream());
+    for (int t = 0; t < s.length; ++t) {
+      for (int j = 0; j < s.stream(); ++j) stream[t][j] += down[t][j];
+    }
+    qkv = times(normalised(stream, s.hidden), p.matrix(expert, l + 1, 0), p.matrix(expert, l + 1, 1), 3 * s.attended());
+  }
+  std::vector<double> logits(s.classes);
+  for (int k = 0; k < s.classes; ++k) {
+    logits[k] = p.head_bias[expert * s.classes + k];
+    for (int j = 0; j < s.pooled(); ++j) logits[k] += pooled[j] * p.head[(1ul * expert * s.classes + k) * s.pooled() + j];
+  }
+  return logits;
+}
+
+// Pattern sums of the whole problem, every token a group of its own with the patterns absent and present.
+struct Table {
+  explicit Table(Problem& p)
+      : sums(1ul * p.shape.experts * p.shape.heads * patterns(p) * queries(p) * step(p)),
+        pick(p.coalitions * p.shape.length), absent_row(p.shape.length) {
+    const Shape& s = p.shape;
+    const int width = s.head_width(), all = s.attended();
+    for (int t = 0; t < s.length; ++t) absent_row[t] = s.length + t;
+    for (std::size_t i = 0; i < pick.size; ++i) {
+      pick[i] = 2 * static_cast<int>(i % s.length) + p.present[i];
+    }
+    std::size_t at = 0;
+    for (int e = 0; e < s.experts; ++e) {
+      const auto row = [&](int present, int t) { return p.states.data() + ((2ul * e + present) * s.length + t) * 3 * all; };
+      for (int h = 0; h < s.heads; ++h) {
+        for (int pattern = 0; pattern < patterns(p); ++pattern) {
+          const float* key = row(pattern % 2, pattern / 2) + h * width;
+          for (int q = 0; q < queries(p); ++q, at += step(p)) {
+            const float* query = row(q < s.length, q % s.length) + h * width;
+            double score = 0;
+            for (int j = 0; j < width; ++j) score += static_cast<double>(query[j]) * key[all + j];
+            const double weight = std::exp2(score);
+            for (int j = 0; j < s.depth(); ++j) sums[at + j] = static_cast<float>(weight * key[2 * all + j]);
+            sums[at + s.depth()] = static_cast<float>(weight);
+          }
+        }
+      }
+    }
+  }
+  static int patterns(const Problem& p) { return 2 * p.shape.length; }
+  static int queries(const Problem& p) { return 2 * p.shape.length; }
+  static int step(const Problem& p) { return p.shape.depth() + 1; }
+
+  Block<float> sums;
+  Block<std::int32_t> pick, absent_row;
+};
+
+void test_whole(const Shape& shape, std::int64_t coalitions) {
+  Problem p(shape, coalitions);
+  Table table(p);
+  std::vector<std::vector<double>> exact;
+  double size = 0;
+  for (std::int64_t c = 0; c < coalitions; ++c) {
+    for (int e = 0; e < shape.experts; ++e) {
+      exact.push_back(logits_of(p, e, c));
+      for (const double logit : exact.back()) size = std::max(size, std::abs(logit));
+    }
+  }
+  for (const Support& support : levels()) {
+    if (!support.missing.empty()) continue;
+    const Level& level = *support.level;
+    std::vector<Block<float>> packed;
+    std::vector<LayerWeights> layers;
+    for (int e = 0; e < shape.experts; ++e) {
+      for (int l = 0; l < shape.layers; ++l) {
+        const auto pack = [&](int which, int rows, int columns) {
+          packed.emplace_back(1ul * rows * columns);
+          level.pack(p.matrix(e, l, which), rows, columns, packed.back().data());
+          return packed.back().data();
+        };
+        layers.push_back({pack(0, shape.stream(), 3 * shape.attended()), p.matrix(e, l, 1),
+                          pack(2, shape.attended(), shape.stream()), p.matrix(e, l, 3),
+                          pack(4, shape.stream(), shape.expanded()), p.matrix(e, l, 5),
+                          pack(6, shape.expanded(), shape.stream()), p.matrix(e, l, 7)});
+      }
+    }
+    const std::size_t stride = (level.workspace(shape) + 63) / 64 * 64;
+    for (const bool shared : {false, true}) {
+      const FirstAttention first{shared ? table.sums.data() : nullptr, table.pick.data(), table.absent_row.data(),
+                                 shape.length, Table::patterns(p), Table::queries(p), shared ? nullptr : p.states.data()};
+      std::vector<double> one;
+      for (const int threads : {1, 3}) {
+        Block<char> workspace(threads * stride);
+        std::fill(workspace.data(), workspace.data() + workspace.size, static_cast<char>(0xff));  // NaN everywhere
+        Block<double> logits(coalitions * shape.experts * shape.classes);
+        const Call call{first, p.base.data(), p.present.data(), p.modality.data(), p.head.data(), p.head_bias.data(),
+                        logits.data(), coalitions};
+        run(level, {shape, layers.data()}, call, threads, workspace.data(), stride);
+        for (std::size_t i = 0; i < logits.size; ++i) {
+          const double error = std::abs(logits[i] - exact[i / shape.classes][i % shape.classes]);
+          CHECK(error <= (is_split(level) ? 1e-4 : 2e-5) * std::max(1.0, size), "%s: L %d, H %d, shared %d: error %g",
+                level.name, shape.length, shape.hidden, shared, error);
+        }
+        const std::vector<double> got(logits.data(), logits.data() + logits.size);
+        if (threads == 1) one = got;
+        CHECK(got == one, "%s: %d threads", level.name, threads);
+      }
+    }
+  }
+}
+
+void test_dispatch() {
+  CHECK(levels().back().name == "portable" && levels().back().missing.empty(), "portable is always there");
+  CHECK(std::string(level("portable").name) == "portable", "by name");
+  bool refused = false;
+  try {
+    level("none");
+  } catch (const std::runtime_error& error) {
+    refused = std::string(error.what()).find("portable") != std::string::npos;
+  }
+  CHECK(refused, "an unknown level");
+}
+
+}  // namespace
+
+int main() {
+  test_dispatch();
+  for (const Support& support : levels()) {
+    if (!support.missing.empty()) continue;
+    test_functions(*support.level);
+    test_products(*support.level);
+  }
+  // experts, layers, length, hidden, heads, wide, classes, modalities, residual
+  test_whole({2, 2, 1, 8, 1, 16, 3, 1, true}, 3);
+  test_whole({1, 1, 7, 24, 3, 48, 5, 2, true}, 20);
+  test_whole({2, 3, 9, 40, 5, 80, 2, 3, true}, 16);
+  test_whole({1, 2, 33, 32, 1, 64, 2, 2, false}, 5);
+  test_whole({1, 2, 131, 16, 1, 32, 2, 2, true}, 2);
+  test_whole({1, 2, 230, 64, 2, 72, 2, 2, true}, 1);
+  std::printf("cpu_test: %ld checks passed\n", checks);
+  return 0;
+}

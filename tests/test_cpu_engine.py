@@ -1,0 +1,335 @@
+"""The native CPU engine at every instruction level of this machine against the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from edge_shapes import EDGES, Edge
+from test_engine import (
+    CONTEXTS,
+    break_gain,
+    break_queries,
+    break_routing,
+    break_scale,
+    break_states,
+    break_values,
+    flat,
+    toggles,
+    truth,
+)
+from torch.overrides import TorchFunctionMode
+
+from flmoe_fast import coalitions, interactions
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines import cpu_engine
+from flmoe_fast.engines.cpu_engine import CpuEngine, levels
+from flmoe_fast.environment import backends
+
+EXTENSION, MISSING = coalitions.extension()
+pytestmark = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = [name for name, (_, missing) in levels().items() if not missing]
+EXACT_LEVELS = [name for name in LEVELS if levels()[name][0] == "fp32"]
+
+#: Shapes that matter to tiles, blocks and stacks, beside the table every engine is compared on.
+SHAPES = [
+    *EDGES,
+    Edge("head of 32, tokens past a tile", (20, 17), (18, 17), hidden=64, heads=2),
+    Edge("head of 64, two tiles of rows", (40, 1), (33, 1), hidden=128, heads=2),
+    Edge("head of 128", (5, 4), (5, 4), hidden=128, heads=1),
+    Edge("head of 8, width not a multiple of 16", (6, 5), (6, 5), hidden=40, heads=5),
+    Edge("head of 20", (6, 5), (6, 5), hidden=20, heads=1, layers=3),
+    Edge("past a block of keys and of rows", (150, 90), (150, 87), hidden=32, heads=1),
+    Edge("original, past a block", (130, 130), None, hidden=16, heads=2, generation="original"),
+]
+PATHS = {
+    "patterns": (1 << 40, 0),
+    "as sized": (cpu_engine.SHARED_TABLE_BYTES, cpu_engine.KEYS_PER_GROUP),
+    "direct": (-1, 0),
+}
+PRODUCTS = [(1, 32, 32), (15, 64, 32), (16, 32, 96), (17, 96, 64), (33, 256, 128), (70, 32, 64)]
+
+
+@pytest.fixture(params=sorted(PATHS))
+def path(request, monkeypatch):
+    """Every way of doing layer-1 attention, forced by what the pattern sums may cost."""
+    size, keys = PATHS[request.param]
+    monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
+    monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
+    return request.param
+
+
+def engine(edge: Edge, level: str, **options) -> CpuEngine:
+    return CpuEngine(edge.game(dtype=torch.float32, backend="torch").problem, level=level, **options)
+
+
+def two_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 tensor as the sum of two bfloat16 numbers, as far as that goes."""
+    hi = x.bfloat16().float()
+    return hi, (x - hi).bfloat16().float()
+
+
+class SplitProducts(TorchFunctionMode):
+    """Every matrix product with both operands split into two bfloat16 terms, three products, float32 sums."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, *bias = (*args, *(kwargs or {}).values())
+            out = self.product(x, weight.t())
+            return out + bias[0] if bias and bias[0] is not None else out
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return self.product(*args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        (a_hi, a_lo), (b_hi, b_lo) = two_terms(a), two_terms(b)
+        return a_lo @ b_hi + a_hi @ b_lo + a_hi @ b_hi
+
+
+@functools.cache
+def limit(edge: Edge, arithmetic: str) -> float:
+    """Twice the error of the reference run in the level's arithmetic, plus one rounding of its operands."""
+    samples, exact = truth(edge)
+    reference = edge.game(backend="reference", dtype=torch.float32).engine
+    with SplitProducts() if arithmetic == "bf16x3" else contextlib.nullcontext():
+        plain = flat(reference.evaluate(samples))
+    exact = flat(exact)[: len(samples)]
+    rounding = 2.0**-16 if arithmetic == "bf16x3" else torch.finfo(torch.float32).eps
+    return float(2 * ((plain - exact).abs().max() + rounding * exact.abs().max()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)
+def test_values_equal_the_reference(edge: Edge, level: str, path: str):
+    ours = engine(edge, level)
+    samples, expected = truth(edge)
+    error = (flat(ours.evaluate(samples)) - flat(expected)[: len(samples)]).abs().max()
+    assert float(error) <= limit(edge, levels()[level][0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_table_for_each_context(level: str, monkeypatch):
+    """Too many varying tokens for one table of all contexts, few enough within each."""
+    edge = next(e for e in SHAPES if e.name == "past a block of keys and of rows")
+    ours = engine(edge, level)
+    samples, expected = truth(edge)
+    monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", 60)
+    calls = []
+    original = ours._pattern_sums
+    monkeypatch.setattr(ours, "_pattern_sums", lambda *a: calls.append(original(*a)) or calls[-1])
+    corners = flat(ours.evaluate_toggles(samples[CONTEXTS], toggles(ours.problem.n)))
+    assert len(calls) == len(CONTEXTS) and all(c is not None for c in calls)
+    error = (corners - flat(expected)[len(samples) :]).abs().max()
+    assert float(error) <= limit(edge, levels()[level][0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mistake", [break_gain, break_states, break_values, break_queries, break_routing, break_scale])
+def test_a_mistake_is_seen(mistake, level: str, path: str):
+    """Negative control: each planted mistake moves values beyond the tolerance of the coarsest arithmetic."""
+    edge = EDGES[2]
+    broken = engine(edge, level)
+    samples, expected = truth(edge)
+    mistake(broken)
+    error = (flat(broken.evaluate(samples)) - flat(expected)[: len(samples)]).abs().max()
+    assert float(error) > 3 * limit(edge, "bf16x3")
+
+
+@pytest.mark.parametrize("edge", EDGES[:3], ids=lambda e: e.name)
+def test_one_bfloat16_term_is_seen(edge: Edge):
+    """Negative control of the split arithmetic's tolerance: a single bfloat16 product exceeds it."""
+
+    class OneTerm(SplitProducts):
+        @staticmethod
+        def product(a, b):
+            return two_terms(a)[0] @ two_terms(b)[0]
+
+    samples, expected = truth(edge)
+    with OneTerm():
+        coarse = flat(edge.game(backend="reference", dtype=torch.float32).engine.evaluate(samples))
+    assert float((coarse - flat(expected)[: len(samples)]).abs().max()) > 3 * limit(edge, "bf16x3")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["players past a word", "head of 32, tokens past a tile", "plain"])
+def test_threads_chunks_and_order_change_no_bit(name: str, level: str, path: str):
+    edge = next(e for e in SHAPES if e.name == name)
+    samples = edge.coalitions(edge.game().n, count=17)
+    values = flat(engine(edge, level).evaluate(samples))
+    assert torch.equal(flat(engine(edge, level, memory=1).evaluate(samples)), values)
+    order = torch.randperm(17)
+    # Routing is the torch engine's and may add in another order; the experts are native.
+    size = values.shape[1] - len(edge.model().interaction_experts)
+    assert torch.equal(flat(engine(edge, level).evaluate(samples[order]))[:, :size], values[order][:, :size])
+    torch.set_num_threads(3)
+    try:
+        threaded = flat(engine(edge, level).evaluate(samples))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(threaded[:, :size], values[:, :size])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_exp2_and_gelu_are_as_exact_as_stated(level: str):
+    x = torch.linspace(-126, 100, 2_000_001)
+    y = torch.empty_like(x)
+    EXTENSION.cpu_elementwise(level, "exp2", x.data_ptr(), y.data_ptr(), len(x))
+    exact = x.double().clamp(min=-125).exp2()
+    assert float(((y.double() - exact) / exact).abs().max()) <= 2.5e-7
+
+    x = torch.cat([torch.linspace(-30, 30, 2_000_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])])
+    y = torch.empty_like(x)
+    EXTENSION.cpu_elementwise(level, "gelu", x.data_ptr(), y.data_ptr(), len(x))
+    exact = x.double() * 0.5 * torch.special.erfc(-x.double() / math.sqrt(2))
+    assert float(((y.double() - exact).abs() / x.double().abs().clamp(min=1)).max()) <= 1.2e-7
+    tanh_form = F.gelu(x.double(), approximate="tanh")
+    assert float((tanh_form - exact).abs().max()) > 1e-4  # negative control: the other GELU is told apart
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("m, k, n", PRODUCTS)
+def test_products(level: str, m: int, k: int, n: int):
+    a, b, c = torch.randn(m, k), torch.randn(k, n), torch.full((m, n), math.nan)
+    EXTENSION.cpu_matmul(level, a.data_ptr(), b.data_ptr(), c.data_ptr(), m, k, n)
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    rounding = 2.0**-15.5 if levels()[level][0] == "bf16x3" else k * torch.finfo(torch.float32).eps
+    assert float(((c - exact).abs() / size).max()) <= rounding
+
+
+def test_scores_that_spread_too_far_are_attended_directly():
+    edge = EDGES[0]
+    model = edge.model()
+    with torch.no_grad():
+        for expert in model.interaction_experts:
+            expert.fusion_model.network[0].attn.q.weight *= 60
+    samples = edge.coalitions(edge.game().n)
+    reference = edge.game(model, backend="reference")
+    plain = edge.game(model, backend="reference", dtype=torch.float32)
+    exact = flat(reference.engine.evaluate(samples))
+    error = (flat(plain.engine.evaluate(samples)) - exact).abs().max()
+    ours = CpuEngine(edge.game(model, dtype=torch.float32).problem, level="portable")
+    ours._pattern_sums = lambda *a: seen.append(CpuEngine._pattern_sums(ours, *a)) or seen[-1]
+    seen = []
+    allowed = 2 * (error + 1e-6 * exact.abs().max())
+    assert float((flat(ours.evaluate(samples)) - exact).abs().max()) <= float(allowed)
+    assert seen == [None] * len(seen)
+
+
+def test_no_coalitions_and_no_variation():
+    game = EDGES[0].game(dtype=torch.float32)
+    assert game.backend == "cpu"
+    assert game(torch.zeros(0, game.n, dtype=torch.bool)).shape == (0, len(game.heads))
+    same = game(torch.ones(3, game.n, dtype=torch.bool))
+    assert torch.equal(same[0], same[1])
+
+
+def test_grid_patterns_are_rows_and_columns():
+    """A corner grid of two modalities is two groups, each with its players one by one and nobody."""
+    edge = next(e for e in EDGES if e.name == "players past a word")
+    ours = engine(edge, LEVELS[0])
+    rows, cols = torch.arange(6), 40 + torch.arange(5)
+    grid = torch.zeros(1 + 6 + 5 + 30, ours.problem.n, dtype=torch.bool)
+    grid[1 + torch.arange(6), rows] = True
+    grid[7 + torch.arange(5), cols] = True
+    pairs = torch.cartesian_prod(rows, cols)
+    grid[12 + torch.arange(30), pairs[:, 0]] = grid[12 + torch.arange(30), pairs[:, 1]] = True
+    context = torch.rand(ours.problem.n) < 0.5
+    varying, patterns = ours._patterns(context ^ grid)
+    assert len(varying) == 11
+    assert [len(p) for _, p in patterns.groups] == [7, 6]
+
+
+def test_workspace_does_not_grow_with_coalitions():
+    ours = engine(EDGES[0], LEVELS[0])
+    ours.evaluate(EDGES[0].coalitions(ours.problem.n, 3))
+    before = ours._native.workspace.numel()
+    ours.evaluate(EDGES[0].coalitions(ours.problem.n, 3000))
+    assert ours._native.workspace.numel() == before
+
+
+def test_backend_is_chosen_and_shown():
+    edge = EDGES[0]
+    assert edge.game(dtype=torch.float32).backend == "cpu"
+    assert edge.game().backend == "torch"  # float64
+    about = edge.game(dtype=torch.float32).about()
+    assert about["level"] in LEVELS and about["arithmetic"] in ("fp32", "bf16x3")
+    assert backends()["cpu"].available and "portable" in backends()["cpu"].details
+
+
+def test_requests_that_cannot_be_met_are_errors():
+    with pytest.raises(ArgumentError, match="backend: got 'cpu', but the dtype is torch.float64"):
+        EDGES[0].game(dtype=torch.float64, backend="cpu")
+    with pytest.raises(ArgumentError, match="level: got 'sse9', expected a level of this machine: .*portable"):
+        engine(EDGES[0], "sse9")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_environment_forces_a_level(level: str, monkeypatch):
+    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, level)
+    assert EDGES[0].game(dtype=torch.float32).engine.level == level
+    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, "mmx")
+    with pytest.raises(ArgumentError, match="FLMOE_CPU_LEVEL: got 'mmx', expected a level of this machine: .*portable"):
+        EDGES[0].game(dtype=torch.float32)
+
+
+def test_levels_below_the_best_are_reported_honestly():
+    """The list is best first, ends with portable, and the native calls refuse what the machine lacks."""
+    names = list(levels())
+    assert names == ["amx", "avx512", "avx2", "portable"] and names[-1] in LEVELS
+    with pytest.raises(RuntimeError, match="level 'neon' cannot run: this machine and build have .*portable"):
+        EXTENSION.cpu_elementwise("neon", "exp2", 0, 0, 0)
+
+
+def test_native_calls_refuse_nonsense():
+    with pytest.raises(RuntimeError, match="every size must be positive"):
+        EXTENSION.CpuModel("portable", 1, 1, 0, 8, 1, 16, 2, 2, True)
+    with pytest.raises(RuntimeError, match="multiple of heads"):
+        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 3, 16, 2, 2, True)
+    with pytest.raises(RuntimeError, match="multiples of 32"):
+        EXTENSION.cpu_matmul("portable", 0, 0, 0, 1, 31, 32)
+
+
+def test_without_the_extension_auto_takes_torch():
+    code = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flmoe_fast._C":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, "tests")
+import torch
+from edge_shapes import EDGES
+from flmoe_fast.environment import backends
+print(EDGES[0].game(dtype=torch.float32).backend, backends()["cpu"].available, bool(backends()["cpu"].reason))
+try:
+    EDGES[0].game(dtype=torch.float32, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "torch False True"
+    assert second.startswith("backend: got 'cpu', but ")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_second_differences_are_hardly_noise(level: str, monkeypatch):
+    """The engine's own measure of rounding noise, on a model with differing experts, is far below one per cent."""
+    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, level)
+    edge = next(e for e in SHAPES if e.name == "head of 32, tokens past a tile")
+    game = edge.game(edge.model(scale=0.05), dtype=torch.float32)
+    result = interactions(game, pairs=[(0, 19), (1, 20), (2, 25)], budget=200, progress=False)
+    assert result.backend == "cpu"
+    assert float(result.noise_share.max()) < 0.01
