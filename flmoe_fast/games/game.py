@@ -27,6 +27,8 @@ class Game:
         The modality every player belongs to, where there are modalities.
     backend : str
         What evaluates the coalitions.
+    more_exact : str
+        How to get the same game with less rounding, for a person to read.
     block : int
         Coalitions worth asking for at a time: enough to keep the machine busy, few enough for a moving progress bar.
     """
@@ -36,6 +38,7 @@ class Game:
     player_names: tuple[str, ...]
     groups: tuple[tuple[str, tuple[int, ...]], ...] | None = None
     backend: str = "callable"
+    more_exact: str = "of the game itself"
     block: int = CALL_ROWS
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,9 @@ class TokenGame(Game):
         self.backend = backend
         self.block = max(1, BLOCK_TOKENS // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
+        self.more_exact = "dtype=torch.float64"
+        if isinstance(self.engine, CpuEngine) and self.engine.arithmetic != "fp32":
+            self.more_exact = "backend='torch', or dtype=torch.float64"
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
         self._heads = Heads(groups, value, self._target(target))
         self.heads = self._heads.names(model.config.expert_names)

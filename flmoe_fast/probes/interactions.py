@@ -126,7 +126,7 @@ def interactions(
     if worst > NOISE_LIMIT:
         warnings.warn(
             f"rounding makes up {worst:.1%} of the variance of the second differences; use a more exact arithmetic "
-            "(dtype=torch.float64)",
+            f"({game.more_exact})",
             RuntimeWarning,
             stacklevel=2,
         )
