@@ -37,9 +37,6 @@ _SAFETENSORS_SUFFIX = ".safetensors"
 
 # What tells the layouts that are not read here apart: a pattern of one of their keys, and what to call them.
 _OTHER_LAYOUTS = (
-    (r"\.mlp\.(experts|gate|all_gates)\.", "a sparse mixture-of-experts transformer (mlp.experts.*, mlp.gate.*)"),
-    (r"\.modality_gates\.", "experts of the InterpretCC back-end (modality_gates.*)"),
-    (r"\.layers\.\d+\.mlp\.moe\.", "experts of the MoE++ back-end (layers.*.mlp.moe.*)"),
     (r"^experts\.\d+\.", "the ablation without interaction losses (experts.*)"),
     (r"^reweight\.weights$", "the ablation with a learned global average (reweight.weights)"),
     (r"^interaction_expert\.", "the ablation with a single expert (interaction_expert.*)"),
@@ -107,12 +104,18 @@ def load_checkpoint(
     heads: int | None = None,
     temperature: float | None = None,
     task: str | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
+    capacity: str | None = None,
+    gumbel_temperature: float | None = None,
+    gate_threshold: float | None = None,
 ) -> FLI2MoE:
     """Read a model on the CPU, in eval mode, in the dtype of the file.
 
     Everything that the tensors show is taken from them: the number of modalities, H, layers, classes, the shape of
     the reweighting MLP, the feed-forward multiple, the generation (position embeddings mean ``"original"``) and its
-    number of tokens. The rest comes from the arguments, else from the configuration stored in the file.
+    number of tokens, the back-end and the number of networks in sparse blocks. The rest comes from the arguments, else
+    from the configuration stored in the file.
 
     Args:
         path: ``.safetensors``, or any other name for a file of ``torch.save``. Such a file is unpickled with
@@ -122,6 +125,10 @@ def load_checkpoint(
         heads: attention heads.
         temperature: of the routing softmax.
         task: ``"multiclass"`` or ``"multilabel"``.
+        gate: ``"naive"``, ``"gshard"`` or ``"switch"``, which look the same in a file with sparse blocks.
+        top_k: networks a token uses, for ``"naive"`` and ``"noisy"`` gates.
+        capacity: see :class:`FLI2MoEConfig`; ``"none"`` unless the file or this says otherwise.
+        gumbel_temperature, gate_threshold: of InterpretCC gates.
 
     Returns:
         A model with encoders when the file has a readable one for each modality: ``proj.*`` becomes a
@@ -135,6 +142,8 @@ def load_checkpoint(
         ArgumentError: something that the file does not tell has to be passed; the message names it.
     """
     given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    given |= {"gate": gate, "top_k": top_k, "capacity": capacity}
+    given |= {"gumbel_temperature": gumbel_temperature, "gate_threshold": gate_threshold}
     given = {name: value for name, value in given.items() if value is not None}
     if config is not None and not isinstance(config, FLI2MoEConfig):
         raise ArgumentError("config", type(config).__name__, "an FLI2MoEConfig")
@@ -149,6 +158,7 @@ def load_checkpoint(
     derived = _derive(path, ensemble)
     config = config or _complete(path, derived, stored, given, encoder_states)
     _compare(path, derived, config)
+    ensemble = _first_router(path, ensemble)
 
     encoders, states = _encoders(path, config, encoder_states)
     with torch.device("meta"):  # shapes only: nothing is initialised, and no random numbers are drawn
@@ -264,7 +274,7 @@ def _read_safetensors(path: Path) -> _States:
 
 
 def _refuse_other_layouts(path: Path, ensemble: Mapping[str, Tensor]) -> None:
-    expected = "reweight.mlp.* and interaction_experts.{e}.fusion_model.* of dense transformers"
+    expected = "reweight.mlp.* and interaction_experts.{e}.fusion_model.*"
     for pattern, name in _OTHER_LAYOUTS:
         for key in ensemble:
             if re.search(pattern, key):
@@ -274,7 +284,13 @@ def _refuse_other_layouts(path: Path, ensemble: Mapping[str, Tensor]) -> None:
 def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the shape of the model off the tensors; the keys are then compared one by one with a model so built."""
     prefix = "interaction_experts.0.fusion_model."
-    hidden = _tensor(path, ensemble, prefix + "network.0.norm1.weight", 1).shape[0]
+    fusion = "transformer"
+    if any(key.startswith(prefix + "modality_gates.") for key in ensemble):
+        fusion = "interpretcc"
+    elif any(key.startswith(prefix + "layers.") for key in ensemble):
+        fusion = "moepp"
+    first = {"interpretcc": "modality_gates.0.0.bias", "moepp": "layers.0.norm1.weight"}
+    hidden = _tensor(path, ensemble, prefix + first.get(fusion, "network.0.norm1.weight"), 1).shape[0]
     routing = _tensor(path, ensemble, "reweight.mlp.network.0.weight", 2)
     if hidden == 0 or routing.shape[1] == 0 or routing.shape[1] % hidden:
         found = f"shape {tuple(routing.shape)}"
@@ -286,39 +302,55 @@ def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
         if experts == 2:
             found += ", the layout of the ablation with synergy and redundancy only"
         raise CheckpointError(path, "interaction_experts", found, f"M + 2 = {count + 2} for the {count} modalities")
-    # The classification head is the last entry of the network.
-    layers = _indices(path, ensemble, "^" + re.escape(prefix) + r"network\.(\d+)\.", prefix + "network") - 1
     matches = (re.fullmatch(r"reweight\.mlp\.network\.(\d+)\.weight", key) for key in ensemble)
     linears = sorted(int(match[1]) for match in matches if match)
     if linears != list(range(0, 3 * len(linears), 3)):
         raise CheckpointError(path, "reweight.mlp.network", f"linear layers at {linears}", "layers at 0, 3, 6, ...")
-    widened = _tensor(path, ensemble, prefix + "network.0.mlp.network.0.weight", 2)
-    if widened.shape[0] == 0 or widened.shape[0] % hidden:
-        key = prefix + "network.0.mlp.network.0.weight"
-        raise CheckpointError(path, key, f"shape {tuple(widened.shape)}", f"a multiple of H = {hidden} rows")
-    derived = {
-        "modalities": count,
-        "hidden": hidden,
-        "layers": layers,
-        "classes": _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0],
-        "ffn_multiple": widened.shape[0] // hidden,
-        "reweight_layers": len(linears),
-        "generation": "original" if any(key.endswith(".pos_embed") for key in ensemble) else "fl",
-    }
+    derived = {"modalities": count, "hidden": hidden, "reweight_layers": len(linears), "fusion": fusion}
     if len(linears) > 1:
         derived["reweight_hidden"] = routing.shape[0]
+    if fusion == "interpretcc":
+        classes = _tensor(path, ensemble, prefix + "classifier.2.weight", 2).shape[0]
+        return derived | {"classes": classes, "generation": "original", "num_tokens": (1,) * count}
+    derived["generation"] = "original" if any(key.endswith(".pos_embed") for key in ensemble) else "fl"
     if derived["generation"] == "original":
         positions = _tensor(path, ensemble, prefix + "pos_embed", 3).shape[1]
         if positions == 0 or positions % count:
             found = f"{positions} positions"
             raise CheckpointError(path, prefix + "pos_embed", found, f"the same number for each of {count} modalities")
         derived["num_tokens"] = (positions // count,) * count
-    return derived
+    shape_of = _derive_moepp if fusion == "moepp" else _derive_transformer
+    return derived | shape_of(path, ensemble, prefix, hidden)
+
+
+def _derive_moepp(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidden: int) -> dict[str, Any]:
+    return {
+        "layers": _indices(path, ensemble, "^" + re.escape(prefix) + r"layers\.(\d+)\.", prefix + "layers"),
+        "classes": _tensor(path, ensemble, prefix + "classification_head.fc.weight", 2).shape[0],
+        "ffn_experts": _tensor(path, ensemble, prefix + "layers.0.mlp.moe.gate.gate_map.weight", 2).shape[0],
+    }
+
+
+def _derive_transformer(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidden: int) -> dict[str, Any]:
+    # The classification head is the last entry of the network.
+    layers = _indices(path, ensemble, "^" + re.escape(prefix) + r"network\.(\d+)\.", prefix + "network") - 1
+    derived = {"layers": layers, "classes": _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0]}
+    key, axis = prefix + "network.0.mlp.network.0.weight", 0
+    if key not in ensemble and any(name.startswith(prefix + "network.0.mlp.experts.") for name in ensemble):
+        key, axis = prefix + "network.0.mlp.experts.htoh4.weight", 1
+    widened = _tensor(path, ensemble, key, 2 + axis).shape
+    if axis:
+        derived["ffn_experts"] = widened[0]
+        if prefix + "network.0.mlp.gate.w_gate" in ensemble:
+            derived["gate"] = "noisy"
+    if widened[axis] == 0 or widened[axis] % hidden:
+        raise CheckpointError(path, key, f"shape {tuple(widened)}", f"a multiple of H = {hidden} rows")
+    return derived | {"ffn_multiple": widened[axis] // hidden}
 
 
 def _tensor(path: Path, ensemble: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
     if key not in ensemble:
-        raise CheckpointError(path, key, f"no such key (but {_some(ensemble)})", "a dense transformer checkpoint")
+        raise CheckpointError(path, key, f"no such key (but {_some(ensemble)})", "a checkpoint of experts")
     if ensemble[key].dim() != dimensions:
         raise CheckpointError(path, key, f"shape {tuple(ensemble[key].shape)}", f"{dimensions} dimensions")
     return ensemble[key]
@@ -345,7 +377,13 @@ def _complete(
         except ArgumentError as error:
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
         return FLI2MoEConfig.from_dict({**fields, **given})
-    missing = [name for name in ("modalities", "heads", "temperature", "task") if name not in given]
+    needed = ["modalities", "heads", "temperature", "task"]
+    if derived["fusion"] == "interpretcc":
+        needed[1:2] = ["gumbel_temperature", "gate_threshold"]
+    elif derived["fusion"] == "transformer" and "ffn_experts" in derived:
+        needed += ["gate"] if "gate" not in derived else []
+        needed += ["top_k"] if given.get("gate", derived.get("gate")) in ("naive", "noisy") else []
+    missing = [name for name in needed if name not in given]
     if missing:
         got = f"nothing for {', '.join(missing)}, and {path} stores no configuration"
         names = f"; its encoders are named {sorted(encoder_states)}" if encoder_states else ""
@@ -353,7 +391,8 @@ def _complete(
     names = given["modalities"]
     if isinstance(names, str) or len(names) != derived["modalities"]:
         raise ArgumentError("modalities", repr(names), f"{derived['modalities']} names, as {path} has that many")
-    return FLI2MoEConfig(**{**derived, **given, "modalities": tuple(names)})
+    # InterpretCC has neither heads nor layers; a configuration has to have some.
+    return FLI2MoEConfig(**{"heads": 1, "layers": 1, **derived, **given, "modalities": tuple(names)})
 
 
 def _compare(path: Path, derived: Mapping[str, Any], config: FLI2MoEConfig) -> None:
@@ -361,6 +400,24 @@ def _compare(path: Path, derived: Mapping[str, Any], config: FLI2MoEConfig) -> N
         wanted = len(config.modalities) if name == "modalities" else getattr(config, name)
         if found != wanted:
             raise CheckpointError(path, name, f"{found!r} in the tensors", f"{wanted!r} from the configuration")
+
+
+def _first_router(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of routers that never route.
+
+    A sparse block lists its router twice, as ``gate`` and as the first of ``all_gates``, whose others are not used.
+    """
+    kept = {}
+    for key, tensor in ensemble.items():
+        match = re.fullmatch(r"(.*\.mlp\.)all_gates\.(\d+)\.(.*)", key)
+        if match and match[2] != "0":
+            continue
+        twin = ensemble.get(f"{match[1]}gate.{match[3]}", tensor) if match else tensor
+        # Wrong shapes and values that are not finite are told apart later.
+        if tensor.shape == twin.shape and not torch.equal(tensor.nan_to_num(), twin.nan_to_num()):
+            raise CheckpointError(path, key, "other values than in mlp.gate", "the same router under both names")
+        kept[key] = tensor
+    return kept
 
 
 def _encoders(

@@ -12,6 +12,9 @@ from flmoe_fast.checks import ArgumentError, integer, one_of
 
 GENERATIONS = ("fl", "original")
 TASKS = ("multiclass", "multilabel")
+FUSIONS = ("transformer", "interpretcc", "moepp")
+GATES = (None, "naive", "gshard", "switch", "noisy")
+CAPACITIES = ("none", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,23 @@ class FLI2MoEConfig:
         dropout: probability of every dropout in training, 0 <= p < 1.
         interaction_weight: factor of the mean interaction loss in the total loss, >= 0.
         class_weights: C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
+        fusion: what an expert is. ``"transformer"``; or, for generation ``"original"``, ``"interpretcc"`` (one vector
+            per modality, switched on or off by a gate, then an MLP; ``num_tokens`` all 1) or ``"moepp"`` (MoE++, whose
+            published code lets only its last layer's attention reach the output).
+        gate: ``None`` for dense feed-forward blocks. Otherwise the blocks of layers 0, 2, 4, ... hold ``ffn_experts``
+            small feed-forward networks of which each token uses ``top_k``: ``"naive"`` (largest logits), ``"gshard"``
+            (the same two with a balancing loss and a capacity), ``"switch"`` (one, weighted by its probability) or
+            ``"noisy"`` (largest logits, with learned noise in training).
+        ffn_experts: number X of networks in a sparse block, or in a MoE++ block. ``None`` without such blocks.
+        top_k: networks a token uses; ``None`` means 1 for ``"switch"`` and 2 otherwise.
+        capacity: ``"none"``: a token always reaches its networks. ``"reference"``: as in the published code, a network
+            takes only so many tokens of a (batch, modality), padding included, and the rest go without. Only
+            ``"gshard"`` and ``"switch"`` have a capacity.
+        random_routing: in training, drop second choices at random (``"gshard"`` only).
+        gate_weight: factor of the load-balancing loss in the total loss, >= 0.
+        gumbel_temperature: of the InterpretCC gates, > 0.
+        gate_threshold: above which an InterpretCC gate is on, between 0 and 1.
+        hard_gates: whether InterpretCC gates are on or off, or pass their probability.
 
     Raises:
         ArgumentError: a field is out of its range; the message names the field.
@@ -57,6 +77,16 @@ class FLI2MoEConfig:
     dropout: float = 0.5
     interaction_weight: float = 0.5
     class_weights: tuple[float, ...] | None = None
+    fusion: str = "transformer"
+    gate: str | None = None
+    ffn_experts: int | None = None
+    top_k: int | None = None
+    capacity: str = "none"
+    random_routing: bool = False
+    gate_weight: float = 0.01
+    gumbel_temperature: float = 1.0
+    gate_threshold: float = 0.5
+    hard_gates: bool = True
 
     def __post_init__(self) -> None:
         settle = self._settle
@@ -74,6 +104,46 @@ class FLI2MoEConfig:
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
         settle("interaction_weight", _number("interaction_weight", self.interaction_weight, least=0.0))
         settle("class_weights", self._weights())
+        self._check_fusion()
+        settle("ffn_experts", self._sparse_experts())
+        settle("top_k", self._choices())
+        one_of("capacity", self.capacity, CAPACITIES)
+        for name in ("random_routing", "hard_gates"):
+            settle(name, bool(one_of(name, getattr(self, name), (False, True))))
+        if self.random_routing and self.gate != "gshard":
+            raise ArgumentError("random_routing", True, "False, because the gate is not 'gshard'")
+        settle("gate_weight", _number("gate_weight", self.gate_weight, least=0.0))
+        settle("gumbel_temperature", _number("gumbel_temperature", self.gumbel_temperature, above=0.0))
+        settle("gate_threshold", _number("gate_threshold", self.gate_threshold, above=0.0, below=1.0))
+
+    def _check_fusion(self) -> None:
+        one_of("fusion", self.fusion, FUSIONS)
+        one_of("gate", self.gate, GATES)
+        if self.fusion == "transformer":
+            return
+        if self.generation != "original":
+            raise ArgumentError("fusion", repr(self.fusion), "'transformer', because the generation is not 'original'")
+        if self.gate is not None:
+            raise ArgumentError("gate", repr(self.gate), f"None, because the fusion is {self.fusion!r}")
+        if self.fusion == "interpretcc" and set(self.num_tokens) != {1}:
+            raise ArgumentError("num_tokens", self.num_tokens, "1 for each modality, because the fusion is InterpretCC")
+
+    def _sparse_experts(self) -> int | None:
+        # MoE++ has two constant experts, one that copies and one that gives zero beside its networks.
+        least = {"moepp": 5}.get(self.fusion, 2)
+        if self.gate is not None or self.fusion == "moepp":
+            return integer("ffn_experts", self.ffn_experts, least=least)
+        if self.ffn_experts is not None:
+            raise ArgumentError("ffn_experts", self.ffn_experts, "None, because the feed-forward blocks are dense")
+        return None
+
+    def _choices(self) -> int | None:
+        fixed = {None: None, "switch": 1, "gshard": 2}
+        if self.top_k is None:
+            return fixed.get(self.gate, 2)
+        if self.gate in fixed and self.top_k != fixed[self.gate]:
+            raise ArgumentError("top_k", repr(self.top_k), f"{fixed[self.gate]} for gate {self.gate!r}")
+        return integer("top_k", self.top_k, least=1, most=self.ffn_experts)
 
     def _settle(self, name: str, value: object) -> None:
         # The dataclass is frozen for its users; normalising a field on construction has to go round that.
@@ -107,6 +177,16 @@ class FLI2MoEConfig:
     def experts(self) -> int:
         """Number E = M + 2 of experts."""
         return len(self.modalities) + 2
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the encoder layers whose feed-forward block is sparse."""
+        return () if self.gate is None else tuple(range(0, self.layers, 2))
+
+    @property
+    def slots_limit(self) -> bool:
+        """Whether a token's result can depend on the other tokens of its batch, because they compete for capacity."""
+        return self.capacity == "reference" and self.gate in ("gshard", "switch")
 
     @property
     def expert_names(self) -> tuple[str, ...]:
