@@ -187,8 +187,9 @@ def noise(epochs: int, samples: int, contexts: int) -> list[dict]:
             found = found if isinstance(found, Logits) else Logits(found[0].double(), found[1].double())
             error = float((second(game._heads.values(found)) - truth).square().mean())
             errors[name] = errors.get(name, 0.0) + error
-    model_facts = {"model": "digits, 32 tokens of two pixels", "accuracy": accuracy, "samples": samples, "contexts": contexts}
-    return [{"candidate": name, "noise_share": error / total, **model_facts} for name, error in errors.items()]
+    facts = {"model": "digits, 32 tokens of two pixels", "accuracy": accuracy}
+    facts |= {"samples": samples, "contexts": contexts}
+    return [{"candidate": name, "noise_share": error / total, **facts} for name, error in errors.items()]
 
 
 def main() -> None:

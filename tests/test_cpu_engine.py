@@ -181,10 +181,10 @@ def test_threads_chunks_and_order_change_no_bit(name: str, level: str, path: str
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_exp2_and_gelu_are_as_exact_as_stated(level: str):
-    x = torch.linspace(-126, 100, 2_000_001)
+    x = torch.linspace(-125, 126, 2_000_001)
     y = torch.empty_like(x)
     EXTENSION.cpu_elementwise(level, "exp2", x.data_ptr(), y.data_ptr(), len(x))
-    exact = x.double().clamp(min=-125).exp2()
+    exact = x.double().exp2()
     assert float(((y.double() - exact) / exact).abs().max()) <= 2.5e-7
 
     x = torch.cat([torch.linspace(-30, 30, 2_000_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])])
