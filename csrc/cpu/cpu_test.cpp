@@ -244,10 +244,12 @@ struct Table {
       pick[i] = 2 * static_cast<int>(i % s.length) + p.present[i];
     }
     std::size_t at = 0;
-    for (int e = 0; e < s.experts; ++e) {
-      const auto row = [&](int present, int t) { return p.states.data() + ((2ul * e + present) * s.length + t) * 3 * all; };
-      for (int h = 0; h < s.heads; ++h) {
-        for (int pattern = 0; pattern < patterns(p); ++pattern) {
+    for (int pattern = 0; pattern < patterns(p); ++pattern) {
+      for (int e = 0; e < s.experts; ++e) {
+        const auto row = [&](int present, int t) {
+          return p.states.data() + ((2ul * e + present) * s.length + t) * 3 * all;
+        };
+        for (int h = 0; h < s.heads; ++h) {
           const float* key = row(pattern % 2, pattern / 2) + h * width;
           for (int q = 0; q < queries(p); ++q, at += step(p)) {
             const float* query = row(q < s.length, q % s.length) + h * width;
@@ -301,7 +303,7 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
     const std::size_t stride = (level.workspace(shape) + 63) / 64 * 64;
     for (const bool shared : {false, true}) {
       const FirstAttention first{shared ? table.sums.data() : nullptr, table.pick.data(), table.absent_row.data(),
-                                 shape.length, Table::patterns(p), Table::queries(p), shared ? nullptr : p.states.data()};
+                                 shape.length, Table::queries(p), shared ? nullptr : p.states.data()};
       std::vector<double> one;
       for (const int threads : {1, 3}) {
         Block<char> workspace(threads * stride);

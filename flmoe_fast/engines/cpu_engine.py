@@ -108,7 +108,7 @@ class Patterns:
 
 @dataclass(frozen=True)
 class PatternSums:
-    """Layer-1 attention sums (E, h, P, L + J, d + 1) of every pattern: numerators, then the denominator."""
+    """Layer-1 attention sums (P, E, h, L + J, d + 1) of every pattern: numerators, then the denominator."""
 
     table: torch.Tensor
     absent_row: torch.Tensor  # (L,) int32: the row with which a varying token asks where it is absent, else -1
@@ -237,15 +237,15 @@ class CpuEngine(TorchEngine):
             return None
         weight_vary = (score_vary - top).exp_()
         constant = score_rest.sub_(top).exp_() @ values[:, :, state[rest], rest]  # (E, h, Q, d + 1)
-        table = torch.empty(experts, heads, patterns.count, queries.shape[2], depth + 1)
+        table = self._buffer("table", patterns.count, experts, heads, queries.shape[2], depth + 1)
         done = 0
         for members, shown in patterns.groups:
             columns = members + shown * len(varying)  # (P_g, g)
-            weights = weight_vary[..., columns].transpose(2, 3)  # (E, h, P_g, Q, g)
-            into = table[:, :, done : done + len(shown)]
-            torch.matmul(weights, value_vary[:, :, columns], out=into)
+            weights = weight_vary[..., columns].permute(3, 0, 1, 2, 4)  # (P_g, E, h, Q, g)
+            into = table[done : done + len(shown)]
+            torch.matmul(weights, value_vary[:, :, columns].permute(2, 0, 1, 3, 4), out=into)
             if not done:
-                into += constant[:, :, None]
+                into += constant
             done += len(shown)
         absent_row = torch.full((length,), -1, dtype=torch.int32)
         absent_row[varying] = torch.arange(length, length + len(varying), dtype=torch.int32)
@@ -325,7 +325,6 @@ class _Native:
                 pick=0 if sums is None else pick[start:].data_ptr(),
                 absent_row=0 if sums is None else sums.absent_row.data_ptr(),
                 groups=0 if sums is None else pick.shape[1],
-                patterns=0 if sums is None else sums.table.shape[2],
                 queries=0 if sums is None else sums.table.shape[3],
                 states=self.states.data_ptr() if sums is None else 0,
                 base=self.base.data_ptr(),
