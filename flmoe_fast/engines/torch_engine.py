@@ -335,8 +335,10 @@ class TorchEngine:
         rows = self._buffer("rows", len(sent.slot), stream.shape[2])
         torch.index_select(normalised.flatten(0, 1), 0, sent.slot // self.packed.slots, out=rows)
         wide = self._buffer("wide", len(rows), networks.up.shape[2])
-        return sent, scores, torch.ops.aten.gelu_(
-            grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)
+        return (
+            sent,
+            scores,
+            torch.ops.aten.gelu_(grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)),
         )
 
     def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:

@@ -69,6 +69,8 @@ def token_importance(
     model.check_inputs(features, masks)
     if features[0].shape[0] != 1:
         raise ArgumentError("features", f"{features[0].shape[0]} samples", "one sample")
+    if model.config.fusion == "interpretcc":
+        raise ArgumentError("model", "InterpretCC experts", "experts with attention; interactions() needs none")
     with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         # Leaves that require gradients make the graph reach every attention map even if all parameters are frozen.
         leaves = [feature.detach().clone().requires_grad_() for feature in features]
