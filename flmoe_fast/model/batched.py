@@ -7,7 +7,8 @@ The same numbers as running expert after expert and pass after pass, to rounding
 * Experts have the same shapes. Their weights are stacked and each product is one batched product.
 * Without dropout, the last down-projection is applied to pooled rows: it is linear, and so is the mean over tokens.
 
-With dropout the masks are other draws of the same law.
+With dropout the masks are other draws of the same law. On a CPU they are made of 16 random bits an element, in a
+fraction of the time that a Bernoulli draw takes, which is otherwise a third of a step.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ def batched_passes(
     return run.forward(real, run.place(torch.stack(noise)), replaced)
 
 
+def _keep_mask(x: Tensor, drop: float) -> tuple[Tensor, float]:
+    """Zeros and ones of ``x``'s shape and dtype, and the probability of a one: 1 - ``drop`` to 16 bits."""
+    keep = round((1.0 - drop) * 2**16)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return (bits < keep - 2**15).to(x.dtype), keep / 2**16
+
+
+def _dropout(x: Tensor, drop: float) -> Tensor:
+    if not drop or x.device.type != "cpu":
+        return functional.dropout(x, drop)
+    mask, keep = _keep_mask(x, drop)
+    return x * mask.div_(keep)
+
+
 class _Passes:
     """Shapes and weights of one batch."""
 
@@ -108,7 +124,7 @@ class _Passes:
             first, last = number == 0, number == self.config.layers - 1
             qkv = self._qkv(versions if first else x, number)
             attended = self._attention(self._assemble(qkv, passes) if first else qkv, number)
-            branch = functional.dropout(attended, self.drop)
+            branch = _dropout(attended, self.drop)
             x = (x if self.config.generation == "fl" else attended) + branch
             if last and not self.drop:
                 pooled = self._pooled_feed_forward(x, number)
@@ -116,7 +132,7 @@ class _Passes:
                 x = x + self._feed_forward(x, number)
                 pooled = self._pool(x) if last else None
         latents = pooled.flatten(3)  # (E, P + 1, B, M*H)
-        weight, bias = self.stack("network", self.config.layers, "fc", "weight"), None
+        weight = self.stack("network", self.config.layers, "fc", "weight")
         bias = self.stack("network", self.config.layers, "fc", "bias")
         return self._linear(latents, weight, bias), latents
 
@@ -160,10 +176,21 @@ class _Passes:
         mask = None
         if self.valid is not None:
             mask = self.valid.expand(experts * passes, batch, length).reshape(-1, 1, 1, length)
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.drop)
+        if self.drop and qkv.device.type == "cpu":
+            mixed = self._attend_dropping(query, key, value, mask)
+        else:
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.drop)
         mixed = mixed.transpose(1, 2).reshape(experts, passes, batch, length, hidden)
         at = ("network", layer, "attn", "proj")
-        return functional.dropout(self._linear(mixed, self.stack(*at, "weight"), self.stack(*at, "bias")), self.drop)
+        return _dropout(self._linear(mixed, self.stack(*at, "weight"), self.stack(*at, "bias")), self.drop)
+
+    def _attend_dropping(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention with dropout, (N, h, L, d); the mask's scale goes to the values, which are fewer."""
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, float("-inf"))
+        keep, share = _keep_mask(scores, self.drop)
+        return (scores.softmax(-1) * keep) @ (value / share)
 
     def _hidden(self, x: Tensor, layer: int) -> Tensor:
         at = ("network", layer, "mlp", "network", 0)
@@ -177,8 +204,8 @@ class _Passes:
         return self._linear(x, self.stack(*at, "weight"), self.stack(*at, "bias") if biased else None)
 
     def _feed_forward(self, x: Tensor, layer: int) -> Tensor:
-        hidden = functional.dropout(self._hidden(x, layer), self.drop)
-        return functional.dropout(self._down(hidden, layer), self.drop)
+        hidden = _dropout(self._hidden(x, layer), self.drop)
+        return _dropout(self._down(hidden, layer), self.drop)
 
     def _pooled_feed_forward(self, x: Tensor, layer: int) -> Tensor:
         down = self._down(self._pool(self._hidden(x, layer)), layer, biased=False)
