@@ -53,6 +53,7 @@ class TokenGame(Game):
         Class whose value is explained (several only for multilabel models). None: what the model predicts from the
         full input.
     value : "prob" or "logit"
+        The output of a regression model has no probability; it is its own value either way.
     heads : subset of ("mixture", "experts", "weighted")
     backend : "auto", "cpu", "torch" or "reference"
         "cpu" is the native engine: dense transformers in float32 on the CPU, with the compiled extension. "auto" takes
@@ -108,6 +109,7 @@ class TokenGame(Game):
         if isinstance(self.engine, CpuEngine) and self.engine.arithmetic != "fp32":
             self.more_exact = "backend='torch', or dtype=torch.float64"
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
+        value = "logit" if model.config.task == "regression" else value
         self._heads = Heads(groups, value, self._target(target))
         self.heads = self._heads.names(model.config.expert_names)
         self.groups, self.player_names, self.positions = _name_players(self.problem)
@@ -184,7 +186,7 @@ class TokenGame(Game):
         if target is None:
             logits = self.engine.evaluate(torch.ones(1, self.n, dtype=torch.bool))
             return predicted_target((logits.weights[0, :, None] * logits.experts[0]).sum(0), config.task)
-        if config.task == "multiclass":
+        if config.task != "multilabel":
             return integer("target", target, least=0, most=config.classes - 1)
         chosen = [target] if isinstance(target, int) else list(target)
         if not chosen:

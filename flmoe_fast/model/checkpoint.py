@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import re
-import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_fast.checks import ArgumentError, finite
+from flmoe_fast.files import replacing
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
@@ -77,23 +77,16 @@ def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
     encoders = {name: _stored(encoder.state_dict()) for name, encoder in model.encoders.items()}
     config = model.config.to_dict()
     means = _stored(dict(zip(model.config.modalities, model.feature_means or [])))
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            if path.suffix == _SAFETENSORS_SUFFIX:
-                tensors = {f"ensemble_model.{key}": tensor for key, tensor in ensemble.items()}
-                for name, state in encoders.items():
-                    tensors.update({f"encoder_dict.{name}.{key}": tensor for key, tensor in state.items()})
-                tensors.update({f"feature_means.{name}": mean for name, mean in means.items()})
-                file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)}))
-            else:
-                content = {"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}
-                torch.save(content | ({"feature_means": means} if means else {}), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        if path.suffix == _SAFETENSORS_SUFFIX:
+            tensors = {f"ensemble_model.{key}": tensor for key, tensor in ensemble.items()}
+            for name, state in encoders.items():
+                tensors.update({f"encoder_dict.{name}.{key}": tensor for key, tensor in state.items()})
+            tensors.update({f"feature_means.{name}": mean for name, mean in means.items()})
+            file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)}))
+        else:
+            content = {"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}
+            torch.save(content | ({"feature_means": means} if means else {}), file)
 
 
 def load_checkpoint(
@@ -297,16 +290,11 @@ def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
         raise CheckpointError(path, "reweight.mlp.network.0.weight", found, f"a multiple of H = {hidden} columns")
     count = routing.shape[1] // hidden
     experts = _indices(path, ensemble, r"^interaction_experts\.(\d+)\.", "interaction_experts")
-    if experts != count + 2:
-        found = f"{experts} experts"
-        if experts == 2:
-            found += ", the layout of the ablation with synergy and redundancy only"
-        raise CheckpointError(path, "interaction_experts", found, f"M + 2 = {count + 2} for the {count} modalities")
     matches = (re.fullmatch(r"reweight\.mlp\.network\.(\d+)\.weight", key) for key in ensemble)
     linears = sorted(int(match[1]) for match in matches if match)
     if linears != list(range(0, 3 * len(linears), 3)):
         raise CheckpointError(path, "reweight.mlp.network", f"linear layers at {linears}", "layers at 0, 3, 6, ...")
-    derived = {"modalities": count, "hidden": hidden, "reweight_layers": len(linears), "fusion": fusion}
+    derived = {"modalities": count, "experts": experts, "hidden": hidden, "reweight_layers": len(linears), "fusion": fusion}
     if len(linears) > 1:
         derived["reweight_hidden"] = routing.shape[0]
     if fusion == "interpretcc":
@@ -377,6 +365,13 @@ def _complete(
         except ArgumentError as error:
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
         return FLI2MoEConfig.from_dict({**fields, **given})
+    count, experts = derived["modalities"], derived["experts"]
+    if experts != count + 2:
+        found = f"{experts} experts"
+        if experts == 2:
+            found += ", the layout of the ablation with synergy and redundancy only"
+        expected = f"M + 2 = {count + 2} for the {count} modalities, or a configuration that says which they are"
+        raise CheckpointError(path, "interaction_experts", found, expected)
     needed = ["modalities", "heads", "temperature", "task"]
     if derived["fusion"] == "interpretcc":
         needed[1:2] = ["gumbel_temperature", "gate_threshold"]
@@ -392,7 +387,8 @@ def _complete(
     if isinstance(names, str) or len(names) != derived["modalities"]:
         raise ArgumentError("modalities", repr(names), f"{derived['modalities']} names, as {path} has that many")
     # InterpretCC has neither heads nor layers; a configuration has to have some.
-    return FLI2MoEConfig(**{"heads": 1, "layers": 1, **derived, **given, "modalities": tuple(names)})
+    fields = {"heads": 1, "layers": 1} | {name: value for name, value in derived.items() if name != "experts"}
+    return FLI2MoEConfig(**{**fields, **given, "modalities": tuple(names)})
 
 
 def _compare(path: Path, derived: Mapping[str, Any], config: FLI2MoEConfig) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 from flmoe_fast.checks import ArgumentError, integer, one_of
 
 GENERATIONS = ("fl", "original")
-TASKS = ("multiclass", "multilabel")
+TASKS = ("multiclass", "multilabel", "regression")
 FUSIONS = ("transformer", "interpretcc", "moepp")
 GATES = (None, "naive", "gshard", "switch", "noisy")
 CAPACITIES = ("none", "reference")
+ROUTINGS = ("features", "average")
+#: Role of an expert without an interaction loss: alone, it makes the model a plain dense transformer.
+DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,8 @@ class FLI2MoEConfig:
         generation: ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual
             blocks, interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches
             per modality, learned positions, no masks, no residual around attention, losses on logits).
-        task: ``"multiclass"`` (softmax, cross entropy) or ``"multilabel"`` (sigmoid, binary cross entropy).
+        task: ``"multiclass"`` (softmax, cross entropy), ``"multilabel"`` (sigmoid, binary cross entropy) or
+            ``"regression"`` (the outputs themselves, smooth L1).
         num_tokens: tokens per modality, in order. ``"original"`` needs it, with all numbers equal. For ``"fl"`` it
             is optional; where given, inputs must have exactly these (padded) lengths.
         ffn_multiple: feed-forward width as a multiple of H.
@@ -40,6 +44,11 @@ class FLI2MoEConfig:
         dropout: probability of every dropout in training, 0 <= p < 1.
         interaction_weight: factor of the mean interaction loss in the total loss, >= 0.
         class_weights: C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
+        roles: the experts there are: ``None`` for all M + 2, or some of their names (:attr:`expert_names`), each once;
+            ``"dense"`` is an expert without an interaction loss, and ``("dense",)`` a plain fusion transformer, the
+            baseline that mixtures are compared with.
+        routing: ``"features"`` (weights from the sample's mean features) or ``"average"`` (one learned weight per
+            expert, the same for every sample, all equal at the start).
         fusion: what an expert is. ``"transformer"``; or, for generation ``"original"``, ``"interpretcc"`` (one vector
             per modality, switched on or off by a gate, then an MLP; ``num_tokens`` all 1) or ``"moepp"`` (MoE++, whose
             published code lets only its last layer's attention reach the output).
@@ -77,6 +86,8 @@ class FLI2MoEConfig:
     dropout: float = 0.5
     interaction_weight: float = 0.5
     class_weights: tuple[float, ...] | None = None
+    roles: tuple[str, ...] | None = None
+    routing: str = "features"
     fusion: str = "transformer"
     gate: str | None = None
     ffn_experts: int | None = None
@@ -104,6 +115,10 @@ class FLI2MoEConfig:
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
         settle("interaction_weight", _number("interaction_weight", self.interaction_weight, least=0.0))
         settle("class_weights", self._weights())
+        settle("roles", self._roles())
+        one_of("routing", self.routing, ROUTINGS)
+        if self.routing == "average" and self.reweight_layers != 1:
+            raise ArgumentError("reweight_layers", self.reweight_layers, "1 for routing 'average'")
         self._check_fusion()
         settle("ffn_experts", self._sparse_experts())
         settle("top_k", self._choices())
@@ -173,10 +188,25 @@ class FLI2MoEConfig:
         weights = _tuple("class_weights", self.class_weights, self.classes, "one number per class")
         return tuple(_number(f"class_weights[{i}]", weight, above=0.0) for i, weight in enumerate(weights))
 
+    def _roles(self) -> tuple[str, ...] | None:
+        if self.roles is None:
+            return None
+        known = (*self._all_names, DENSE)
+        expected = f"None, or a tuple of distinct names out of {', '.join(map(repr, known))}"
+        if isinstance(self.roles, str) or not isinstance(self.roles, (tuple, list)) or not self.roles:
+            raise ArgumentError("roles", repr(self.roles), expected)
+        if any(name not in known for name in self.roles) or len(set(self.roles)) < len(self.roles):
+            raise ArgumentError("roles", repr(self.roles), expected)
+        return None if tuple(self.roles) == self._all_names else tuple(self.roles)
+
+    @property
+    def _all_names(self) -> tuple[str, ...]:
+        return (*(f"uniqueness: {name}" for name in self.modalities), "synergy", "redundancy")
+
     @property
     def experts(self) -> int:
-        """Number E = M + 2 of experts."""
-        return len(self.modalities) + 2
+        """Number E of experts: M + 2 unless ``roles`` says otherwise."""
+        return len(self.expert_names)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -191,7 +221,14 @@ class FLI2MoEConfig:
     @property
     def expert_names(self) -> tuple[str, ...]:
         """Names in expert order: ``"uniqueness: <modality>"`` for each modality, ``"synergy"``, ``"redundancy"``."""
-        return (*(f"uniqueness: {name}" for name in self.modalities), "synergy", "redundancy")
+        return self._all_names if self.roles is None else self.roles
+
+    @property
+    def interactions(self) -> tuple[int | None, ...]:
+        """Interaction that each expert is trained for: m < M for uniqueness of modality m, M synergy, M + 1
+        redundancy, ``None`` for a dense expert."""
+        numbers = {name: number for number, name in enumerate(self._all_names)}
+        return tuple(numbers.get(name) for name in self.expert_names)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict of plain JSON types (lists for tuples)."""

@@ -225,6 +225,11 @@ class Reweighting(nn.Module):
         self.temperature = config.temperature
         hidden = (config.reweight_hidden,) * (config.reweight_layers - 1)
         self.mlp = MLP((len(config.modalities) * config.hidden, *hidden, config.experts), nn.ReLU, config.dropout)
+        if config.routing == "average":
+            # A layer that ignores its input leaves its bias: the softmax of E free numbers, and one kind of network.
+            (linear,) = self.mlp.network
+            nn.init.zeros_(linear.weight).requires_grad_(False)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
         """(B, T_m, H) features without position encoding, and masks (B, T_m) or ``None`` -> weights (B, E).
