@@ -294,7 +294,8 @@ def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
     linears = sorted(int(match[1]) for match in matches if match)
     if linears != list(range(0, 3 * len(linears), 3)):
         raise CheckpointError(path, "reweight.mlp.network", f"linear layers at {linears}", "layers at 0, 3, 6, ...")
-    derived = {"modalities": count, "experts": experts, "hidden": hidden, "reweight_layers": len(linears), "fusion": fusion}
+    derived = {"modalities": count, "experts": experts, "fusion": fusion, "hidden": hidden}
+    derived["reweight_layers"] = len(linears)
     if len(linears) > 1:
         derived["reweight_hidden"] = routing.shape[0]
     if fusion == "interpretcc":

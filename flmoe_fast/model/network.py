@@ -111,9 +111,10 @@ class EncoderLayer(nn.Module):
         """(B, L, H) -> (B, L, H) and the attention (B, h, L, L). Only sparse blocks read the other arguments."""
         attended, attention = self.attn(self.norm1(x), key_mask)
         x = (x if self.input_residual else attended) + self.dropout1(attended)
-        return x + self.dropout2(self._feed_forward(self.norm2(x), lengths, balance, passes)), attention
+        return x + self.dropout2(self.feed_forward(self.norm2(x), lengths, balance, passes)), attention
 
-    def _feed_forward(self, x: Tensor, lengths: Sequence[int] | None, balance: list | None, passes: int) -> Tensor:
+    def feed_forward(self, x: Tensor, lengths: Sequence[int] | None, balance: list | None, passes: int) -> Tensor:
+        """The feed-forward block alone, on normalised tokens (B, L, H)."""
         if not isinstance(self.mlp, SparseMLP):
             # One shared feed-forward for all modalities acts on each token by itself, so no split is needed.
             return self.mlp(x)

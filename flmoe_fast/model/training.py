@@ -56,13 +56,15 @@ class TrainingOutput(NamedTuple):
 
     Attributes:
         loss: scalar, the task loss + interaction_weight * sum(interaction_losses) / (M + 2) + regularizer_weight *
-            regularization.
+            regularization + gate_weight * gate_loss.
         task_loss: scalar, cross entropy, binary cross entropy or smooth L1 of the mixture's logits.
         interaction_losses: (E,), one per expert.
         logits: (B, C) of the mixture, on the true features.
         expert_logits: (B, E, C), on the true features.
         weights: (B, E), routing weights.
         regularization: scalar, the unweighted regulariser, 0 without one.
+        gate_loss: scalar, load-balancing loss of the sparse feed-forward blocks, summed over layers and averaged over
+            experts and passes; 0 without such blocks.
     """
 
     loss: Tensor
@@ -72,6 +74,7 @@ class TrainingOutput(NamedTuple):
     expert_logits: Tensor
     weights: Tensor
     regularization: Tensor
+    gate_loss: Tensor
 
 
 def training_forward(
@@ -86,6 +89,7 @@ def training_forward(
     perturbed: Sequence[int] | None = None,
     replacements: Sequence[Tensor] | None = None,
     detach: bool = False,
+    gate_gradient: bool = True,
     passes: str = "auto",
 ) -> TrainingOutput:
     """One training forward with all perturbed passes.
@@ -105,8 +109,10 @@ def training_forward(
             interaction losses. The uniqueness loss of a modality that is not replaced is 0.
         replacements: M tensors (T_m, H) or (B, T_m, H) that stand for an absent modality, instead of Gaussian noise.
         detach: whether the interaction losses see the representations without their gradient.
-        passes: ``"sequential"``, ``"batched"`` (dense experts only) or ``"auto"``, batched where possible. Both give
-            the same losses for the same generator up to rounding, as long as there is no dropout.
+        gate_gradient: whether the gate loss has a gradient. In the published mixtures it is a constant, so that gates
+            are not balanced; there it has one only where a single transformer is trained.
+        passes: ``"sequential"``, ``"batched"`` or ``"auto"``, batched where possible. Both give the same losses for the
+            same generator up to rounding, as long as there is no dropout and no noise in gates.
 
     Returns:
         :class:`TrainingOutput`.
@@ -121,21 +127,24 @@ def training_forward(
     regularizer_weight = _regularizer_weight(regularizer, regularizer_weight)
     one_of("passes", passes, PASSES)
     if passes == "batched" and not can_batch(model):
-        raise ArgumentError("passes", "'batched' for experts that are no dense transformers", "'auto' or 'sequential'")
+        raise ArgumentError("passes", "'batched' for experts of another kind", "'auto' or 'sequential'")
     replaced = _perturbed(model, perturbed)
     absent = [_replacements(features, replaced, replacements, generator) for _ in model.interaction_experts]
 
     if passes == "sequential" or not can_batch(model):
-        runs = [
-            [expert(features, masks), *(expert(_with(features, m, x), masks) for m, x in zip(replaced, own))]
-            for expert, own in zip(model.interaction_experts, absent)
-        ]
+        balances: list[list[Tensor]] = []
+        runs = []
+        for expert, own in zip(model.interaction_experts, absent):
+            inputs = [features, *(_with(features, m, x) for m, x in zip(replaced, own))]
+            balances += [[] for _ in inputs]
+            runs.append([expert(x, masks, balance=losses) for x, losses in zip(inputs, balances[-len(inputs) :])])
+        gate_loss = torch.stack([torch.stack([*losses, features[0].new_zeros(1)]).sum() for losses in balances]).mean()
         logits_by_pass = [[logits for logits, _ in run] for run in runs]
         latents_by_pass = [[latent for _, latent in run] for run in runs]
     else:
-        logits_by_pass, latents_by_pass = (
-            [tuple(own) for own in part] for part in batched_passes(model, features, absent, replaced, masks)
-        )
+        *stacked, balance = batched_passes(model, features, absent, replaced, masks)
+        logits_by_pass, latents_by_pass = ([tuple(own) for own in part] for part in stacked)
+        gate_loss = balance.mean()
 
     of_losses = logits_by_pass if _losses_on_logits(model) else latents_by_pass
     measure = _regression_interaction if model.config.task == "regression" else interaction_loss
@@ -156,7 +165,8 @@ def training_forward(
     # Divided by M + 2 however many experts there are, so that fewer experts weigh no more.
     interaction = interaction_losses.sum() / (len(features) + 2)
     loss = task + model.config.interaction_weight * interaction + regularizer_weight * regularization
-    return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization)
+    loss = loss + model.config.gate_weight * (gate_loss if gate_gradient else gate_loss.detach())
+    return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization, gate_loss)
 
 
 def _losses_on_logits(model: FLI2MoE) -> bool:
@@ -304,6 +314,7 @@ def fit(
     regularizer: str | None = None,
     regularizer_weight: float | None = None,
     ablation: str | None = None,
+    gate_gradient: bool = True,
     passes: str = "auto",
     validation: Held | None = None,
     select: str | None = None,
@@ -333,7 +344,7 @@ def fit(
             (two modalities, drawn anew for every step, are replaced), ``"latent contrastive"`` (interaction losses
             without a gradient), ``"zero vector"`` or ``"mean vector"`` (what replaces a modality instead of noise; the
             mean is a running one over the steps so far). Other ablations are configurations: ``roles``, ``routing``.
-        passes: see :func:`training_forward`.
+        gate_gradient, passes: see :func:`training_forward`.
         validation: judged after every epoch, in eval mode; adds ``validation`` to the records.
         select: a number of the validation (``"loss"``, ``"accuracy"``, ``"micro_f1"``, ``"macro_f1"``): the model ends
             with the weights of the best epoch instead of the last.
@@ -345,8 +356,8 @@ def fit(
 
     Returns:
         One dict per epoch: ``epoch`` (from 0), ``loss``, ``task_loss``, ``interaction_losses`` (list of E),
-        ``regularization``, ``accuracy`` (share of correct training predictions, for ``"multilabel"`` of correct
-        labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples, ``seconds``, and
+        ``regularization``, ``gate_loss``, ``accuracy`` (share of correct training predictions, for ``"multilabel"`` of
+        correct labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples, ``seconds``, and
         ``validation``, a dict of its numbers, where there is one.
 
     Raises:
@@ -388,6 +399,7 @@ def fit(
             "regularizer": regularizer,
             "regularizer_weight": weight,
             "ablation": ablation,
+            "gate_gradient": bool(gate_gradient),
             "select": select,
         },
     )
@@ -411,6 +423,7 @@ def fit(
                         generator=run.noise,
                         regularizer=regularizer,
                         regularizer_weight=warm * weight,
+                        gate_gradient=gate_gradient,
                         passes=passes,
                         **_ablated(ablation, model, features, run),
                     )
@@ -418,13 +431,14 @@ def fit(
                     out.loss.backward()
                     run.optimizer.step()
                     right = _share_right(model, out.logits, wanted)
-                    scalars = [out.loss, out.task_loss, out.regularization, right, *out.interaction_losses]
+                    scalars = [out.loss, out.task_loss, out.regularization, out.gate_loss, right]
+                    scalars += out.interaction_losses
                     run.count(torch.stack(scalars).detach().double() * len(index))
                     if checkpoint is not None and checkpoint_steps and run.step % checkpoint_steps == 0:
                         run.seconds += time.perf_counter() - begin
                         run.save(checkpoint)
                         begin = time.perf_counter()
-                loss, task, regularization, accuracy, *interaction = (run.sums / count).tolist()
+                loss, task, regularization, gate, accuracy, *interaction = (run.sums / count).tolist()
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss became {loss} in epoch {run.epoch}; a smaller lr may help"
@@ -436,6 +450,7 @@ def fit(
                     "task_loss": task,
                     "interaction_losses": interaction,
                     "regularization": regularization,
+                    "gate_loss": gate,
                     "accuracy": accuracy,
                     "seconds": run.seconds,
                 }
