@@ -90,15 +90,19 @@ class EncoderLayer(nn.Module):
     ``a = attn(norm1(x))``, that is ``2 a`` in eval mode. Both then add ``mlp(norm2(y))`` to ``y``.
     """
 
-    def __init__(self, hidden: int, heads: int, mlp: nn.Module, dropout: float, input_residual: bool):
+    def __init__(self, config: FLI2MoEConfig, layer: int):
         super().__init__()
-        self.input_residual = input_residual
+        hidden, wide, dropout = config.hidden, config.ffn_multiple * config.hidden, config.dropout
+        self.input_residual = config.generation == "fl"
         self.norm1 = nn.LayerNorm(hidden, eps=1e-5)
         self.norm2 = nn.LayerNorm(hidden, eps=1e-5)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.attn = Attention(hidden, heads, dropout)
-        self.mlp = mlp
+        self.attn = Attention(hidden, config.heads, dropout)
+        if layer in config.sparse_layers:
+            self.mlp = SparseMLP(config)
+        else:
+            self.mlp = MLP((hidden, wide, hidden), nn.GELU, dropout)  # nn.GELU() is the exact erf form
 
     def forward(
         self,
@@ -135,19 +139,7 @@ class FusionTransformer(nn.Module):
         self.generation = config.generation
         if config.generation == "original":
             self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens), config.hidden))
-        residual = config.generation == "fl"
-        sizes = (config.hidden, config.ffn_multiple * config.hidden, config.hidden)
-        self.network = nn.ModuleList(
-            EncoderLayer(
-                config.hidden,
-                config.heads,
-                # nn.GELU() is the exact erf form
-                SparseMLP(config) if layer in config.sparse_layers else MLP(sizes, nn.GELU, config.dropout),
-                config.dropout,
-                residual,
-            )
-            for layer in range(config.layers)
-        )
+        self.network = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
         self.network.append(ClassificationHead(len(config.modalities) * config.hidden, config.classes))
 
     def forward(
