@@ -357,8 +357,8 @@ def fit(
     Returns:
         One dict per epoch: ``epoch`` (from 0), ``loss``, ``task_loss``, ``interaction_losses`` (list of E),
         ``regularization``, ``gate_loss``, ``accuracy`` (share of correct training predictions, for ``"multilabel"`` of
-        correct labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples, ``seconds``, and
-        ``validation``, a dict of its numbers, where there is one.
+        correct labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples,
+        ``seconds``, and ``validation``, a dict of its numbers, where there is one.
 
     Raises:
         ArgumentError: inputs that do not match the model, the masks or the targets, or a checkpoint of another run.
