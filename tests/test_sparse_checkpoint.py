@@ -133,6 +133,31 @@ def test_published_files_need_only_what_tensors_do_not_tell(tmp_path, kind):
 
 
 FIRST = "interaction_experts.0.fusion_model."
+def test_a_published_transformer_on_its_own(tmp_path):
+    """The GShard baseline: one sparse transformer, without routing."""
+    model = make_model("gshard", capacity="none", roles=("dense",), routing="average", reweight_layers=1)
+    path = tmp_path / "m.pth"
+    state = model.interaction_experts[0].fusion_model.state_dict()
+    torch.save({"fusion_model": state, "encoder_dict": {}}, path)
+    given = {"modalities": ("a", "b"), "heads": 2, "task": "multiclass"}
+    loaded = load_checkpoint(path, **given, gate="gshard")
+    assert loaded.config.expert_names == ("dense",) and loaded.config.temperature == 1.0
+    assert torch.equal(forward(loaded), forward(model))
+    with pytest.raises(ArgumentError, match="all of gate"):
+        load_checkpoint(path, **given)
+    for change, message in (
+        (lambda s: s.pop("network.2.fc.weight"), "fusion_model: found keys"),
+        (lambda s: s.update({"network.2.fc.weight": torch.zeros(3)}), "expected 2 dimensions"),
+        (lambda s: s.update({"network.2.fc.weight": torch.zeros(3, 17)}), "a multiple of H = 8"),
+        (lambda s: s.pop("network.0.mlp.gate.gate.bias"), "no such key"),
+    ):
+        wrong = dict(state)
+        change(wrong)
+        torch.save({"fusion_model": wrong, "encoder_dict": {}}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path, **given, gate="gshard")
+
+
 SPARSE = "interaction_experts.1.fusion_model.network.0.mlp."
 
 
