@@ -37,17 +37,17 @@ def no_gate_noise(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
 
 
-def make(edge: Edge, **changes):
-    """A float64 model in train mode without dropout, features, masks and targets of three samples."""
+def make(edge: Edge, samples: int = 3, **changes):
+    """A float64 model in train mode without dropout, features, masks and targets of a few samples."""
     config = edge.model().config.to_dict() | {"dropout": 0.0, "interaction_weight": 0.7, "gate_weight": 0.3} | changes
     model = FLI2MoE(FLI2MoEConfig.from_dict(config)).double().train()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    features = [torch.randn(3, t, edge.hidden, generator=generator, dtype=torch.float64) for t in edge.tokens]
-    masks = edge.valid and [(torch.arange(t) < v).long().repeat(3, 1) for t, v in zip(edge.tokens, edge.valid)]
-    return model, features, masks, torch.randint(5, (3,), generator=generator)
+    features = [torch.randn(samples, t, edge.hidden, generator=generator, dtype=torch.float64) for t in edge.tokens]
+    masks = edge.valid and [(torch.arange(t) < v).long().repeat(samples, 1) for t, v in zip(edge.tokens, edge.valid)]
+    return model, features, masks, torch.randint(5, (samples,), generator=generator)
 
 
 def run(model, features, masks, targets, passes, **options):
@@ -109,6 +109,46 @@ def test_gate_loss_enters_the_total_with_or_without_its_gradient():
         balances.append(sum(found))
     with_only_true_features = training_forward(model, features, masks, targets, perturbed=())
     torch.testing.assert_close(with_only_true_features.gate_loss, torch.cat(balances).mean(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("passes", ("sequential", "batched"))
+def test_networks_of_a_single_transformer_are_kept_apart(passes):
+    """rep-cka against loops over tokens, on a model without other experts."""
+    changes = {"roles": ("dense",), "routing": "average", "reweight_layers": 1}
+    model, features, masks, targets = make(CASES[-1], samples=6, **changes)
+    options = {"regularizer": "rep-cka", "regularizer_weight": 0.5, "passes": passes}
+    out = training_forward(model, features, masks, targets, **options)
+    block = model.interaction_experts[0].fusion_model.network[0].mlp
+    calls = []
+    hook = block.register_forward_pre_hook(lambda m, a: calls.append(a[0]))
+    model.interaction_experts[0](features, masks)
+    hook.remove()
+    values = []
+    for x in calls:
+        chosen = block.gate(x.flatten(0, 1)[None]).chosen[0].unflatten(0, x.shape[:2])
+        means = {}
+        for network in range(4):
+            for b in range(6):
+                rows = [block.experts(x[b, t][None], network)[0] for t, k in (chosen[b] == network).nonzero().tolist()]
+                if rows:
+                    means[network, b] = torch.stack(rows).mean(0)
+        pairs = []
+        for i in range(4):
+            for j in range(i + 1, 4):
+                common = [b for b in range(6) if (i, b) in means and (j, b) in means]
+                if len(common) > 1:
+                    a, c = (torch.stack([means[n, b] for b in common]) for n in (i, j))
+                    a, c = a - a.mean(0), c - c.mean(0)
+                    own = torch.linalg.norm(a.T @ a) * torch.linalg.norm(c.T @ c)
+                    pairs.append(torch.linalg.norm(a.T @ c) ** 2 / (own + 1e-8))
+        values += [torch.stack(pairs).mean()] if pairs else []
+    torch.testing.assert_close(out.regularization, torch.stack(values).mean(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        out.loss, out.task_loss + 0.5 * out.regularization + 0.3 * out.gate_loss, rtol=1e-12, atol=1e-12
+    )
+    gradient = torch.autograd.grad(out.regularization, block.experts.htoh4.weight)[0]
+    assert gradient.abs().max() > 1e-6
+    assert not block._forward_hooks and not block.gate._forward_hooks
 
 
 def separable(samples=48, seed=0):

@@ -31,6 +31,7 @@ from flmoe_fast.files import replacing
 from flmoe_fast.model.batched import batched_passes, can_batch
 from flmoe_fast.model.metrics import score
 from flmoe_fast.model.network import FLI2MoE, FLI2MoEOutput, eval_mode
+from flmoe_fast.model.network_latents import collect_latents, linear_cka, network_similarity
 from flmoe_fast.model.training_state import TrainingState
 
 REGULARIZERS = (None, "rep-cos", "rep-barlow", "rep-cka")
@@ -103,7 +104,8 @@ def training_forward(
         generator: source of the noise, on the model's device. Draws are made expert by expert and, within an
             expert, modality by modality, each for a whole (B, T_m, H) tensor.
         regularizer: ``None``, ``"rep-cos"``, ``"rep-barlow"`` or ``"rep-cka"``: a penalty on the similarity of the
-            experts' latents, averaged over expert pairs.
+            experts' latents, averaged over expert pairs. For a single sparse transformer rep-cka compares the latents
+            of the networks of its feed-forward blocks.
         regularizer_weight: its factor; default 3e-3 for rep-cos and 10 for rep-barlow, to be given for rep-cka.
         perturbed: modalities that are replaced, in increasing order; ``None`` for all, nothing for a step without
             interaction losses. The uniqueness loss of a modality that is not replaced is 0.
@@ -131,20 +133,10 @@ def training_forward(
     replaced = _perturbed(model, perturbed)
     absent = [_replacements(features, replaced, replacements, generator) for _ in model.interaction_experts]
 
-    if passes == "sequential" or not can_batch(model):
-        balances: list[list[Tensor]] = []
-        runs = []
-        for expert, own in zip(model.interaction_experts, absent):
-            inputs = [features, *(_with(features, m, x) for m, x in zip(replaced, own))]
-            balances += [[] for _ in inputs]
-            runs.append([expert(x, masks, balance=losses) for x, losses in zip(inputs, balances[-len(inputs) :])])
-        gate_loss = torch.stack([torch.stack([*losses, features[0].new_zeros(1)]).sum() for losses in balances]).mean()
-        logits_by_pass = [[logits for logits, _ in run] for run in runs]
-        latents_by_pass = [[latent for _, latent in run] for run in runs]
-    else:
-        *stacked, balance = batched_passes(model, features, absent, replaced, masks)
-        logits_by_pass, latents_by_pass = ([tuple(own) for own in part] for part in stacked)
-        gate_loss = balance.mean()
+    # A sparse transformer on its own has no other experts to differ from, but its networks have each other.
+    alone = regularizer == "rep-cka" and len(model.interaction_experts) == 1 and model.config.gate is not None
+    with collect_latents(model) if alone else contextlib.nullcontext() as networks:
+        logits_by_pass, latents_by_pass, gate_loss = _run_passes(model, features, masks, absent, replaced, passes)
 
     of_losses = logits_by_pass if _losses_on_logits(model) else latents_by_pass
     measure = _regression_interaction if model.config.task == "regression" else interaction_loss
@@ -161,12 +153,38 @@ def training_forward(
     logits = (weights[:, :, None] * expert_logits).sum(dim=1)
     interaction_losses = torch.stack(losses)
     task = task_loss(model, logits, targets)
-    regularization = representation_penalty(regularizer, [own[0] for own in latents_by_pass])
+    if alone:
+        regularization = network_similarity(networks, features[0])
+    else:
+        regularization = representation_penalty(regularizer, [own[0] for own in latents_by_pass])
     # Divided by M + 2 however many experts there are, so that fewer experts weigh no more.
     interaction = interaction_losses.sum() / (len(features) + 2)
     loss = task + model.config.interaction_weight * interaction + regularizer_weight * regularization
     loss = loss + model.config.gate_weight * (gate_loss if gate_gradient else gate_loss.detach())
     return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization, gate_loss)
+
+
+def _run_passes(
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    absent: Sequence[Sequence[Tensor]],
+    replaced: Sequence[int],
+    passes: str,
+) -> tuple[list, list, Tensor]:
+    """Logits and latents, E lists of 1 + P tensors each, and the gate loss."""
+    if passes != "sequential" and can_batch(model):
+        logits, latents, balance = batched_passes(model, features, absent, replaced, masks)
+        return [tuple(own) for own in logits], [tuple(own) for own in latents], balance.mean()
+    runs, losses = [], []
+    for expert, own in zip(model.interaction_experts, absent):
+        runs.append([])
+        for inputs in (features, *(_with(features, m, x) for m, x in zip(replaced, own))):
+            balance = [features[0].new_zeros(1)]
+            runs[-1].append(expert(inputs, masks, balance=balance))
+            losses.append(torch.stack(balance).sum())
+    logits, latents = ([[found[part] for found in run] for run in runs] for part in (0, 1))
+    return logits, latents, torch.stack(losses).mean()
 
 
 def _losses_on_logits(model: FLI2MoE) -> bool:
@@ -272,7 +290,7 @@ def representation_penalty(regularizer: str | None, latents: Sequence[Tensor]) -
     one_of("regularizer", regularizer, REGULARIZERS)
     if regularizer is None or len(latents) < 2:
         return latents[0].new_zeros(())
-    measure = {"rep-cos": _squared_cosine, "rep-barlow": _off_diagonal, "rep-cka": _linear_cka}[regularizer]
+    measure = {"rep-cos": _squared_cosine, "rep-barlow": _off_diagonal, "rep-cka": linear_cka}[regularizer]
     return torch.stack([measure(a, b) for a, b in itertools.combinations(latents, 2)]).mean()
 
 
@@ -285,11 +303,6 @@ def _off_diagonal(a: Tensor, b: Tensor) -> Tensor:
     correlation = a.T @ b / a.shape[0]
     diagonal = torch.eye(a.shape[1], dtype=torch.bool, device=a.device)
     return correlation[~diagonal].square().mean()
-
-
-def _linear_cka(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(dim=0), b - b.mean(dim=0)
-    return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm() + 1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
