@@ -21,7 +21,7 @@ SYNERGY_SPREAD = 2.0
 
 
 def settings(modalities: int) -> tuple[str, ...]:
-    """Names of the settings for M modalities: ``"redundancy"``, ``"synergy"``, ``"uniqueness0"`` ... and ``"random"``."""
+    """Settings for M modalities: ``"redundancy"``, ``"synergy"``, ``"uniqueness0"`` ... and ``"random"``."""
     return ("redundancy", "synergy", *(f"uniqueness{m}" for m in range(modalities)), "random")
 
 

@@ -185,9 +185,7 @@ def _replacements(
     if given is not None:
         return [given[m].expand_as(features[m]) for m in replaced]
     return [
-        torch.randn(
-            features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device
-        )
+        torch.randn(features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device)
         for m in replaced
     ]
 
