@@ -1,4 +1,4 @@
-"""Digits: how faithful importance maps are, and what masking the top pairs costs, for an FL-I2MoE and a dense Transformer.
+"""Digits: how faithful importance maps are, and what masking pairs costs, for an FL-I2MoE and a dense Transformer.
 
     python -m bench.digits [--seeds 0 1 2] [--images 120] [--contexts 24]
 
