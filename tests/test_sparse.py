@@ -14,6 +14,7 @@ from flmoe_fast.model import sparse
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.sparse import SparseMLP, first_come, largest
+from flmoe_fast.model.training import predict
 
 H = 8
 GATES = ("naive", "gshard", "switch", "noisy")
@@ -244,6 +245,11 @@ def test_only_capacity_makes_samples_depend_on_their_batch():
         parts = [model([f[b : b + 1] for f in features], [m[b : b + 1] for m in masks]).logits for b in range(4)]
         change = (torch.cat(parts) - model(features, masks).logits).abs().max()
         assert (change > 1e-6) if depends else (change < 1e-12)
+        alone = model(features, masks, passes=4).logits
+        torch.testing.assert_close(torch.cat(parts), alone, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(predict(model, features, masks, batch_size=3).logits, alone, rtol=1e-12, atol=1e-12)
+        with pytest.raises(ArgumentError, match="passes: got 3, expected a divisor of the 4 samples"):
+            model(features, masks, passes=3)
         other = {"none": "reference", "reference": "none"}[capacity]
         model.set_capacity(other)
         assert model.config.capacity == other

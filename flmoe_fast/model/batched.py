@@ -232,9 +232,7 @@ class _Passes:
 
     def _hidden(self, x: Tensor, layer: int) -> Tensor:
         at = ("network", layer, "mlp", "network", 0)
-        up = self._normed_linear(
-            x, ("network", layer, "norm2"), self.stack(*at, "weight"), self.stack(*at, "bias")
-        )
+        up = self._normed_linear(x, ("network", layer, "norm2"), self.stack(*at, "weight"), self.stack(*at, "bias"))
         return functional.gelu(up)
 
     def _down(self, x: Tensor, layer: int, biased: bool = True) -> Tensor:

@@ -353,7 +353,9 @@ class FLI2MoE(nn.Module):
     def _tokens(self, m: int) -> int | None:
         return None if self.config.num_tokens is None else self.config.num_tokens[m]
 
-    def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> FLI2MoEOutput:
+    def forward(
+        self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None, passes: int = 1
+    ) -> FLI2MoEOutput:
         """Run all experts and mix them.
 
         Args:
@@ -361,6 +363,8 @@ class FLI2MoE(nn.Module):
                 modality further moves the tokens of the modalities after it.
             masks: M masks (B, T_m) of any dtype with 1 for valid tokens and 0 for padding, or ``None`` (generation
                 ``"original"`` takes only ``None``). What the features hold at padded tokens has no effect.
+            passes: how many batches, one after another, B stands for: 1 for one batch, B for samples on their own. It
+                matters where tokens compete for capacity, see :attr:`FLI2MoEConfig.slots_limit`, and nowhere else.
 
         Returns:
             :class:`FLI2MoEOutput`.
@@ -370,7 +374,10 @@ class FLI2MoE(nn.Module):
                 other than 0 and 1, or a sample without any valid token.
         """
         self.check_inputs(features, masks)
-        runs = [expert(features, masks) for expert in self.interaction_experts]
+        integer("passes", passes, least=1)
+        if features[0].shape[0] % passes:
+            raise ArgumentError("passes", passes, f"a divisor of the {features[0].shape[0]} samples")
+        runs = [expert(features, masks, passes=passes) for expert in self.interaction_experts]
         expert_logits = torch.stack([logits for logits, _ in runs], dim=1)
         latents = torch.stack([latent for _, latent in runs], dim=1)
         weights = self.reweight(features, masks)

@@ -213,9 +213,7 @@ def _replacements(
     if given is not None:
         return [given[m].expand_as(features[m]) for m in replaced]
     return [
-        torch.randn(
-            features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device
-        )
+        torch.randn(features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device)
         for m in replaced
     ]
 
@@ -537,7 +535,8 @@ def predict(
         model: its modules' train/eval modes are restored afterwards.
         inputs: per modality N samples, as for :func:`fit`.
         masks: M masks (N, T_m) or ``None``.
-        batch_size: samples per forward; it has no influence on the result, since padding is not cut.
+        batch_size: samples per forward; it has no influence on the result, since padding is not cut and samples do
+            not compete for the capacity of sparse blocks.
 
     Returns:
         :class:`FLI2MoEOutput` over all N samples, on the model's device.
@@ -550,7 +549,7 @@ def predict(
     device = next(model.parameters()).device
     with torch.no_grad(), eval_mode(model):
         batches = (_batch(model, inputs, masks, index, device) for index in torch.arange(count).split(batch_size))
-        outputs = [model(features, batch_masks) for features, batch_masks in batches]
+        outputs = [model(features, batch_masks, passes=len(features[0])) for features, batch_masks in batches]
     return FLI2MoEOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
