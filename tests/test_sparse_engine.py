@@ -245,6 +245,15 @@ def test_interpretcc_players_are_modalities():
     assert len(found.interactions.pairs) == 6
 
 
+def test_a_game_keeps_the_capacity_it_was_made_with():
+    model = SWITCH.model()
+    games = [SWITCH.game(model), SWITCH.game(model, backend="reference")]
+    model.set_capacity("none")
+    coalitions, expected = truth(SWITCH)
+    for game in games:
+        assert relative(flat(game.engine.evaluate(coalitions)), flat(expected)[: len(coalitions)]) <= FP64
+
+
 def test_importance_of_a_batch_is_that_of_its_samples():
     """Samples do not compete for capacity."""
     model = SWITCH.model()
