@@ -112,8 +112,9 @@ def pair_view(
     if axes is None:
         tallest = max(_height(view) for view in views)
         axes = new_figure(3.2 * len(views) + 1.2, float(np.clip(0.28 * tallest + 1.4, 3.6, 11.0))).subplots()
-    order = result.order("abs_sii" if of == "sii" else "gap", head)[:links]
     values, errors = result.column(of, head), result.column(f"{of}_stderr", head)
+    order = result.order("abs_sii" if of == "sii" else "gap", head)
+    order = order[np.nan_to_num(values[order]) != 0][:links]  # a line of no interaction would have no colour
     ends = [[tuple(places[player]) for player in result.pairs[pair]] for pair in order]
     linked = {place for pair in ends for place in pair}
     rows = max(8.0, *(min(_height(view), MOST_TOKENS) for view in views))
@@ -142,7 +143,8 @@ def pair_view(
     axes.set_aspect("equal")
     axes.set_axis_off()
     names = ("synergy (SII > 0)", "substitution (SII < 0)") if of == "sii" else ("gap > 0", "gap < 0")
-    handles = [Line2D([], [], color=c, linewidth=3, label=n) for c, n in zip((SYNERGY, SUBSTITUTION), names)]
+    shown = [(SYNERGY, names[0]), *([(SUBSTITUTION, names[1])] if of == "sii" or (values[order] < 0).any() else [])]
+    handles = [Line2D([], [], color=colour, linewidth=3, label=name) for colour, name in shown]
     handles += [Line2D([], [], color="0.5", linewidth=link_width(z), label=f"{z} standard errors") for z in (4, 12)]
     axes.legend(
         handles=handles,
