@@ -1,4 +1,4 @@
-"""The command line: ``flmoe-fast demo | explain | doctor``.
+"""The command line: ``flmoe-fast demo | train | explain | faithfulness | report | doctor``.
 
 Bad input is answered by one line on stderr that names the argument or the file, and exit code 2.
 """
@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
 from flmoe_fast.environment import doctor
 from flmoe_fast.games.token_game import BACKENDS
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             arguments.run(arguments)
-        except (ArgumentError, CheckpointError, OSError) as problem:
+        except (ArgumentError, CheckpointError, DataError, OSError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
@@ -56,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = importlib.import_module(__package__).__version__
     parser.add_argument("--version", action="version", version=f"flmoe-fast {version}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="demo | explain | doctor")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="demo | train | explain | faithfulness | report | doctor"
+    )
 
     demo = commands.add_parser("demo", help="train on real digits, explain one, check and mask: everything in a minute")
     demo.add_argument("--out", required=True, metavar="DIR", help="folder for the picture, the tables and the model")
@@ -65,15 +68,27 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     demo.set_defaults(run=_demo)
 
-    one = commands.add_parser("explain", help="explain one sample of a saved model")
-    one.add_argument("model", metavar="MODEL", help="a .safetensors, .pth or .pt checkpoint")
+    steps = {
+        "train": (_train, "train a model on a data set, or go on where a run was stopped"),
+        "faithfulness": (_faithfulness, "drop curves and AOPC of a trained run's importance maps"),
+        "report": (_report, "one HTML page about a run"),
+    }
+    for name, (run, text) in steps.items():
+        step = commands.add_parser(name, help=text)
+        step.add_argument("settings", metavar="RUN.toml", help="what the run is, see the README")
+        step.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
+        step.set_defaults(run=run)
+
+    one = commands.add_parser("explain", help="explain one sample of a saved model, or the samples of a run")
+    one.add_argument("model", metavar="MODEL", help="a .safetensors, .pth or .pt checkpoint, or a RUN.toml alone")
     one.add_argument(
         "sample",
         metavar="SAMPLE",
+        nargs="?",
         help="a .npz or .safetensors file with features.<modality> (T, H), or inputs.<modality> for the model's "
         "encoders, and optionally masks.<modality> (T,)",
     )
-    one.add_argument("--out", required=True, metavar="DIR", help="folder for the tables and the heat maps")
+    one.add_argument("--out", metavar="DIR", help="folder for the tables and the heat maps")
     one.add_argument(
         "--candidates",
         type=int,
@@ -117,7 +132,49 @@ def _demo(arguments: argparse.Namespace) -> None:
     run(arguments.out, seed=arguments.seed, size=size, progress=arguments.progress)
 
 
+def _train(arguments: argparse.Namespace) -> None:
+    from flmoe_fast.runs.settings import read_settings
+    from flmoe_fast.runs.train import train
+
+    settings = read_settings(arguments.settings)
+    metrics = train(settings, arguments.progress)
+    for part in ("valid", "test"):
+        if part in metrics:
+            print(f"{part:6}" + "  ".join(f"{name} {value:.4f}" for name, value in metrics[part].items()))
+    print(f"Written to {settings.out}: model.safetensors, metrics.json, predictions.npz, training.jsonl, training.csv")
+
+
+def _faithfulness(arguments: argparse.Namespace) -> None:
+    from flmoe_fast.runs.faithfulness import measure_faithfulness
+    from flmoe_fast.runs.settings import read_settings
+
+    settings = read_settings(arguments.settings)
+    for method, table in measure_faithfulness(settings, arguments.progress).items():
+        first = table.iloc[0]
+        gaps = [f"{name} gap {first[f'aopc_{name}_prob_gap']:+.4f}" for name in ("comprehensiveness", "sufficiency")]
+        print(f"{method:10} AOPC " + "  ".join(gaps))
+    print(f"Written to {settings.out / 'faithfulness'}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from flmoe_fast.runs.report import report_run
+    from flmoe_fast.runs.settings import read_settings
+
+    print(f"Written to {report_run(read_settings(arguments.settings))}")
+
+
 def _explain(arguments: argparse.Namespace) -> None:
+    if Path(arguments.model).suffix == ".toml" and arguments.sample is None:
+        from flmoe_fast.runs.explain import explain_samples
+        from flmoe_fast.runs.settings import read_settings
+
+        settings = read_settings(arguments.model)
+        folders = explain_samples(settings, arguments.progress)
+        print(f"{len(folders)} samples in {settings.out / 'samples'}")
+        return
+    for name in ("sample", "out"):
+        if getattr(arguments, name) is None:
+            raise ArgumentError(name, "nothing", "a SAMPLE file and --out DIR, or a RUN.toml alone")
     model = load_checkpoint(
         arguments.model,
         modalities=arguments.modalities,

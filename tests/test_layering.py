@@ -21,6 +21,7 @@ LAYERS = (
     ("probes",),
     ("pipeline",),
     ("data",),
+    ("runs",),
     ("demo",),
     ("cli",),
 )

@@ -90,6 +90,7 @@ def read_own(
         classes,
         tuple(ids),
         parts,
+        {name: tuple(columns) for name, (kind, columns) in wanted.items() if kind == "table"},
     )
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class RawData:
     classes : tuple of C str
     ids : tuple of N str
     parts : dict from "train", "valid", "test" to int64 row numbers
+    columns : dict from modality to F str
+        Names of the columns of tables, where they are known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class RawData:
     classes: tuple[str, ...]
     ids: tuple[str, ...]
     parts: dict[str, np.ndarray]
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for modality, values in self.values.items():

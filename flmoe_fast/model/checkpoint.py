@@ -170,6 +170,29 @@ def load_checkpoint(
     return model.eval()
 
 
+def load_weights(model: FLI2MoE, path: str | os.PathLike) -> None:
+    """Give a model the weights and feature means of a file that :func:`save_checkpoint` wrote of the same model.
+
+    Unlike :func:`load_checkpoint` it makes no model, so the encoders may be of any kind.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`, or weights of a model of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(path, "file", "nothing", "a checkpoint")
+    read = _read_safetensors if path.suffix == _SAFETENSORS_SUFFIX else _read_torch
+    found = read(path)
+    tensors = dict(found.ensemble)
+    for name, state in found.encoders.items():
+        tensors.update({f"encoders.{name}.{key}": tensor for key, tensor in state.items()})
+    _check_tensors(path, model, tensors)
+    model.load_state_dict(tensors, strict=True)
+    parameter = next(model.parameters())
+    means = _feature_means(path, model.config, found.feature_means, parameter.dtype)
+    model.feature_means = None if means is None else [mean.to(parameter.device) for mean in means]
+
+
 def _feature_means(
     path: Path, config: FLI2MoEConfig, means: Mapping[str, Tensor], dtype: torch.dtype
 ) -> list[Tensor] | None:

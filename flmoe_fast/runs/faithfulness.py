@@ -1,0 +1,163 @@
+"""``flmoe-fast faithfulness``: drop curves and AOPC of a whole part of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+import torch
+from tqdm.auto import tqdm
+
+from flmoe_fast.checks import one_of
+from flmoe_fast.files import replacing
+from flmoe_fast.games.token_game import TokenGame
+from flmoe_fast.model.network import FLI2MoE
+from flmoe_fast.pipeline.faithfulness import (
+    Faithfulness,
+    faithfulness,
+    faithfulness_table,
+    paired_gaps,
+    write_tables,
+)
+from flmoe_fast.pipeline.importance import METHODS, batch_importance
+from flmoe_fast.pipeline.records import plain_fields, rebuilt
+from flmoe_fast.runs.explain import TARGETS, chosen_rows, model_digest
+from flmoe_fast.runs.settings import RunSettings
+from flmoe_fast.runs.study import Study
+
+#: Samples whose curves are kept in one file.
+BLOCK = 16
+SUFFIXES = {"train": "_train", "valid": "_val", "test": "_test"}
+
+
+def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[str, pandas.DataFrame]:
+    """Measure every wanted importance method, or go on where an earlier call was stopped.
+
+    Writes, into ``faithfulness/<method>``, the curves of the samples in blocks, the two tables of
+    :func:`write_tables`, and ``gaps.json`` with the AOPC gaps and their standard errors over samples.
+
+    Returns
+    -------
+    dict from method to the table of :func:`faithfulness_table`
+    """
+    options = settings.faithfulness
+    one_of("faithfulness.target", options.target, TARGETS)
+    for method in options.importance:
+        one_of("faithfulness.importance", method, METHODS)
+    study = Study(settings, progress)
+    model = study.trained()
+    rows = chosen_rows(study.splits.part(options.part).ids, options.samples)
+    tables = {}
+    for method in options.importance:
+        folder = settings.out / "faithfulness" / method
+        samples = _curves(study, model, rows, method, folder, settings, progress)
+        targets = study.splits.part(options.part).targets[rows]
+        table = faithfulness_table(samples, targets, study.splits.task, mode=options.aopc)
+        write_tables([table], folder, study.splits.name.replace(" ", "_"), suffix=SUFFIXES[options.part])
+        gaps = {name: {"mean": mean, "stderr": error} for name, (mean, error) in paired_gaps(samples).items()}
+        with replacing(folder / "gaps.json", "w") as file:
+            json.dump({"samples": len(samples), "part": options.part, **gaps}, file)
+        tables[method] = table
+    return tables
+
+
+def read_tables(settings: RunSettings) -> dict[str, pandas.DataFrame]:
+    """The tables of a run's folder by method, with the columns of :func:`faithfulness_table`."""
+    found = {}
+    for path in sorted((settings.out / "faithfulness").glob("*/*_raw_*.csv")):
+        table = pandas.read_csv(path)
+        means = {name: name.removesuffix("_mean") for name in table.columns if name.endswith("_mean")}
+        found[path.parent.name] = table[["K_percent", *means]].rename(columns=means)
+    return found
+
+
+def _curves(
+    study: Study,
+    model: FLI2MoE,
+    rows: list[int],
+    method: str,
+    folder: Path,
+    settings: RunSettings,
+    progress: bool,
+) -> list[Faithfulness]:
+    folder.mkdir(parents=True, exist_ok=True)
+    about = _about(settings)
+    samples: list[Faithfulness] = []
+    with tqdm(total=len(rows), desc=f"faithfulness, {method}", unit="sample", disable=not progress) as bar:
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            path = folder / f"block-{start // BLOCK:05d}.json"
+            kept = _read_block(path, about, len(block))
+            if kept is None:
+                kept = _measure(study, model, block, method, settings)
+                with replacing(path, "w") as file:
+                    json.dump({"settings": about, "samples": [_as_json(sample) for sample in kept]}, file)
+            samples += kept
+            bar.update(len(block))
+    return samples
+
+
+def _measure(study: Study, model: FLI2MoE, rows: list[int], method: str, settings: RunSettings) -> list[Faithfulness]:
+    options = settings.faithfulness
+    chosen = [study.sample(model, options.part, row, views=False) for row in rows]
+    targets = None
+    if options.target == "true" and study.splits.task != "regression":
+        targets = list(study.splits.part(options.part).targets[rows].unbind(0))
+    features = [torch.stack(parts) for parts in zip(*(sample.features for sample in chosen))]
+    masks = None
+    if chosen[0].masks is not None:
+        masks = [torch.stack(parts) for parts in zip(*(sample.masks for sample in chosen))]
+    importance = batch_importance(model, features, masks, targets=targets, method=method).mixture
+    found = []
+    for n, (row, sample) in enumerate(zip(rows, chosen)):
+        target = None
+        if targets is not None:
+            target = list(sample.truth) if study.splits.task == "multilabel" else sample.truth[0]
+        game = TokenGame(
+            model,
+            sample.features,
+            masks=sample.masks,
+            players=sample.players,
+            fill=options.fill,
+            target=target if target != [] else None,
+            heads=("mixture",),
+            backend=options.backend,
+        )
+        found.append(
+            faithfulness(
+                game,
+                importance[n][game.tokens],
+                percents=options.percents,
+                repeats=options.repeats,
+                seed=options.seed + row,
+            )
+        )
+    return found
+
+
+def _about(settings: RunSettings) -> dict:
+    options = dataclasses.asdict(settings.faithfulness)
+    kept = {name: options[name] for name in ("part", "percents", "repeats", "seed", "fill", "target", "backend")}
+    return json.loads(json.dumps({**kept, "model": model_digest(settings)}))
+
+
+def _as_json(sample: Faithfulness) -> dict:
+    arrays: dict = {}
+    plain = plain_fields(sample, "", arrays)
+    return {"plain": plain, "arrays": {name: value.tolist() for name, value in arrays.items()}}
+
+
+def _read_block(path: Path, about: dict, count: int) -> list[Faithfulness] | None:
+    """The samples of a block, or None where it is missing, of another run, or not as long."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    if content["settings"] != about or len(content["samples"]) != count:
+        return None
+    return [
+        rebuilt(Faithfulness, one["plain"], "", {name: np.array(value) for name, value in one["arrays"].items()})
+        for one in content["samples"]
+    ]

@@ -1,0 +1,218 @@
+"""The one file that says what a run is: data, encoders, model, training, explanation, faithfulness."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.data.adni import read_adni
+from flmoe_fast.data.enrico import read_enrico
+from flmoe_fast.data.hdxor import hd_xor
+from flmoe_fast.data.mimic import read_mimic
+from flmoe_fast.data.mmhs150k import read_mmhs150k
+from flmoe_fast.data.mmimdb import read_mmimdb
+from flmoe_fast.data.mosi import read_mosi
+from flmoe_fast.data.own import read_own
+from flmoe_fast.model.config import FLI2MoEConfig
+
+#: Data sets by their name in the file, and what reads them.
+READERS: dict[str, Callable] = {
+    "own": read_own,
+    "mmimdb": read_mmimdb,
+    "enrico": read_enrico,
+    "mmhs150k": read_mmhs150k,
+    "mimic": read_mimic,
+    "mosi": read_mosi,
+    "adni": read_adni,
+}
+#: Data that is made or bundled, which needs no path.
+MADE = ("digits", "hdxor")
+_FROM_DATA = ("modalities", "classes", "task", "num_tokens")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Options of :func:`flmoe_fast.model.training.fit`; ``threads`` of PyTorch are the machine's if 0."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-4
+    seed: int = 0
+    regularizer: str | None = None
+    regularizer_weight: float | None = None
+    ablation: str | None = None
+    select: str | None = None
+    checkpoint_steps: int | None = None
+    reference_layout: bool = False
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class ExplainSettings:
+    """Which samples are explained, and options of :func:`flmoe_fast.explain`."""
+
+    part: str = "test"
+    samples: int = 16
+    ids: tuple[str, ...] = ()
+    candidates: int = 10
+    contexts: int | None = None
+    budget: int | None = None
+    seed: int = 0
+    gap: str = "strict"
+    importance: str = "attnXgrad"
+    fill: str = "mean"
+    value: str = "prob"
+    target: str = "predicted"
+    backend: str = "auto"
+    most: tuple[int, ...] = (1, 2, 4, 8)
+    repeats: int = 10
+    universe: str = "players"
+
+
+@dataclass(frozen=True)
+class FaithfulnessSettings:
+    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithfulness.faithfulness`."""
+
+    part: str = "valid"
+    samples: int | None = None
+    importance: tuple[str, ...] = ("attnXgrad",)
+    percents: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0, 25.0)
+    repeats: int = 10
+    seed: int = 42
+    fill: str = "mean"
+    target: str = "predicted"
+    aopc: str = "mean"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A whole run.
+
+    Attributes
+    ----------
+    path : Path
+        The file; relative paths in it are relative to its folder.
+    out : Path
+        Folder of everything that is written.
+    data : dict
+        ``kind`` (see :data:`READERS` and :data:`MADE`), ``path``, and options of the reader.
+    encoders : dict from modality to options of a backbone
+    model : dict
+        Fields of :class:`FLI2MoEConfig`, and ``patches`` or ``groups`` of :func:`flmoe_fast.data.prepare.prepare`.
+    """
+
+    path: Path
+    out: Path
+    data: dict[str, Any]
+    encoders: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    explain: ExplainSettings = field(default_factory=ExplainSettings)
+    faithfulness: FaithfulnessSettings = field(default_factory=FaithfulnessSettings)
+
+
+def read_settings(path: str | os.PathLike) -> RunSettings:
+    """Read a TOML file.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ArgumentError
+        No TOML, or a section or a key that is unknown or of the wrong type; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError("settings", f"{path} ({error})", "a TOML file") from error
+    known = ("out", "data", "encoders", "model", "training", "explain", "faithfulness")
+    for name in content:
+        if name not in known:
+            raise ArgumentError(name, f"this entry in {path}", f"one of {', '.join(known)}")
+    for name in ("data", "model"):
+        if not isinstance(content.get(name), dict):
+            raise ArgumentError(name, f"no section [{name}] in {path}", f"a section [{name}]")
+    out = content.get("out", f"out/{path.stem}")
+    if not isinstance(out, str):
+        raise ArgumentError("out", repr(out), "a folder")
+    return RunSettings(
+        path,
+        path.parent / out,
+        _data(dict(content["data"]), path),
+        _encoders(content.get("encoders", {}), path),
+        _model(dict(content["model"])),
+        _section(TrainingSettings, "training", content),
+        _section(ExplainSettings, "explain", content),
+        _section(FaithfulnessSettings, "faithfulness", content),
+    )
+
+
+def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    kind = data.get("kind")
+    if kind not in (*READERS, *MADE):
+        raise ArgumentError("data.kind", repr(kind), f"one of {', '.join((*READERS, *MADE))}")
+    if kind in READERS:
+        if not isinstance(data.get("path"), str):
+            raise ArgumentError("data.path", repr(data.get("path")), "the path of the data set")
+        data["path"] = path.parent / data["path"]
+        allowed = list(inspect.signature(READERS[kind]).parameters)[1:]
+    else:
+        allowed = ["seed"] if kind == "digits" else list(inspect.signature(hd_xor).parameters)
+    for name in data:
+        if name not in (*allowed, "kind", "path", "dtype", "batch_size"):
+            raise ArgumentError(f"data.{name}", "this key", f"one of {', '.join(allowed)}")
+    return data
+
+
+def _encoders(encoders: object, path: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(encoders, Mapping):
+        raise ArgumentError("encoders", type(encoders).__name__, "sections [encoders.<modality>]")
+    allowed, found = ("name", "max_length", "device", "local_only"), {}
+    for modality, options in encoders.items():
+        if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+            raise ArgumentError(f"encoders.{modality}.name", "nothing", "a folder or a name on the model hub")
+        for name in options:
+            if name not in allowed:
+                raise ArgumentError(f"encoders.{modality}.{name}", "this key", f"one of {', '.join(allowed)}")
+        folder = path.parent / options["name"]
+        found[modality] = {**options, "name": str(folder) if folder.is_dir() else options["name"]}
+    return found
+
+
+def _model(model: dict[str, Any]) -> dict[str, Any]:
+    fields = {f.name for f in dataclasses.fields(FLI2MoEConfig)} - set(_FROM_DATA)
+    for name in model:
+        if name not in fields | {"patches", "groups"}:
+            raise ArgumentError(f"model.{name}", "this key", f"one of {', '.join(sorted(fields))}, patches, groups")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
+
+
+def _section(kind: type, section: str, content: Mapping) -> Any:
+    given = content.get(section, {})
+    if not isinstance(given, Mapping):
+        raise ArgumentError(section, type(given).__name__, f"a section [{section}]")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise ArgumentError(f"{section}.{name}", "this key", f"one of {', '.join(fields)}")
+        default = fields[name].default
+        if isinstance(default, tuple):
+            value = tuple(value) if isinstance(value, list) else (value,)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif default is not None and type(value) is not type(default):
+            raise ArgumentError(f"{section}.{name}", repr(value), f"a value like {default!r}")
+        values[name] = value
+    return kind(**values)

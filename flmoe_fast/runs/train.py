@@ -1,0 +1,93 @@
+"""``flmoe-fast train``: from settings to a trained model, its predictions and its scores."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from flmoe_fast.files import replacing
+from flmoe_fast.model.checkpoint import save_checkpoint
+from flmoe_fast.model.metrics import score
+from flmoe_fast.model.training import fit, predict, write_log
+from flmoe_fast.runs.settings import RunSettings
+from flmoe_fast.runs.study import Study, mean_features
+
+
+def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
+    """Train, or go on where an earlier call was stopped.
+
+    Writes into the run's folder: ``training.pt`` (to go on from), ``training.jsonl`` and ``training.csv``,
+    ``model.safetensors`` (with ``training.reference_layout`` also ``model.pth``), ``predictions.npz`` of the test part
+    (``expert_logits`` (N, E, C), ``weights`` (N, E), ``logits`` (N, C), ``targets``, ``ids``) and ``metrics.json``.
+
+    Returns
+    -------
+    dict
+        Scores of the validation and the test part, and the number of epochs.
+    """
+    options, out = settings.training, settings.out
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    study = Study(settings, progress)
+    model = study.model()
+    about = {"name": study.splits.name, "task": study.splits.task, "classes": study.splits.classes}
+    with replacing(out / "study.json", "w") as file:
+        json.dump({**about, "modalities": study.splits.modalities, "experts": model.config.expert_names}, file)
+    data = study.splits.train
+    validation = study.held("valid") if len(study.splits.valid) else None
+    fitting = {
+        name: getattr(options, name)
+        for name in ("epochs", "batch_size", "lr", "seed", "regularizer", "regularizer_weight", "ablation", "select")
+    }
+    history = fit(
+        model,
+        data.inputs,
+        data.masks,
+        data.targets,
+        validation=validation,
+        checkpoint=out / "training.pt",
+        checkpoint_steps=options.checkpoint_steps,
+        log=out / "training.jsonl",
+        progress=progress,
+        **fitting,
+    )
+    write_log(out / "training.csv", history, model.config.expert_names)
+    mean_features(model, data)
+    save_checkpoint(model, out / "model.safetensors")
+    if options.reference_layout:
+        save_checkpoint(model, out / "model.pth")
+    metrics: dict[str, Any] = {"epochs": len(history), "samples": len(data), "parameters": _parameters(model)}
+    for part in ("valid", "test"):
+        held = study.held(part)
+        if not len(held.targets):
+            continue
+        found = predict(model, held.inputs, held.masks)
+        metrics[part] = score(found.logits, held.targets, study.splits.task)
+        experts = found.expert_logits.unbind(1)
+        metrics[f"{part}_experts"] = {
+            name: score(logits, held.targets, study.splits.task)["accuracy"]
+            for name, logits in zip(model.config.expert_names, experts)
+        }
+        weights = found.weights.double().mean(0).tolist()
+        metrics[f"{part}_routing"] = dict(zip(model.config.expert_names, weights))
+        if part == "test":
+            with replacing(out / "predictions.npz") as file:
+                np.savez(
+                    file,
+                    expert_logits=found.expert_logits.numpy(),
+                    weights=found.weights.numpy(),
+                    logits=found.logits.numpy(),
+                    targets=held.targets.numpy(),
+                    ids=np.array(study.splits.test.ids),
+                )
+    with replacing(out / "metrics.json", "w") as file:
+        json.dump(metrics, file, indent=1)
+    return metrics
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
