@@ -1,0 +1,402 @@
+"""A model around its encoder stack: its own embeddings before, the engine in the middle, its own head after.
+
+Nothing of the embeddings or of the head is written again. The model runs once with a sample and its layers are watched:
+what enters the first one, what the attention masks say, what each layer returns. Later the model runs with layers that
+hand over the engine's final states, and its own norms, pooling and classifier make the output of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, read_layer
+from flmoe_fast.adapt.players import NOBODY, PlayerMap
+from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
+from flmoe_fast.model.network import eval_mode
+
+#: An additive mask below this hides a key; between it and zero it would be a bias, which no plain layer has.
+HIDDEN = -1e4
+#: Largest relative difference between a layer and what was read of it. Structural mistakes are far larger, rounding
+#: in float32 far smaller; some models take the softmax in float32 even where everything else is float64.
+LAYER_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+#: Tokens that a head may read before it is taken to read them all.
+MOST_READS = 8
+
+
+@dataclass
+class Stack:
+    """The encoder layers of a model: a list of modules, and where they are."""
+
+    name: str
+    layers: list[nn.Module]
+    parts: list[LayerParts] = field(default_factory=list)
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """All lists of plain encoder layers in a model.
+
+    Raises
+    ------
+    Unsupported
+        There is none; the message says why the layers of the longest list of equal modules are not plain.
+    """
+    lists = [
+        Stack(name, list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and len({type(m) for m in module}) == 1
+    ]
+    lists = [stack for stack in lists if any(True for _ in stack.layers[0].parameters())]
+    found, reasons = [], []
+    for stack in lists:
+        try:
+            stack.parts = [read_layer(layer, f"{stack.name}.{i}") for i, layer in enumerate(stack.layers)]
+            found.append(stack)
+        except Unsupported as reason:
+            reasons.append((len(stack.layers) * sum(p.numel() for p in stack.layers[0].parameters()), reason))
+    if found:
+        return found
+    if reasons:
+        raise max(reasons, key=lambda pair: pair[0])[1]
+    raise Unsupported("model", f"a {type(model).__name__} without a list of equal layers", "a stack of encoder layers")
+
+
+@dataclass
+class _Seen:
+    """What a forward pass showed of a stack."""
+
+    entering: torch.Tensor | None = None
+    mask: torch.Tensor | None = None  # (1, 1, 1 or L, L)
+    calls: int = 0
+
+
+class Tower:
+    """One encoder stack of a model, for one sample and its players.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    run : function
+        Calls the model, or a method of it, with keyword inputs.
+    read : function
+        Takes the wanted tensor (C, ...) from what ``run`` returns.
+    inputs : mapping
+        The sample; tensors with a batch axis of 1.
+    players : PlayerMap
+    dtype : torch.float32 or torch.float64
+    memory : int
+
+    Raises
+    ------
+    Unsupported
+        The model is no plain encoder stack, for the reason that the message gives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[..., object],
+        read: Callable[[object], torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        players: PlayerMap,
+        dtype: torch.dtype,
+        memory: int,
+    ):
+        self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
+        self.stack = self._watch(find_stacks(model))
+        outputs = self._layer_outputs()
+        full, seen = self._states(torch.ones(1, players.n, dtype=torch.bool))
+        if seen.calls != 1:
+            got = f"{self.stack.name}, which runs {seen.calls} times in one forward pass"
+            raise Unsupported("model", got, "a stack that runs once")
+        if full.dim() != 3:
+            raise Unsupported("model", f"{self.stack.name} with an input of shape {tuple(full.shape)}", "(1, L, H)")
+        allowed = _allowed(seen.mask, full.shape[1], self.stack.name)
+        problem = self._problem(full[0], allowed)
+        device = full.device
+        self.layers = tuple(PackedEncoderLayer.of(parts, dtype, device) for parts in self.stack.parts)
+        self._compare_layers(full, outputs, allowed)
+        self.engine = StackEngine(problem, self.layers, memory)
+
+    def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
+        rows = self._head_rows()
+        return torch.cat([self._resume(self.engine.evaluate(part), part) for part in coalitions.split(rows)])
+
+    def plainly(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """The same through the model itself, one coalition at a time. Nothing can be removed that has no mask."""
+        parts = []
+        for coalition in coalitions:
+            with self._steady():
+                parts.append(self.read(self.run(**self.players.inputs(self.inputs, coalition[None]))))
+        return torch.cat(parts)
+
+    # ---- running the model around its layers --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _steady(self) -> Iterator[None]:
+        """Eval mode, no gradients, and the same random numbers each time (some models shuffle their patches)."""
+        parameter = next(self.model.parameters())
+        devices = [parameter.device] if parameter.device.type == "cuda" else []
+        with eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
+
+    def _watch(self, stacks: list[Stack]) -> Stack:
+        """The one stack that a forward pass of ``run`` goes through."""
+        calls = [0] * len(stacks)
+
+        def counter(index: int) -> Callable:
+            def count(*_: object) -> None:
+                calls[index] += 1
+
+            return count
+
+        hooks = [stack.layers[0].register_forward_pre_hook(counter(i)) for i, stack in enumerate(stacks)]
+        try:
+            with self._steady():
+                self.run(**self.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        used = [stack for stack, count in zip(stacks, calls) if count]
+        if len(used) != 1:
+            got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
+            raise Unsupported("model", got, "one (models with two towers are taken by similarity of their features)")
+        return used[0]
+
+    def _layer_outputs(self) -> list[torch.Tensor]:
+        """What each layer returns for the full sample, (1, L, H) each."""
+        outputs: list[torch.Tensor] = []
+
+        def leaves(module: nn.Module, args: tuple, output: object) -> None:
+            self._returned = type(output)
+            outputs.append((output[0] if isinstance(output, tuple) else output).detach())
+
+        hooks = [layer.register_forward_hook(leaves) for layer in self.stack.layers]
+        try:
+            with self._steady():
+                self.run(**self.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def _states(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, _Seen]:
+        """What enters the stack for coalitions (C, n) by replaced inputs, (C, L, H); the layers do not run."""
+        seen = _Seen()
+
+        def enters(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.calls += 1
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            seen.entering = tensors[0]
+            seen.mask = next((t for t in tensors[1:] if t.dim() == 4), None)
+            if isinstance(module, nn.TransformerEncoderLayer):
+                seen.mask = _torch_mask(kwargs)
+
+        hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
+        inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
+        try:
+            with self._steady(), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+                self.run(**inputs)
+        finally:
+            hook.remove()
+        if seen.entering.is_nested:
+            raise Unsupported("model", f"{self.stack.name} with nested tensors", "enable_nested_tensor=False")
+        return seen.entering.detach().clone(), seen
+
+    def _resume(self, states: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
+        """What is read of the model's output, from final states (C, R, H) of the tokens its head reads."""
+        full = torch.zeros(len(states), self._length, self._hidden, dtype=states.dtype, device=states.device)
+        full[:, self.reads.to(states.device)] = states
+        parameter = next(self.model.parameters())
+        return self._finish(full.to(parameter.dtype), coalitions)
+
+    def _finish(self, full: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
+        with self._steady(), _instead(self.stack.layers, full, self._returned):
+            return self.read(self.run(**self._head_inputs(coalitions)))
+
+    def _head_inputs(self, coalitions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inputs for the head: those of the full sample, with the masks of removed players, which a head may pool by."""
+        inputs = {name: _expanded(value, len(coalitions)) for name, value in self.inputs.items()}
+        for part, columns in zip(self.players.parts, self.players.columns):
+            if part.mask:
+                alone = PlayerMap.of_part(part).inputs(self.inputs, coalitions[:, columns])
+                inputs[part.mask] = alone[part.mask]
+        return inputs
+
+    def _head_rows(self) -> int:
+        """Samples for which the embeddings, which the head's run repeats, are made at a time."""
+        elements = sum(v[0].numel() for v in self.inputs.values() if isinstance(v, torch.Tensor) and v.dim() > 1)
+        return max(1, (1 << 24) // max(elements, self._length * self._hidden))
+
+    # ---- what the engine needs to know --------------------------------------------------------------------------
+
+    def _problem(self, full: torch.Tensor, allowed: torch.Tensor | None) -> StackProblem:
+        n, length = self.players.n, len(full)
+        self._length, self._hidden = full.shape
+        nobody, _ = self._states(torch.zeros(1, n, dtype=torch.bool))
+        if nobody.shape[1:] != full.shape:
+            raise Unsupported("model", "as many tokens as there are players present", "a fixed number of tokens")
+        owner, mixed = self._owners(full, nobody[0])
+        removes = torch.tensor([part.removed for part in self.players.parts for _ in range(part.n)])
+        if bool(mixed.any()) and bool(removes.any()):
+            token = int(mixed.nonzero()[0])
+            got = f"token {token} of {self.stack.name}, which depends on several players"
+            raise Unsupported("players", got, "removed players that share no token")
+        removed = torch.where(owner >= 0, removes[owner], False)
+        reads = self._read_tokens(full)
+        self.reads = reads
+        if bool(removes.any()):
+            self._keys_remain(removed, allowed)
+        return StackProblem(
+            present=full.cpu(),
+            absent=nobody[0].cpu(),
+            owner=owner,
+            removed=removed,
+            allowed=allowed,
+            reads=reads,
+            mixed=(lambda coalitions: self._states(coalitions.cpu())[0]) if bool(mixed.any()) else None,
+        )
+
+    def _owners(self, full: torch.Tensor, nobody: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The player on whom each token's state depends (L,), and which tokens depend on several (L,).
+
+        Players are numbered in binary, and for each digit the players with a one are present, then those with a zero:
+        2 log2(n) runs of the embeddings tell the owner of every token, wherever the model has put it.
+        """
+        n = self.players.n
+        step = (full - nobody).abs().amax(1)
+        varies = step > 0
+        owner, mixed = torch.zeros(len(full), dtype=torch.long), torch.zeros(len(full), dtype=torch.bool)
+        digits = max(1, (n - 1).bit_length())
+        numbers = torch.arange(n)
+        for digit in range(digits):
+            ones = (numbers >> digit & 1).bool()
+            states = [self._states(coalition[None])[0][0] for coalition in (ones, ~ones)]
+            near = [((s - full).abs().amax(1) <= 1e-3 * step, (s - nobody).abs().amax(1) <= 1e-3 * step) for s in states]
+            (one_here, one_gone), (zero_here, zero_gone) = near
+            is_one, is_zero = one_here & zero_gone, one_gone & zero_here
+            owner += (is_one & varies).cpu().long() << digit
+            mixed |= (varies & ~(is_one ^ is_zero)).cpu()
+        mixed |= varies.cpu() & (owner >= n)
+        return torch.where(varies.cpu() & ~mixed, owner.clamp(max=n - 1), NOBODY), mixed
+
+    def _read_tokens(self, full: torch.Tensor) -> torch.Tensor:
+        """Tokens whose final state the head reads: NaN put into all others must not reach the output."""
+        length = len(full)
+        everyone = torch.ones(1, self.players.n, dtype=torch.bool)
+
+        def reads_any(tokens: torch.Tensor) -> bool:
+            poisoned = full.clone()
+            poisoned[tokens] = torch.nan
+            return not bool(self._finish(poisoned[None], everyone).isfinite().all())
+
+        everything = torch.arange(length)
+        pending, found = [everything], []
+        while pending and len(found) <= MOST_READS:
+            tokens = pending.pop()
+            if not reads_any(tokens):
+                continue
+            if len(tokens) == 1:
+                found.append(int(tokens))
+            else:
+                pending += tokens.chunk(2)
+        if not found and not pending:
+            raise Unsupported("model", f"an output that does not depend on {self.stack.name}", "one that does")
+        return everything if len(found) > MOST_READS or pending else torch.tensor(sorted(found))
+
+    def _keys_remain(self, removed: torch.Tensor, allowed: torch.Tensor | None) -> None:
+        visible = ~removed if allowed is None else ~removed & allowed[self.reads].any(0)
+        if not bool(visible.any()):
+            got = "players who own every token that attention can see"
+            raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
+
+    def _compare_layers(self, full: torch.Tensor, outputs: list[torch.Tensor], allowed: torch.Tensor | None) -> None:
+        """Every layer as it was read against what it returned for the full sample."""
+        entering = [full, *outputs[:-1]]
+        everyone = torch.arange(full.shape[1])
+        tolerance = LAYER_TOLERANCE[self.layers[0].out.dtype]
+        for index, (layer, before, after) in enumerate(zip(self.layers, entering, outputs)):
+            problem = StackProblem(
+                before[0], before[0], torch.full((len(everyone),), NOBODY), torch.zeros(len(everyone)).bool(),
+                allowed, everyone,
+            )  # fmt: skip
+            ours = StackEngine(problem, (layer,), 1 << 30).evaluate(torch.ones(1, 1, dtype=torch.bool))
+            kept = torch.ones(len(everyone)).bool() if allowed is None else allowed.any(0)
+            error = float((ours - after).abs()[:, kept].max() / after.abs()[:, kept].max())
+            if not error <= tolerance:
+                name = f"{self.stack.name}.{index} ({type(self.stack.layers[index]).__name__})"
+                got = f"{name}, whose output differs from a plain encoder layer's by {error:.1e}"
+                raise Unsupported("model", got, f"the same output within {tolerance:.0e}")
+
+
+@contextlib.contextmanager
+def _instead(layers: list[nn.Module], states: torch.Tensor | None, returned: type) -> Iterator[None]:
+    """Layers that return ``states``, or what they are given, without computing anything."""
+
+    def forward(index: int) -> Callable:
+        def skip(*args: object, **kwargs: object) -> object:
+            given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+            out = states if index == 0 and states is not None else given
+            return (out, None) if issubclass(returned, tuple) else out
+
+        return skip
+
+    for index, layer in enumerate(layers):
+        layer.forward = forward(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Attention written out, so that masks are explicit; afterwards the model's own choice again."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
+    chosen = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    try:
+        for config, _ in chosen:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in reversed(chosen):
+            config._attn_implementation = name
+
+
+def _allowed(mask: torch.Tensor | None, length: int, name: str) -> torch.Tensor | None:
+    """Attention mask (1, 1, 1 or L, L), additive or bool, as (L, L) bool on the CPU; None where nothing is hidden."""
+    if mask is None:
+        return None
+    if mask.shape[0] != 1 or mask.shape[1] != 1 or mask.shape[3] != length:
+        got = f"{name} with an attention mask of shape {tuple(mask.shape)}"
+        raise Unsupported("model", got, "one mask for all heads (1, 1, 1 or L, L)")
+    visible = mask.cpu() if mask.dtype == torch.bool else mask.cpu() == 0
+    if mask.dtype != torch.bool and bool(((mask.cpu() > HIDDEN) & ~visible).any()):
+        raise Unsupported("model", f"{name} with a bias on its attention scores", "a mask that shows or hides")
+    visible = visible[0, 0].expand(length, length).contiguous()
+    return None if bool(visible.all()) else visible
+
+
+def _expanded(value: object, count: int) -> object:
+    batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == 1
+    return value.expand(count, *value.shape[1:]) if batched else value
+
+
+def _torch_mask(given: Mapping[str, object]) -> torch.Tensor | None:
+    """The masks of PyTorch's own encoder layers as one additive mask (1, 1, 1 or L, L)."""
+    total = None
+    for name, axes in (("src_mask", (None, None)), ("src_key_padding_mask", (slice(None), None, None))):
+        mask = given.get(name)
+        if mask is None:
+            continue
+        mask = torch.zeros(mask.shape).masked_fill(mask.cpu(), -torch.inf) if mask.dtype == torch.bool else mask.cpu()
+        total = mask[axes] if total is None else total + mask[axes]
+    return total
