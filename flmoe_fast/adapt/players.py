@@ -80,31 +80,33 @@ class PlayerMap:
     """
 
     def __init__(self, parts: Players | Sequence[Players], inputs: Mapping[str, torch.Tensor]):
-        self.parts = (parts,) if isinstance(parts, Players) else tuple(parts)
-        if not self.parts or not all(isinstance(part, Players) for part in self.parts):
+        parts = (parts,) if isinstance(parts, Players) else tuple(parts)
+        if not parts or not all(isinstance(part, Players) for part in parts):
             raise ArgumentError("players", f"{parts!r:.60}", "Players, as text_players and image_players make them")
-        self.n = sum(part.n for part in self.parts)
+        self._number(parts)
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
-        self.names = tuple(name for part in self.parts for name in part.names)
-        self.places = tuple(place for part in self.parts for place in part.places)
-        edges = [sum(part.n for part in self.parts[:p]) for p in range(len(self.parts) + 1)]
-        self.columns = tuple(slice(a, b) for a, b in zip(edges, edges[1:]))
-        self.groups = tuple((part.group, tuple(range(c.start, c.stop))) for part, c in zip(self.parts, self.columns))
         for p, part in enumerate(self.parts):
             if not isinstance(inputs.get(part.input), torch.Tensor):
                 raise ArgumentError(f"inputs[{part.input!r}]", "nothing", f"the tensor of the {part.group} players")
             value = inputs[part.input]
             shape(f"inputs[{part.input!r}]", value, (1, *part.absent.shape), f"one sample, as players[{p}] has it")
 
+    def _number(self, parts: Sequence[Players]) -> None:
+        self.parts = tuple(parts)
+        self.n = sum(part.n for part in self.parts)
+        self.names = tuple(name for part in self.parts for name in part.names)
+        self.places = tuple(place for part in self.parts for place in part.places)
+        edges = [sum(part.n for part in self.parts[:p]) for p in range(len(self.parts) + 1)]
+        self.columns = tuple(slice(a, b) for a, b in zip(edges, edges[1:]))
+        self.groups = tuple((part.group, tuple(range(c.start, c.stop))) for part, c in zip(self.parts, self.columns))
+
     @classmethod
-    def of_part(cls, part: Players) -> PlayerMap:
-        """The map of one part, numbered from zero."""
-        alone = object.__new__(cls)
-        alone.parts, alone.n, alone.names, alone.places = (part,), part.n, part.names, part.places
-        alone.columns = (slice(0, part.n),)
-        alone.groups = ((part.group, tuple(range(part.n))),)
-        return alone
+    def of_parts(cls, parts: Sequence[Players]) -> PlayerMap:
+        """Some of a map's parts, numbered from zero; unlike a game's map it may have a single player."""
+        some = object.__new__(cls)
+        some._number(parts)
+        return some
 
     def inputs(
         self, inputs: Mapping[str, torch.Tensor], coalitions: torch.Tensor, *, fill_removed: bool = False

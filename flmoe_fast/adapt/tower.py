@@ -226,7 +226,7 @@ class Tower:
         inputs = {name: _expanded(value, len(coalitions)) for name, value in self.inputs.items()}
         for part, columns in zip(self.players.parts, self.players.columns):
             if part.mask:
-                alone = PlayerMap.of_part(part).inputs(self.inputs, coalitions[:, columns])
+                alone = PlayerMap.of_parts([part]).inputs(self.inputs, coalitions[:, columns])
                 inputs[part.mask] = alone[part.mask]
         return inputs
 
