@@ -22,6 +22,8 @@ from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
 
+#: Keywords that belong to the text; all others are the image's.
+TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 #: Coalitions per call; what repeats among them is encoded once.
 BLOCK = 1 << 14
 
@@ -146,9 +148,9 @@ class DualEncoderGame(Game):
         texts = self.inputs["input_ids"].shape[0]
         one = slice(self.target, self.target + 1)
         return {
-            name: value[one] if isinstance(value, torch.Tensor) and value.shape[:1] == (texts,) and _is_text(name) else value
+            name: value[one] if _is_text(name) and value.shape[0] == texts else value
             for name, value in self.inputs.items()
-        }  # fmt: skip
+        }
 
     def _make_towers(self) -> None:
         sample = self._sample()
@@ -189,7 +191,7 @@ class DualEncoderGame(Game):
 
 
 def _is_text(name: str) -> bool:
-    return name not in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
+    return name in TEXT_INPUTS
 
 
 def _pooled(output: object) -> torch.Tensor:

@@ -308,7 +308,9 @@ def _blank(image: torch.Tensor, absent: float | str | torch.Tensor) -> torch.Ten
     try:
         return blank.expand_as(image)
     except RuntimeError:
-        raise ArgumentError("absent", f"shape {tuple(blank.shape)}", f"(channels, H, W) = {tuple(image.shape)}") from None
+        raise ArgumentError(
+            "absent", f"shape {tuple(blank.shape)}", f"(channels, H, W) = {tuple(image.shape)}"
+        ) from None
 
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -222,7 +222,7 @@ class Tower:
             return self.read(self.run(**self._head_inputs(coalitions)))
 
     def _head_inputs(self, coalitions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Inputs for the head: those of the full sample, with the masks of removed players, which a head may pool by."""
+        """The full sample's inputs for the head, with the masks of removed players, by which a head may pool."""
         inputs = {name: _expanded(value, len(coalitions)) for name, value in self.inputs.items()}
         for part, columns in zip(self.players.parts, self.players.columns):
             if part.mask:
@@ -238,7 +238,7 @@ class Tower:
     # ---- what the engine needs to know --------------------------------------------------------------------------
 
     def _problem(self, full: torch.Tensor, allowed: torch.Tensor | None) -> StackProblem:
-        n, length = self.players.n, len(full)
+        n = self.players.n
         self._length, self._hidden = full.shape
         nobody, _ = self._states(torch.zeros(1, n, dtype=torch.bool))
         if nobody.shape[1:] != full.shape:
@@ -279,7 +279,9 @@ class Tower:
         for digit in range(digits):
             ones = (numbers >> digit & 1).bool()
             states = [self._states(coalition[None])[0][0] for coalition in (ones, ~ones)]
-            near = [((s - full).abs().amax(1) <= 1e-3 * step, (s - nobody).abs().amax(1) <= 1e-3 * step) for s in states]
+            near = [
+                ((s - full).abs().amax(1) <= 1e-3 * step, (s - nobody).abs().amax(1) <= 1e-3 * step) for s in states
+            ]
             (one_here, one_gone), (zero_here, zero_gone) = near
             is_one, is_zero = one_here & zero_gone, one_gone & zero_here
             owner += (is_one & varies).cpu().long() << digit
