@@ -64,7 +64,7 @@ class ModuleGame(Game):
         self.block = max(self.batch, 256)
         self.score = Score(target, value, heads)
         self.heads = self.score.heads
-        full = self._outputs(torch.ones(1, self.n, dtype=torch.bool))
+        full, _ = (self._outputs(torch.full((1, self.n), present)) for present in (True, False))
         self.score.settle(self.score.read(full))
 
     @property

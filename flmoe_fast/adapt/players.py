@@ -123,6 +123,8 @@ class PlayerMap:
                 made[part.input] = part.fill(made[part.input], present)
                 continue
             if not part.mask:
+                if bool(present.all()):
+                    continue
                 expected = "absent elements that are replaced: this model has no mask that hides them"
                 raise ArgumentError("players", f"{part.group} players that are removed", expected)
             mask = made.get(part.mask)
