@@ -43,6 +43,7 @@ _NORMS = (
     ("attention.output.LayerNorm", "output.LayerNorm", False),
     ("sa_layer_norm", "output_layer_norm", False),
     ("attention.LayerNorm", "intermediate.LayerNorm", True),
+    ("attention.ln", "ln", True),
     ("layernorm_before", "layernorm_after", True),
     ("layer_norm1", "layer_norm2", True),
     ("norm1", "norm2", None),
