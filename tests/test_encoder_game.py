@@ -332,6 +332,37 @@ def test_other_models_take_the_slow_path_and_say_why(make, reason):
     assert interactions(game, pairs=[(0, 1)], contexts=4, progress=False).backend == "module (slow path)"
 
 
+def test_small_differences_are_seen_in_float32_too():
+    """Rotary positions move an untrained model's layers by 1e-5 only, and still they are no plain layers."""
+    torch.manual_seed(0)
+    model = hf.RoFormerForSequenceClassification(hf.RoFormerConfig(**encoders.TEXT)).eval()
+    with pytest.raises(Unsupported, match=r"roformer.encoder.layer.0 \(RoFormerLayer\), whose output differs"):
+        EncoderGame(model, text_inputs(), words())
+
+
+def test_a_layer_gets_back_the_forward_it_had():
+    model = encoders.bert()
+    layer = model.bert.encoder.layer[1]
+    original, calls = layer.forward, []
+    layer.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    wrapped = layer.forward
+    EncoderGame(model, text_inputs(), words())
+    assert layer.forward is wrapped and calls
+    assert "forward" not in model.bert.encoder.layer[0].__dict__
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu():
+    z = coalitions(13)
+    inputs = {**text_inputs(), "pixel_values": pixels()}
+    for absent in (MASK, "remove"):
+        model, both = encoders.vilt(), [words(absent), patches()]
+        expected = EncoderGame(model, inputs, both, target=1, value="logit")(z)
+        moved = {name: value.cuda() for name, value in inputs.items()}
+        found = EncoderGame(model.cuda(), moved, both, target=1, value="logit")(z)
+        assert found.device.type == "cpu" and relative(found, expected) <= 1e-8
+
+
 def test_the_slow_path_can_be_asked_for():
     model = encoders.bert().float()
     slow = accelerate(model).game(text_inputs(), words(), path="module", value="logit", target=0)

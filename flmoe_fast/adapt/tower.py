@@ -365,13 +365,17 @@ def _instead(layers: list[nn.Module], states: torch.Tensor | None, returned: typ
 
         return skip
 
+    # Other libraries may have put a forward on the layer itself; it has to be there again afterwards.
+    own = [layer.__dict__.get("forward") for layer in layers]
     for index, layer in enumerate(layers):
         layer.forward = forward(index)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward_of_its_own in zip(layers, own):
             del layer.forward
+            if forward_of_its_own is not None:
+                layer.forward = forward_of_its_own
 
 
 @contextlib.contextmanager
