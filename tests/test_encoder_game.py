@@ -225,7 +225,7 @@ def test_values_of_ones_own():
     states = hf.BertModel(model.config, add_pooling_layer=False).double().eval()
     states.load_state_dict(model.bert.state_dict(), strict=False)
     norm = EncoderGame(states, text_inputs(), words(), value=lambda output: output.last_hidden_state[:, 2, :3])
-    assert norm.tower.reads.tolist() == [2] and norm(z).shape == (8, 3)
+    assert norm.tower.problem.reads.tolist() == [2] and norm(z).shape == (8, 3)
 
 
 # ---- planted mistakes ------------------------------------------------------------------------------------------------
@@ -349,6 +349,19 @@ def test_a_layer_gets_back_the_forward_it_had():
     EncoderGame(model, text_inputs(), words())
     assert layer.forward is wrapped and calls
     assert "forward" not in model.bert.encoder.layer[0].__dict__
+
+
+def test_layers_are_read_and_compared_once_for_many_samples(monkeypatch):
+    model = encoders.bert()
+    fast = accelerate(model)
+    first = fast.game(text_inputs(), words(), target=1, value="logit")
+    monkeypatch.setattr("flmoe_fast.adapt.tower.Tower._compare_layer", None)  # would fail if it were called
+    other = {**text_inputs(), "input_ids": IDS.roll(1, 0).where(IDS < 5, IDS + 1)}
+    second = fast.game(other, text_players(other["input_ids"], special=[0, 2, 3], absent=MASK), target=1, value="logit")
+    assert second.tower.engine.layers is first.tower.engine.layers
+    z = coalitions(4)
+    slow = fast.game(other, second.players.parts, target=1, value="logit", path="module")
+    assert relative(second(z), slow(z)) <= FP64 and relative(second(z), first(z)) > 1e-3
 
 
 @pytest.mark.gpu

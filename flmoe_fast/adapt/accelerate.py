@@ -16,6 +16,7 @@ from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.players import Players
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE, accelerate_module, is_reference_layout
+from flmoe_fast.adapt.tower import Stack, find_stacks
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game
 from flmoe_fast.model.checkpoint import load_checkpoint
@@ -77,10 +78,15 @@ def accelerate(
 
 
 class AcceleratedModel:
-    """A transformer of somebody else's, whose games run on the fastest path that is exact for it."""
+    """A transformer of somebody else's, whose games run on the fastest path that is exact for it.
+
+    Its encoder layers are read, and compared with what was read of them, for the first game; later changes of the
+    weights are not seen.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._stacks: list[Stack] | None = None
 
     def __repr__(self) -> str:
         return f"AcceleratedModel({type(self.model).__name__})"
@@ -130,11 +136,13 @@ class AcceleratedModel:
         why = "it was asked for"
         if path != "module":
             try:
+                self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
+                options = {"dtype": dtype, "memory": memory, "stacks": self._stacks}
                 if dual:
-                    options = {"target": target or 0, "value": value or "logit", "dtype": dtype, "memory": memory}
-                    return DualEncoderGame(self.model, inputs, players, **options)
-                options = {"target": target, "value": value or "prob", "heads": heads, "dtype": dtype, "memory": memory}
-                return EncoderGame(self.model, inputs, players, **options)
+                    scored = {"target": target or 0, "value": value or "logit"}
+                    return DualEncoderGame(self.model, inputs, players, **scored, **options)
+                scored = {"target": target, "value": value or "prob", "heads": heads}
+                return EncoderGame(self.model, inputs, players, **scored, **options)
             except Unsupported as problem:
                 if path == "engine":
                     raise

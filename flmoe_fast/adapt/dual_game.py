@@ -18,7 +18,7 @@ from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
-from flmoe_fast.adapt.tower import Tower
+from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
 
@@ -50,7 +50,7 @@ class DualEncoderGame(Game):
     value : "logit" or "prob"
         The scaled similarity; or its probability: softmax over the texts, or for models that score every pair by
         itself (with a ``logit_bias``) the sigmoid.
-    dtype, memory
+    dtype, memory, stacks
         As for :class:`EncoderGame`.
 
     Attributes
@@ -73,10 +73,12 @@ class DualEncoderGame(Game):
         value: str = "logit",
         dtype: torch.dtype | None = None,
         memory: int = 1 << 28,
+        stacks: list[Stack] | None = None,
     ):
         one_of("value", value, VALUES)
         self.value, self.memory = value, integer("memory", memory, least=1)
         self.model, inputs, self.dtype = in_dtype(model, inputs, dtype)
+        self._stacks = stacks if self.model is model else None
         if not is_dual_encoder(model):
             got = f"a {type(model).__name__} without get_text_features, get_image_features and logit_scale"
             raise Unsupported("model", got, "a dual encoder")
@@ -91,6 +93,9 @@ class DualEncoderGame(Game):
         self.players = PlayerMap(players, self._sample())
         name_players(self, self.players)
         self._make_towers()
+        for _, tower in self._towers.values():
+            if tower is not None:
+                check_with_model(tower)
         self._compare()
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
@@ -108,7 +113,8 @@ class DualEncoderGame(Game):
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
         twin.encodings = {"image": 0, "text": 0}
-        twin._make_towers()
+        twin._stacks = None
+        twin._make_towers(like=self._towers)
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -152,7 +158,7 @@ class DualEncoderGame(Game):
             for name, value in self.inputs.items()
         }
 
-    def _make_towers(self) -> None:
+    def _make_towers(self, like: Mapping[str, tuple[torch.Tensor, Tower | None]] | None = None) -> None:
         sample = self._sample()
         runs = {"image": self.model.get_image_features, "text": self.model.get_text_features}
         self._towers: dict[str, tuple[torch.Tensor, Tower | None]] = {}
@@ -166,8 +172,8 @@ class DualEncoderGame(Game):
                 continue
             columns = torch.cat([torch.arange(self.n)[self.players.columns[p]] for p in mine])
             part = PlayerMap.of_parts([self.players.parts[p] for p in mine])
-            tower = Tower(self.model, run, _pooled, inputs, part, self.dtype, self.memory)
-            check_with_model(tower)
+            known = {"stacks": self._stacks, "like": None if like is None else like[side][1]}
+            tower = Tower(self.model, run, _pooled, inputs, part, self.dtype, self.memory, **known)
             self._towers[side] = (columns, tower)
         texts = {name: value for name, value in self.inputs.items() if _is_text(name)}
         everyone = self._plain(runs["text"], texts)

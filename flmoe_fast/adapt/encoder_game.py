@@ -12,7 +12,7 @@ from torch import nn
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import Score, doubled, floating, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
-from flmoe_fast.adapt.tower import Tower
+from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
 
@@ -45,6 +45,8 @@ class EncoderGame(Game):
         Arithmetic; the model's own by default.
     memory : int
         Bytes of activations to hold at a time.
+    stacks : list of Stack, optional
+        What :func:`find_stacks` returned for the model, to read and compare its layers once for many samples.
 
     Raises
     ------
@@ -67,15 +69,16 @@ class EncoderGame(Game):
         heads: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         memory: int = 1 << 28,
+        stacks: list[Stack] | None = None,
     ):
         self.model, self.inputs, self.dtype = in_dtype(model, inputs, dtype)
         self.memory = integer("memory", memory, least=1)
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
         self.score = Score(target, value, heads)
-        self._make_tower()
+        self.tower = self._make_tower(stacks=stacks if self.model is model else None)
         check_with_model(self.tower)
-        self.score.settle(self.tower.encode(torch.ones(1, self.n, dtype=torch.bool)))
+        self.score.settle(self.tower.full)
         self.heads = self.score.heads
         self.block = max(1, BLOCK_TOKENS // self.tower.engine.length)
 
@@ -98,7 +101,7 @@ class EncoderGame(Game):
             return None
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
-        twin._make_tower()
+        twin.tower = twin._make_tower(like=self.tower)
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -110,9 +113,9 @@ class EncoderGame(Game):
             "path": f"engine: {len(engine.layers)} layers of {self.tower.stack.name}, {engine.length} tokens",
         }
 
-    def _make_tower(self) -> None:
+    def _make_tower(self, **known: object) -> Tower:
         run, read = self.model.__call__, self.score.read
-        self.tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory)
+        return Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
 
 
 def in_dtype(
@@ -134,16 +137,16 @@ def in_dtype(
 
 
 def check_with_model(tower: Tower) -> None:
-    """Compare a tower with the model itself on the full coalition and on two halves.
+    """Compare a tower with the model itself on the full coalition and on every other player.
 
-    Players that only the engine can remove, because the model has no mask for them, are present in all three.
+    Players that only the engine can remove, because the model has no mask for them, are present both times.
     """
-    every = torch.arange(tower.players.n)
-    some = torch.stack([every >= 0, every % 2 == 0, every % 2 == 1])
+    some = torch.ones(2, tower.players.n, dtype=torch.bool)
+    some[1, 1::2] = False
     for part, columns in zip(tower.players.parts, tower.players.columns):
         if part.mask == "":
             some[:, columns] = True
-    ours, truth = tower.encode(some), tower.plainly(some)
+    ours, truth = tower.encode(some), torch.cat([tower.full, tower.plainly(some[1:])])
     error = float((ours - truth).abs().max() / truth.abs().max().clamp(min=torch.finfo(truth.dtype).tiny))
     tolerance = MODEL_TOLERANCE[truth.dtype]
     if not error <= tolerance:

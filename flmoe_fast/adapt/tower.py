@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -31,11 +31,24 @@ MOST_READS = 8
 
 @dataclass
 class Stack:
-    """The encoder layers of a model: a list of modules, and where they are."""
+    """The encoder layers of a model: a list of modules, where they are, and what has been read of them.
+
+    One that is kept serves any number of samples: its weights are packed once for each arithmetic, and its layers are
+    compared with what was read of them once.
+    """
 
     name: str
     layers: list[nn.Module]
     parts: list[LayerParts] = field(default_factory=list)
+    compared: bool = False
+    _packed: dict[tuple, tuple[PackedEncoderLayer, ...]] = field(default_factory=dict)
+
+    def packed(self, dtype: torch.dtype, device: torch.device) -> tuple[PackedEncoderLayer, ...]:
+        """The layers for the engine."""
+        if (dtype, device) not in self._packed:
+            layers = tuple(PackedEncoderLayer.of(parts, dtype, device) for parts in self.parts)
+            self._packed[dtype, device] = layers
+        return self._packed[dtype, device]
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -72,7 +85,6 @@ class _Seen:
 
     entering: torch.Tensor | None = None
     mask: torch.Tensor | None = None  # (1, 1, 1 or L, L)
-    calls: int = 0
 
 
 class Tower:
@@ -91,6 +103,15 @@ class Tower:
     players : PlayerMap
     dtype : torch.float32 or torch.float64
     memory : int
+    stacks : list of Stack, optional
+        Those of the model, where it has been looked at before.
+    like : Tower, optional
+        The same tower in another arithmetic: what it found out about the model is taken over.
+
+    Attributes
+    ----------
+    full : Tensor (1, ...)
+        What is read of the model's own output for the full sample.
 
     Raises
     ------
@@ -107,22 +128,39 @@ class Tower:
         players: PlayerMap,
         dtype: torch.dtype,
         memory: int,
+        *,
+        stacks: list[Stack] | None = None,
+        like: Tower | None = None,
     ):
         self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
-        self.stack = self._watch(find_stacks(model))
-        calls = self._layer_calls()
-        full, seen = self._states(torch.ones(1, players.n, dtype=torch.bool))
-        if seen.calls != 1:
-            got = f"{self.stack.name}, which runs {seen.calls} times in one forward pass"
-            raise Unsupported("model", got, "a stack that runs once")
-        if full.dim() != 3:
-            raise Unsupported("model", f"{self.stack.name} with an input of shape {tuple(full.shape)}", "(1, L, H)")
-        allowed = _allowed(seen.mask, full.shape[1], self.stack.name)
-        for index, (args, kwargs) in enumerate(calls):
-            self._compare_layer(index, args, kwargs, allowed)
-        problem = self._problem(full[0], allowed)
-        self.layers = tuple(PackedEncoderLayer.of(parts, dtype, full.device) for parts in self.stack.parts)
-        self.engine = StackEngine(problem, self.layers, memory)
+        stacks = find_stacks(model) if stacks is None else stacks
+        everyone = torch.ones(1, players.n, dtype=torch.bool)
+        if like is None:
+            self.stack, calls, self.full = self._watch(stacks)
+            states, seen = self._states(everyone)
+            if states.dim() != 3:
+                got = f"{self.stack.name} with an input of shape {tuple(states.shape)}"
+                raise Unsupported("model", got, "(1, L, H)")
+            allowed = _allowed(seen.mask, states.shape[1], self.stack.name)
+            if not self.stack.compared:
+                for index, (args, kwargs) in enumerate(calls):
+                    self._compare_layer(index, args, kwargs, allowed)
+                self.stack.compared = True
+            self._length, self._hidden = states.shape[1:]
+            self.problem = self._problem(states[0], allowed)
+        else:
+            self.stack = next(stack for stack in stacks if stack.name == like.stack.name)
+            self._returned, self._length, self._hidden, self.full = (
+                like._returned,
+                like._length,
+                like._hidden,
+                like.full,
+            )
+            states, absent = (self._states(coalition)[0][0].cpu() for coalition in (everyone, ~everyone))
+            mixed = None if like.problem.mixed is None else self._mixed_states
+            self.problem = replace(like.problem, present=states, absent=absent, mixed=mixed)
+        device = next(model.parameters()).device
+        self.engine = StackEngine(self.problem, self.stack.packed(dtype, device), memory)
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
@@ -148,55 +186,44 @@ class Tower:
             torch.manual_seed(0)
             yield
 
-    def _watch(self, stacks: list[Stack]) -> Stack:
-        """The one stack that a forward pass of ``run`` goes through."""
-        calls = [0] * len(stacks)
+    def _watch(self, stacks: list[Stack]) -> tuple[Stack, list[tuple[tuple, dict]], torch.Tensor]:
+        """One forward pass of the full sample: the stack it goes through, its layers' arguments, what is read."""
+        calls: dict[str, list[tuple[tuple, dict]]] = {stack.name: [] for stack in stacks}
 
-        def counter(index: int) -> Callable:
-            def count(*_: object) -> None:
-                calls[index] += 1
+        def enters(name: str) -> Callable:
+            def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                calls[name].append((args, kwargs))
 
-            return count
-
-        hooks = [stack.layers[0].register_forward_pre_hook(counter(i)) for i, stack in enumerate(stacks)]
-        try:
-            with self._steady():
-                self.run(**self.inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        used = [stack for stack, count in zip(stacks, calls) if count]
-        if len(used) != 1:
-            got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
-            raise Unsupported("model", got, "one (models with two towers are taken by similarity of their features)")
-        return used[0]
-
-    def _layer_calls(self) -> list[tuple[tuple, dict]]:
-        """What each layer is called with for the full sample."""
-        calls: list[tuple[tuple, dict]] = []
-
-        def enters(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            calls.append((args, kwargs))
+            return keep
 
         def leaves(module: nn.Module, args: tuple, output: object) -> None:
             self._returned = type(output)
 
-        hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in self.stack.layers]
-        hooks.append(self.stack.layers[0].register_forward_hook(leaves))
+        hooks = []
+        for stack in stacks:
+            hooks += [layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True) for layer in stack.layers]
+            hooks.append(stack.layers[0].register_forward_hook(leaves))
         try:
             with self._steady():
-                self.run(**self.inputs)
+                full = self.read(self.run(**self.inputs))
         finally:
             for hook in hooks:
                 hook.remove()
-        return calls
+        used = [stack for stack in stacks if calls[stack.name]]
+        if len(used) != 1:
+            got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
+            raise Unsupported("model", got, "one (models with two towers are taken by similarity of their features)")
+        times, rest = divmod(len(calls[used[0].name]), len(used[0].layers))
+        if times != 1 or rest:
+            got = f"{used[0].name}, which runs {times + bool(rest)} times in one forward pass"
+            raise Unsupported("model", got, "a stack that runs once")
+        return used[0], calls[used[0].name], full
 
     def _states(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, _Seen]:
         """What enters the stack for coalitions (C, n) by replaced inputs, (C, L, H); the layers do not run."""
         seen = _Seen()
 
         def enters(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.calls += 1
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             seen.entering = tensors[0]
             seen.mask = next((t for t in tensors[1:] if t.dim() == 4), None)
@@ -217,7 +244,7 @@ class Tower:
     def _resume(self, states: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output, from final states (C, R, H) of the tokens its head reads."""
         full = torch.zeros(len(states), self._length, self._hidden, dtype=states.dtype, device=states.device)
-        full[:, self.reads.to(states.device)] = states
+        full[:, self.problem.reads.to(states.device)] = states
         parameter = next(self.model.parameters())
         return self._finish(full.to(parameter.dtype), coalitions)
 
@@ -242,9 +269,7 @@ class Tower:
     # ---- what the engine needs to know --------------------------------------------------------------------------
 
     def _problem(self, full: torch.Tensor, allowed: torch.Tensor | None) -> StackProblem:
-        n = self.players.n
-        self._length, self._hidden = full.shape
-        nobody, _ = self._states(torch.zeros(1, n, dtype=torch.bool))
+        nobody, _ = self._states(torch.zeros(1, self.players.n, dtype=torch.bool))
         if nobody.shape[1:] != full.shape:
             raise Unsupported("model", "as many tokens as there are players present", "a fixed number of tokens")
         owner, mixed = self._owners(full, nobody[0])
@@ -255,9 +280,8 @@ class Tower:
             raise Unsupported("players", got, "removed players that share no token")
         removed = torch.where(owner >= 0, removes[owner], False)
         reads = self._read_tokens(full)
-        self.reads = reads
         if bool(removes.any()):
-            self._keys_remain(removed, allowed)
+            _keys_remain(removed, allowed, reads)
         return StackProblem(
             present=full.cpu(),
             absent=nobody[0].cpu(),
@@ -265,8 +289,11 @@ class Tower:
             removed=removed,
             allowed=allowed,
             reads=reads,
-            mixed=(lambda coalitions: self._states(coalitions.cpu())[0]) if bool(mixed.any()) else None,
+            mixed=self._mixed_states if bool(mixed.any()) else None,
         )
+
+    def _mixed_states(self, coalitions: torch.Tensor) -> torch.Tensor:
+        return self._states(coalitions.cpu())[0]
 
     def _owners(self, full: torch.Tensor, nobody: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The player on whom each token's state depends (L,), and which tokens depend on several (L,).
@@ -317,12 +344,6 @@ class Tower:
             raise Unsupported("model", f"an output that does not depend on {self.stack.name}", "one that does")
         return everything if len(found) > MOST_READS or pending else torch.tensor(sorted(found))
 
-    def _keys_remain(self, removed: torch.Tensor, allowed: torch.Tensor | None) -> None:
-        visible = ~removed if allowed is None else ~removed & allowed[self.reads].any(0)
-        if not bool(visible.any()):
-            got = "players who own every token that attention can see"
-            raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
-
     def _compare_layer(self, index: int, args: tuple, kwargs: dict, allowed: torch.Tensor | None) -> None:
         """One layer as it was read against what it returns for the full sample, both in float64."""
         layer = self.stack.layers[index]
@@ -336,8 +357,8 @@ class Tower:
         everyone = torch.arange(before.shape[1])
         nobody = torch.full_like(everyone, NOBODY)
         problem = StackProblem(before[0], before[0], nobody, nobody >= 0, allowed, everyone)
-        ours = PackedEncoderLayer.of(self.stack.parts[index], double, before.device)
-        ours = StackEngine(problem, (ours,), 1 << 30).evaluate(torch.ones(1, 1, dtype=torch.bool))
+        packed = PackedEncoderLayer.of(self.stack.parts[index], double, before.device)
+        ours = StackEngine(problem, (packed,), 1 << 30).evaluate(torch.ones(1, 1, dtype=torch.bool))
         # Nobody ever sees what a model makes of padding.
         seen = slice(None) if allowed is None else allowed.any(0).to(before.device)
         error = float((ours - after).abs()[:, seen].max() / after.abs()[:, seen].max())
@@ -351,6 +372,13 @@ def _cast(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, tuple):
         return tuple(_cast(part, dtype) for part in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: torch.Tensor) -> None:
+    visible = ~removed if allowed is None else ~removed & allowed[reads].any(0)
+    if not bool(visible.any()):
+        got = "players who own every token that attention can see"
+        raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
 
 
 @contextlib.contextmanager
