@@ -80,6 +80,14 @@ def siglip() -> nn.Module:
     return ready(hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=IMAGE)))
 
 
+def clip_tower() -> nn.Module:
+    return ready(hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=IMAGE, num_labels=4)))
+
+
+def siglip_tower() -> nn.Module:
+    return ready(hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=IMAGE, num_labels=4)))
+
+
 class Pooled(nn.Module):
     """Mean over tokens, by the attention mask or regardless of it, and a classifier."""
 

@@ -67,12 +67,18 @@ def test_values_are_the_models(make, text, absent):
 def test_a_grid_costs_a_plus_b_encodings():
     """One context on a 3 x 9 grid: 1 + 3 texts and 1 + 9 images, for 40 scores."""
     game = accelerate(encoders.clip()).game(inputs(0), [tokens(0, MASK), patches()])
-    assert isinstance(game, DualEncoderGame) and game.encodings == {"image": 0, "text": 0}
+    assert isinstance(game, DualEncoderGame)
+    before = game.encodings
     pairs = torch.cartesian_prod(torch.arange(3), 3 + torch.arange(9))
     grid = CornerGrid.of(pairs, game.n)
-    context = torch.rand(1, game.n) < 0.5
+    context = torch.tensor([[False, False, True] + [True, False, False] * 3])  # nothing the game has seen yet
     values = game.corner_values(context, grid.toggled)
-    assert values.shape == (1, 40) and game.encodings == {"image": 10, "text": 4}
+    spent = {side: game.encodings[side] - before[side] for side in before}
+    assert values.shape == (1, 40) and spent == {"image": 10, "text": 4}
+    images, texts = (context ^ grid.toggled[[0, *singles]] for singles in (range(4, 13), range(1, 4)))
+    product = game.product(images, texts)
+    assert product.shape == (10, 4) and game.encodings == {side: before[side] + spent[side] for side in before}
+    assert torch.allclose(product.flatten().sort().values, values[0].sort().values, rtol=1e-10)
     again = torch.stack([game(context ^ toggled[None])[0] for toggled in grid.toggled])
     assert torch.allclose(values[0], again, rtol=1e-10)
     result = interactions(game, contexts=4, progress=False)
@@ -105,7 +111,7 @@ def test_players_of_one_side_only():
     z = torch.rand(5, 9) < 0.5
     everything = torch.cat([torch.ones(5, 3).bool(), z], 1)
     assert relative(game(z), by_hand(model, 0, everything, MASK, 0.0)) <= FP64
-    assert game.groups is None and game.encodings["text"] == 0
+    assert game.groups is None and "text" not in game.encodings
 
 
 def test_causal_text_ends_where_it_is_read():
@@ -120,6 +126,7 @@ def test_float32_and_its_float64_twin():
     z = torch.rand(7, game.n) < 0.5
     assert precise.dtype == torch.float64 and precise.precise() is None
     assert 0 < relative(game(z), precise(z)) < 1e-4 and precise.encodings["image"] <= 7
+    assert torch.equal(game(z), game(z))
 
 
 def test_what_is_no_dual_encoder():

@@ -18,6 +18,7 @@ from flmoe_fast import ArgumentError, accelerate, exact_interactions, image_play
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
+from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.pipeline.masking import mask_pairs
 
 FP64 = 1e-10
@@ -75,6 +76,8 @@ MODELS = {
     "torch layers, post-norm": (lambda: encoders.ready(encoders.Torch(False)), MASK, None),
     "vit": (encoders.vit, None, 0.0),
     "dinov2, layer scales": (encoders.dinov2, None, 0.5),
+    "a tower of clip": (encoders.clip_tower, None, 0.5),
+    "a tower of siglip, attention pooling": (encoders.siglip_tower, None, 0.0),
     "vilt": (encoders.vilt, MASK, 0.0),
     "vilt, words removed, patches replaced": (encoders.vilt, "remove", 0.25),
 }
@@ -171,6 +174,27 @@ def test_whole_modalities_and_words():
     assert torch.allclose(by_word(torch.tensor([[True, False]])), tokens(torch.tensor([[True, True, False, False]])))
 
 
+def test_coalitions_are_computed_once():
+    game = EncoderGame(encoders.bert(), text_inputs(), words())
+    everything = torch.cartesian_prod(*[torch.tensor([False, True])] * 4)
+    first = game(everything)
+    interactions(game, contexts=16, progress=False)
+    assert game._values.computed == 16 and torch.equal(game(everything.flip(0)), first.flip(0))
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr("flmoe_fast.adapt.remember.MOST_ROWS", 5)
+    calls = []
+    values = Remembered(lambda rows: calls.append(len(rows)) or rows.double().sum(1))
+    everything = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
+    assert values(everything).tolist() == [0, 1, 1, 2, 1, 2, 2, 3] and values(everything[:4]).tolist() == [0, 1, 1, 2]
+    values(everything[2:7])  # more than fits beside what is known: that is forgotten, and what is new is kept
+    assert calls == [8] and len(values._rows) == 8
+    small = Remembered(values.compute)
+    small(everything[:4]), small(everything[3:6]), small(everything[4:6])
+    assert calls == [8, 4, 2] and len(small._rows) == 2 and small.computed == 6
+
+
 def test_probes_work_unchanged_and_places_are_kept(tmp_path):
     inputs = {**text_inputs(), "pixel_values": pixels()}
     offsets = [(0, 0), (0, 3), (3, 5), (6, 9), (9, 10), (0, 0), (0, 0), (0, 0)]
@@ -264,6 +288,7 @@ def test_a_mistake_is_seen(mistake):
     expected = by_hand(model, z, MASK, None)[:, 1]
     assert relative(game(z), expected) <= FP64
     mistake(game.tower.engine)
+    game._values = Remembered(lambda rows: game.score.values(game.tower.encode(rows)))
     assert relative(game(z), expected) > 1e-5
 
 

@@ -7,6 +7,7 @@ corner grid of a text and b image players a context costs (1 + a) + (1 + b) enco
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
@@ -52,11 +54,6 @@ class DualEncoderGame(Game):
         itself (with a ``logit_bias``) the sigmoid.
     dtype, memory, stacks
         As for :class:`EncoderGame`.
-
-    Attributes
-    ----------
-    encodings : dict
-        How many image and text coalitions have been encoded so far.
     """
 
     backend = "dual encoder"
@@ -89,7 +86,6 @@ class DualEncoderGame(Game):
         if value == "prob" and texts == 1 and not hasattr(model, "logit_bias"):
             raise ArgumentError("value", "'prob' with a single text", "several texts to tell apart, or 'logit'")
         self.inputs = inputs
-        self.encodings = {"image": 0, "text": 0}
         self.players = PlayerMap(players, self._sample())
         name_players(self, self.players)
         self._make_towers()
@@ -97,6 +93,11 @@ class DualEncoderGame(Game):
             if tower is not None:
                 check_with_model(tower)
         self._compare()
+
+    @property
+    def encodings(self) -> dict[str, int]:
+        """How many image and text coalitions have been encoded so far."""
+        return {side: encoder.computed for side, encoder in self._encoders.items()}
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
@@ -106,13 +107,25 @@ class DualEncoderGame(Game):
         image, text = (self._features(side, coalitions) for side in ("image", "text"))
         return self._values((image * text).sum(1), image)
 
+    @torch.no_grad()
+    def product(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Values (A, B) of every image coalition (A, n) with every text coalition (B, n), for A + B encodings.
+
+        Of the image coalitions only the image's players count, of the text coalitions only the text's.
+        """
+        for name, coalitions in (("images", images), ("texts", texts)):
+            shape(name, coalitions, (None, self.n), "(A, n)" if name == "images" else "(B, n)")
+        image, text = self._features("image", images.bool().cpu()), self._features("text", texts.bool().cpu())
+        similarity = (image @ text.T).flatten()
+        values = self._values(similarity, image.repeat_interleave(len(text), 0))
+        return values.unflatten(0, (len(image), len(text)))
+
     def precise(self) -> DualEncoderGame | None:
         """This game in float64; None if it already is."""
         if self.dtype == torch.float64:
             return None
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
-        twin.encodings = {"image": 0, "text": 0}
         twin._stacks = None
         twin._make_towers(like=self._towers)
         return twin
@@ -131,9 +144,7 @@ class DualEncoderGame(Game):
         columns, tower = self._towers[side]
         if tower is None:
             return self._constant[side].expand(len(coalitions), -1)
-        distinct, again = coalitions[:, columns].unique(dim=0, return_inverse=True)
-        self.encodings[side] += len(distinct)
-        return F.normalize(tower.encode(distinct).to(torch.float64), dim=1).cpu()[again]
+        return self._encoders[side](coalitions[:, columns])
 
     def _values(self, similarity: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Values (C,) of similarities (C,) of the explained text and unit image features (C, D)."""
@@ -162,6 +173,7 @@ class DualEncoderGame(Game):
         sample = self._sample()
         runs = {"image": self.model.get_image_features, "text": self.model.get_text_features}
         self._towers: dict[str, tuple[torch.Tensor, Tower | None]] = {}
+        self._encoders: dict[str, Remembered] = {}
         self._constant: dict[str, torch.Tensor] = {}
         for side, run in runs.items():
             inputs = {name: value for name, value in sample.items() if _is_text(name) == (side == "text")}
@@ -175,6 +187,7 @@ class DualEncoderGame(Game):
             known = {"stacks": self._stacks, "like": None if like is None else like[side][1]}
             tower = Tower(self.model, run, _pooled, inputs, part, self.dtype, self.memory, **known)
             self._towers[side] = (columns, tower)
+            self._encoders[side] = Remembered(functools.partial(_unit_features, tower))
         texts = {name: value for name, value in self.inputs.items() if _is_text(name)}
         everyone = self._plain(runs["text"], texts)
         self._others = torch.cat([everyone[: self.target], everyone[self.target + 1 :]])
@@ -190,7 +203,7 @@ class DualEncoderGame(Game):
         truth = float(self.model(**self._sample()).logits_per_image[0, 0])
         value, self.value = self.value, "logit"
         ours = float(self(torch.ones(1, self.n, dtype=torch.bool)))
-        self.value, self.encodings = value, {"image": 0, "text": 0}
+        self.value = value
         if not abs(ours - truth) <= MODEL_TOLERANCE[self.dtype] * max(abs(truth), 1.0):
             got = f"a {type(self.model).__name__} that scores {truth:.6g} where scaled similarity is {ours:.6g}"
             raise Unsupported("model", got, "logits_per_image = exp(logit_scale) * cosine (+ logit_bias)")
@@ -198,6 +211,11 @@ class DualEncoderGame(Game):
 
 def _is_text(name: str) -> bool:
     return name in TEXT_INPUTS
+
+
+def _unit_features(tower: Tower, coalitions: torch.Tensor) -> torch.Tensor:
+    """Unit features (C, D), float64, of coalitions (C, k)."""
+    return F.normalize(tower.encode(coalitions).to(torch.float64), dim=1).cpu()
 
 
 def _pooled(output: object) -> torch.Tensor:

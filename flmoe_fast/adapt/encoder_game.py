@@ -12,6 +12,7 @@ from torch import nn
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import Score, doubled, floating, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
@@ -76,7 +77,7 @@ class EncoderGame(Game):
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
         self.score = Score(target, value, heads)
-        self.tower = self._make_tower(stacks=stacks if self.model is model else None)
+        self._make_tower(stacks=stacks if self.model is model else None)
         check_with_model(self.tower)
         self.score.settle(self.tower.full)
         self.heads = self.score.heads
@@ -91,9 +92,7 @@ class EncoderGame(Game):
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
         if not len(coalitions):
             return self.score.nothing()
-        # Few players repeat themselves soon.
-        distinct, again = coalitions.bool().cpu().unique(dim=0, return_inverse=True)
-        return self.score.values(self.tower.encode(distinct))[again]
+        return self._values(coalitions)
 
     def precise(self) -> EncoderGame | None:
         """This game in float64; None if it already is."""
@@ -101,7 +100,7 @@ class EncoderGame(Game):
             return None
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
-        twin.tower = twin._make_tower(like=self.tower)
+        twin._make_tower(like=self.tower)
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -113,9 +112,11 @@ class EncoderGame(Game):
             "path": f"engine: {len(engine.layers)} layers of {self.tower.stack.name}, {engine.length} tokens",
         }
 
-    def _make_tower(self, **known: object) -> Tower:
+    def _make_tower(self, **known: object) -> None:
         run, read = self.model.__call__, self.score.read
-        return Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
+        tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
+        self.tower = tower
+        self._values = Remembered(lambda coalitions: self.score.values(tower.encode(coalitions)))
 
 
 def in_dtype(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.checks import ArgumentError, integer, shape
 from flmoe_fast.games.game import Game
 from flmoe_fast.model.network import eval_mode
@@ -63,9 +64,10 @@ class ModuleGame(Game):
         name_players(self, self.players)
         self.block = max(self.batch, 256)
         self.score = Score(target, value, heads)
-        self.heads = self.score.heads
         full, _ = (self._outputs(torch.full((1, self.n), present)) for present in (True, False))
         self.score.settle(self.score.read(full))
+        self.heads = self.score.heads
+        self._values = Remembered(self._compute)
 
     @property
     def target(self) -> int | None:
@@ -76,8 +78,7 @@ class ModuleGame(Game):
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
         if not len(coalitions):
             return self.score.nothing()
-        parts = [self.score.read(self._outputs(rows)) for rows in coalitions.bool().split(self.batch)]
-        return self.score.values(torch.cat(parts))
+        return self._values(coalitions)
 
     def precise(self) -> ModuleGame | None:
         """The game of a float64 copy of the module; None if it is float64 already."""
@@ -86,6 +87,7 @@ class ModuleGame(Game):
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module).double()
         twin.inputs = doubled(self.inputs)
+        twin._values = Remembered(twin._compute)
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -94,6 +96,10 @@ class ModuleGame(Game):
             "places": [list(place) for place in self.places],
             "path": "slow: a forward pass for every coalition" + (f", because {self.why}" if self.why else ""),
         }
+
+    def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
+        parts = [self.score.read(self._outputs(rows)) for rows in coalitions.split(self.batch)]
+        return self.score.values(torch.cat(parts))
 
     @torch.no_grad()
     def _outputs(self, coalitions: torch.Tensor) -> object:
