@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers as hf
@@ -102,6 +102,13 @@ def _grid(game: Game, rows: int = 4, cols: int = 5) -> CornerGrid:
     return CornerGrid.of(torch.cartesian_prod(first[:rows], second[:cols]), game.n)
 
 
+def _contexts(n: int) -> Iterator[torch.Tensor]:
+    """One random context (1, n) after the other, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.rand(1, n, generator=generator) < 0.5
+
+
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -114,23 +121,28 @@ def transformer(name: str, layers: int, rounds: int) -> list[dict]:
     fast = accelerate(model).game(inputs, players, path="engine", **options)
     removed_by_engine = any(part.mask == "" for part in players)
     grid = _grid(fast)
-    contexts = torch.rand(1, fast.n) < 0.5
-    corners = (contexts[:, None] ^ grid.toggled).flatten(0, 1)
     runs: dict[str, tuple[int, Callable]] = {}
     agreement = None
     if removed_by_engine:  # the model has no such interface: replaced patches cost it the same
         players = [image_players(inputs["pixel_values"], patch=16)]
     one = accelerate(model).game(inputs, players, path="module", batch=1, **options)
     many = accelerate(model).game(inputs, players, path="module", batch=16, **options)
-    few = corners[: min(4, len(corners))]
-    runs["module, one at a time"] = (len(few), lambda: one(few))
-    runs["module, in batches"] = (len(corners), lambda: many(corners))
-    runs["engine"] = (len(corners), lambda: fast.corner_values(contexts, grid.toggled))
+    few = min(4, grid.evaluations)
+
+    def corners(contexts: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+        return (next(contexts) ^ grid.toggled)[:count]
+
+    # Games remember what they have computed, so that every round has a context of its own, the same for all.
+    a, b, c = (_contexts(fast.n) for _ in range(3))
+    runs["module, one at a time"] = (few, lambda: one(corners(a, few)))
+    runs["module, in batches"] = (grid.evaluations, lambda: many(corners(b, grid.evaluations)))
+    runs["engine"] = (grid.evaluations, lambda: fast.corner_values(next(c), grid.toggled))
     if not removed_by_engine:
         exact = copy.deepcopy(model).double()
         doubled = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         games = (accelerate(exact).game(doubled, players, path=p, **options) for p in ("engine", "module"))
-        agreement = _difference(*(game(few) for game in games))
+        compared = corners(_contexts(fast.n), few)
+        agreement = _difference(*(game(compared) for game in games))
     return _rows("transformer", {"case": name, "layers": layers, "players": fast.n}, runs, rounds, agreement)
 
 
