@@ -117,6 +117,19 @@ def test_what_is_left_out():
     assert shared.tower.engine.states is None  # several players to a token: the embeddings are made for each coalition
 
 
+def test_texts_without_padding_and_with_the_last_word_of_the_vocabulary():
+    """Roberta counts positions by what is not padding, which a token put in for a hidden one must not disturb."""
+    model = encoders.roberta()
+    ids = torch.tensor([[CLS, 39, 39, 38, 0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    game = EncoderGame(model, inputs, text_players(ids, special=[CLS, 0]), target=0, value="logit")
+    z = coalitions(3)
+    mask = torch.cat([torch.ones(8, 1), z, torch.ones(8, 1)], 1).long()
+    with torch.no_grad():
+        expected = [model(input_ids=ids, attention_mask=row[None]).logits[0, 0] for row in mask]
+    assert relative(game(z), torch.stack(expected)) <= FP64
+
+
 def removed_by_hand(model, z):
     """Patches taken out of the sequence after the embeddings, in front of the model's own layers."""
     rows = []

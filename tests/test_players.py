@@ -45,6 +45,14 @@ def test_absent_tokens_are_replaced_or_hidden():
     assert bare["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1, 1]]
 
 
+def test_hidden_tokens_are_told_from_others_by_tokens_of_the_text():
+    """What stands for a hidden token while its place in the model is looked for: never padding, never out of range."""
+    blank = text_players(torch.tensor([5, 39, 39, 7, 5]), special=[5]).absent
+    assert blank.tolist() == [5, 7, 7, 39, 5]
+    assert text_players(torch.tensor([0, 9, 9]), special=[0]).absent.tolist() == [0, 0, 0]
+    assert text_players(torch.tensor([9, 9])).absent.tolist() == [10, 10]
+
+
 def test_patches_and_their_boxes():
     image = torch.arange(2 * 5 * 6).float().reshape(2, 5, 6)  # a row and no column is left over by 2 x 3 patches
     patches = image_players(image, patch=(2, 3), absent=-1.0)

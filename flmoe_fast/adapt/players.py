@@ -224,9 +224,8 @@ def text_players(
     removed = absent == "remove"
     if not removed:
         absent = integer("absent", absent, least=0)
-    # Where tokens are hidden, what would replace them only has to differ from every token of this text.
-    other = int(ids.min()) - 1 if int(ids.min()) > 0 else int(ids.max()) + 1
-    blank = torch.where(owner.to(ids.device) >= 0, torch.as_tensor(other if removed else absent).to(ids), ids)
+    owned = (owner >= 0).to(ids.device)
+    blank = torch.where(owned, _other_tokens(ids, owned) if removed else torch.as_tensor(absent).to(ids), ids)
     return Players(input, group, names, tuple(spans), owner, blank, mask if removed else None)
 
 
@@ -321,6 +320,16 @@ def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor[0] if tensor.dim() == 2 and len(tensor) == 1 else tensor
     shape(name, tensor, (None,), "(T,)")
     return tensor.detach()
+
+
+def _other_tokens(ids: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    """For every token another one of the same text: what replaces a hidden token only has to differ from it.
+
+    No token from outside, since a model may count the positions of padding in another way than those of words.
+    """
+    first = ids[owned][0]
+    others = torch.cat([ids[owned], ids[~owned], first[None] + 1])
+    return torch.where(ids == first, others[others != first][0], first)
 
 
 def _span(tokens: Sequence[int], offsets: Sequence[tuple[int, int]] | None) -> tuple[int, int]:

@@ -25,6 +25,8 @@ HIDDEN = -1e4
 #: Largest relative difference between a layer and what was read of it, both in float64. Anything a layer does beside
 #: what a plain one does is far larger; some models take the softmax in float32 whatever the rest is in.
 LAYER_TOLERANCE = 1e-6
+#: Numbers of inputs, or of final states, to hold at a time.
+STATES = 1 << 24
 #: Tokens that a head may read before it is taken to read them all.
 MOST_READS = 8
 
@@ -150,12 +152,8 @@ class Tower:
             self.problem = self._problem(states[0], allowed)
         else:
             self.stack = next(stack for stack in stacks if stack.name == like.stack.name)
-            self._returned, self._length, self._hidden, self.full = (
-                like._returned,
-                like._length,
-                like._hidden,
-                like.full,
-            )
+            self._returned, self.full = like._returned, like.full
+            self._length, self._hidden = like._length, like._hidden
             states, absent = (self._states(coalition)[0][0].cpu() for coalition in (everyone, ~everyone))
             mixed = None if like.problem.mixed is None else self._mixed_states
             self.problem = replace(like.problem, present=states, absent=absent, mixed=mixed)
@@ -164,8 +162,11 @@ class Tower:
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
-        rows = self._head_rows()
-        return torch.cat([self._resume(self.engine.evaluate(part), part) for part in coalitions.split(rows)])
+        rows, outputs = self._head_rows(), []
+        for block in coalitions.split(max(rows, STATES // (len(self.problem.reads) * self._hidden))):
+            states = self.engine.evaluate(block)
+            outputs += [self._resume(*part) for part in zip(states.split(rows), block.split(rows))]
+        return torch.cat(outputs)
 
     def plainly(self, coalitions: torch.Tensor) -> torch.Tensor:
         """The same through the model itself, one coalition at a time. Nothing can be removed that has no mask."""
@@ -204,7 +205,7 @@ class Tower:
             hooks += [layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True) for layer in stack.layers]
             hooks.append(stack.layers[0].register_forward_hook(leaves))
         try:
-            with self._steady():
+            with self._steady(), _eager(self.model):
                 full = self.read(self.run(**self.inputs))
         finally:
             for hook in hooks:
@@ -264,7 +265,7 @@ class Tower:
     def _head_rows(self) -> int:
         """Samples for which the embeddings, which the head's run repeats, are made at a time."""
         elements = sum(v[0].numel() for v in self.inputs.values() if isinstance(v, torch.Tensor) and v.dim() > 1)
-        return max(1, (1 << 24) // max(elements, self._length * self._hidden))
+        return max(1, STATES // max(elements, self._length * self._hidden))
 
     # ---- what the engine needs to know --------------------------------------------------------------------------
 
@@ -351,7 +352,7 @@ class Tower:
         double = torch.float64
         args, kwargs = tuple(_cast(a, double) for a in args), {k: _cast(v, double) for k, v in kwargs.items()}
         before = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with self._steady():
+        with self._steady(), _eager(self.model):
             after = copy.deepcopy(layer).double()(*args, **kwargs)
         after = after[0] if isinstance(after, tuple) else after
         everyone = torch.arange(before.shape[1])
