@@ -265,6 +265,22 @@ def test_values_of_ones_own():
     assert norm.tower.problem.reads.tolist() == [2] and norm(z).shape == (8, 3)
 
 
+def test_probabilities_of_other_tasks():
+    model = encoders.bert()
+    z = coalitions(4)
+    logits = by_hand(model, z, MASK, None)
+    model.config.problem_type = "multi_label_classification"
+    for path in ("engine", "module"):
+        game = accelerate(model).game(text_inputs(), words(), target=2, path=path)
+        assert relative(game(z), logits[:, 2].sigmoid()) <= FP64
+    model.config.problem_type = "regression"
+    with pytest.raises(ArgumentError, match="value: got 'prob' of a regression model, expected 'logit'"):
+        accelerate(model).game(text_inputs(), words())
+    single = encoders.ready(hf.BertForSequenceClassification(hf.BertConfig(**{**encoders.TEXT, "num_labels": 1})))
+    game = EncoderGame(single, text_inputs(), words())
+    assert relative(game(z), by_hand(single, z, MASK, None)[:, 0].sigmoid()) <= FP64
+
+
 # ---- planted mistakes ------------------------------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ class EncoderGame(Game):
         self.memory = integer("memory", memory, least=1)
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
-        self.score = Score(target, value, heads)
+        self.score = Score(self.model, target, value, heads)
         self._make_tower(stacks=stacks if self.model is model else None)
         check_with_model(self.tower)
         self.score.settle(self.tower.full)
