@@ -125,7 +125,32 @@ def memory() -> str:
     return f"{_markdown(columns, [cells])}\n\n{_machine(head)}"
 
 
-TABLES = {"cpu": cpu, "accuracy": accuracy, "coverage": coverage, "memory": memory}
+def adapt() -> str:
+    """Other people's models on the engine against themselves."""
+    found = read("adapt")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    table = [
+        [
+            row["case"] + (f", {row['layers']} layers" if "layers" in row else ""),
+            row["candidate"],
+            _range(row["ms"], 2),
+            f"{row['times_first']['median']:.1f}x",
+            "" if row["difference"] is None else f"{row['difference']:.0e}",
+        ]
+        for row in rows
+    ]
+    columns = ["model", "", "ms", "speed", "difference"]
+    note = (
+        "Milliseconds per coalition, per call for the experts; medians and quartiles, speed against the first of each "
+        "model. Difference: the largest between engine and model relative to the largest value, in float64 for whole "
+        "models, in float32 against grouped_mm for the experts."
+    )
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+
+
+TABLES = {"adapt": adapt, "cpu": cpu, "accuracy": accuracy, "coverage": coverage, "memory": memory}
 
 
 def filled(text: str) -> str:

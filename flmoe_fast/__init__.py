@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Names are loaded on first use, so that `import flmoe_fast` costs next to nothing.
 _PUBLIC = {
+    "AcceleratedMoE": "flmoe_fast.adapt.reference_layout",
+    "AcceleratedModel": "flmoe_fast.adapt.accelerate",
     "ArgumentError": "flmoe_fast.checks",
     "CheckpointError": "flmoe_fast.model.checkpoint",
     "Explanation": "flmoe_fast.pipeline.explain",
@@ -17,14 +19,19 @@ _PUBLIC = {
     "Game": "flmoe_fast.games.game",
     "InteractionResult": "flmoe_fast.probes.result",
     "TokenGame": "flmoe_fast.games.token_game",
+    "accelerate": "flmoe_fast.adapt.accelerate",
     "backends": "flmoe_fast.environment",
     "exact_interactions": "flmoe_fast.probes.exact",
     "explain": "flmoe_fast.pipeline.explain",
+    "image_players": "flmoe_fast.adapt.players",
     "interactions": "flmoe_fast.probes.interactions",
     "load_checkpoint": "flmoe_fast.model.checkpoint",
     "save_checkpoint": "flmoe_fast.model.checkpoint",
+    "text_players": "flmoe_fast.adapt.players",
 }
 __all__ = [
+    "AcceleratedMoE",
+    "AcceleratedModel",
     "ArgumentError",
     "CheckpointError",
     "Explanation",
@@ -33,15 +40,21 @@ __all__ = [
     "Game",
     "InteractionResult",
     "TokenGame",
+    "accelerate",
     "backends",
     "exact_interactions",
     "explain",
+    "image_players",
     "interactions",
     "load_checkpoint",
     "save_checkpoint",
+    "text_players",
 ]
 
 if TYPE_CHECKING:
+    from flmoe_fast.adapt.accelerate import AcceleratedModel, accelerate
+    from flmoe_fast.adapt.players import image_players, text_players
+    from flmoe_fast.adapt.reference_layout import AcceleratedMoE
     from flmoe_fast.checks import ArgumentError
     from flmoe_fast.environment import backends
     from flmoe_fast.games.game import Game

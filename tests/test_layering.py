@@ -19,6 +19,7 @@ LAYERS = (
     ("engines",),
     ("games",),
     ("probes",),
+    ("adapt",),
     ("pipeline",),
     ("data",),
     ("runs",),

@@ -53,7 +53,7 @@ class CheckpointError(ValueError):
     def __init__(self, path: str | os.PathLike, key: str, found: object, expected: str):
         super().__init__(f"{os.fspath(path)}: {key}: found {found}, expected {expected}")
         self.path = Path(path)
-        self.key = key
+        self.key, self.found, self.expected = key, str(found), expected
 
 
 def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
@@ -148,7 +148,30 @@ def load_checkpoint(
     if not path.is_file():
         raise CheckpointError(path, "file", "nothing" if not path.exists() else "no regular file", "a checkpoint")
     read = _read_safetensors if path.suffix == _SAFETENSORS_SUFFIX else _read_torch
-    ensemble, encoder_states, stored, means, single = read(path)
+    return _build(path, read(path), config, given)
+
+
+def model_from_state(
+    state: Mapping[str, Tensor], source: str, *, modalities: Sequence[str], heads: int, temperature: float, task: str
+) -> FLI2MoE:
+    """A model with copies of the weights of an ensemble's state dict, on the CPU, in eval mode, without encoders.
+
+    Args:
+        state: with the keys of :meth:`FLI2MoE.ensemble_state_dict`.
+        source: what the state dict is of, for messages.
+        modalities, heads, temperature, task: as for :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError: another layout, missing or unexpected keys, wrong shapes, mixed dtypes, non-finite weights.
+        ArgumentError: a bad argument.
+    """
+    given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    return _build(Path(source), _States(dict(state), {}, None, {}), None, given)
+
+
+def _build(path: Path, states: _States, config: FLI2MoEConfig | None, given: Mapping[str, Any]) -> FLI2MoE:
+    """The model of what a file holds."""
+    ensemble, encoder_states, stored, means, single = states
     if single:
         given = {"temperature": 1.0, **given, "roles": (DENSE,), "routing": "average"}
     _refuse_other_layouts(path, ensemble)

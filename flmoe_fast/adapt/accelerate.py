@@ -1,0 +1,152 @@
+"""One call for a model one already has: on the engine where that is possible, and a word on why where it is not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flmoe_fast.adapt.dual_game import DualEncoderGame, is_dual_encoder
+from flmoe_fast.adapt.encoder_game import EncoderGame
+from flmoe_fast.adapt.layers import Unsupported
+from flmoe_fast.adapt.module_game import ModuleGame
+from flmoe_fast.adapt.players import Players
+from flmoe_fast.adapt.reference_layout import AcceleratedMoE, accelerate_module, is_reference_layout
+from flmoe_fast.adapt.tower import Stack, find_stacks
+from flmoe_fast.checks import ArgumentError, one_of
+from flmoe_fast.games.game import Game
+from flmoe_fast.model.checkpoint import load_checkpoint
+from flmoe_fast.model.network import FLI2MoE
+
+PATHS = ("auto", "engine", "module")
+
+
+def accelerate(
+    module: nn.Module | str | os.PathLike,
+    *,
+    modalities: Sequence[str] | None = None,
+    heads: int | None = None,
+    temperature: float | None = None,
+    task: str | None = None,
+) -> AcceleratedMoE | AcceleratedModel:
+    """Take a model as it is and make its coalition evaluations fast. The model itself is left alone.
+
+    * A live ``InteractionMoE`` of either generation (known by its state dict, not by its name), an :class:`FLI2MoE`,
+      or the path of a checkpoint: an :class:`AcceleratedMoE` with the same ``inference(inputs, masks)`` and a ``game``
+      on the engine. The weights are copied; changes of the module afterwards are not seen.
+    * Any other module: an :class:`AcceleratedModel`, whose ``game`` runs plain encoder stacks (BERT, RoBERTa, ViT,
+      CLIP, ViLT and others) on the encoder engine, and everything else in batches.
+
+    Parameters
+    ----------
+    module : nn.Module or path
+    modalities : names, optional
+        Of the first kind, in the order of its inputs; by default m0, m1, ... for a live module.
+    heads, temperature : optional
+        Where a live module does not say them itself (``attn.num_heads``, ``reweight.temperature``) and for
+        checkpoints without a configuration.
+    task : "multiclass" or "multilabel"
+        By default what a checkpoint's configuration says, "multiclass" for a live module.
+
+    Raises
+    ------
+    ArgumentError
+        A module in the reference layout that cannot be taken: which layer, and why.
+    CheckpointError
+        The same for a file.
+    """
+    given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(module, (str, os.PathLike)):
+        return AcceleratedMoE(load_checkpoint(Path(module), **given))
+    if not isinstance(module, nn.Module):
+        raise ArgumentError("module", type(module).__name__, "a torch.nn.Module, or the path of a checkpoint")
+    if isinstance(module, FLI2MoE) or is_reference_layout(module.state_dict()):
+        if not isinstance(module, FLI2MoE):
+            return accelerate_module(module, **given)
+        if given:
+            raise ArgumentError(next(iter(given)), "a value", "nothing, since an FLI2MoE has its configuration")
+        return AcceleratedMoE(module)
+    if given:
+        name = next(iter(given))
+        raise ArgumentError(name, repr(given[name]), f"nothing: a {type(module).__name__} is no InteractionMoE")
+    return AcceleratedModel(module)
+
+
+class AcceleratedModel:
+    """A transformer of somebody else's, whose games run on the fastest path that is exact for it.
+
+    Its encoder layers are read, and compared with what was read of them, for the first game; later changes of the
+    weights are not seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._stacks: list[Stack] | None = None
+
+    def __repr__(self) -> str:
+        return f"AcceleratedModel({type(self.model).__name__})"
+
+    def game(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        players: Players | Sequence[Players],
+        *,
+        target: int | None = None,
+        value: str | Callable[[object], torch.Tensor] | None = None,
+        heads: Sequence[str] | None = None,
+        path: str = "auto",
+        dtype: torch.dtype | None = None,
+        memory: int = 1 << 28,
+        batch: int = 32,
+    ) -> Game:
+        """The game of one sample.
+
+        Parameters
+        ----------
+        inputs : mapping of str to Tensor
+            What a tokenizer or processor makes, with a batch axis of 1.
+        players : Players or sequence of Players
+            See :func:`text_players` and :func:`image_players`.
+        target, value, heads
+            As for :class:`ModuleGame`; for dual encoders as for :class:`DualEncoderGame`. By default the probability
+            of the predicted class, or the similarity of image and text.
+        path : "auto", "engine" or "module"
+            "auto" takes the engine where it can, else the module in batches, and then warns and says why.
+        dtype, memory
+            Of the engine.
+        batch : int
+            Coalitions a forward pass of the module.
+
+        Returns
+        -------
+        DualEncoderGame, EncoderGame or ModuleGame
+
+        Warns
+        -----
+        UserWarning
+            The slow path was taken.
+        """
+        one_of("path", path, PATHS)
+        dual = is_dual_encoder(self.model) and not callable(value)
+        why = "it was asked for"
+        if path != "module":
+            try:
+                self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
+                options = {"dtype": dtype, "memory": memory, "stacks": self._stacks}
+                if dual:
+                    scored = {"target": target or 0, "value": value or "logit"}
+                    return DualEncoderGame(self.model, inputs, players, **scored, **options)
+                scored = {"target": target, "value": value or "prob", "heads": heads}
+                return EncoderGame(self.model, inputs, players, **scored, **options)
+            except Unsupported as problem:
+                if path == "engine":
+                    raise
+                why = str(problem)
+                warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
+        value = value or ("logit" if dual else "prob")
+        return ModuleGame(self.model, inputs, players, target=target, value=value, heads=heads, batch=batch, why=why)

@@ -1,0 +1,246 @@
+"""Live modules in the layout of the published I2MoE and FL-I2MoE code, on the engine.
+
+A module is known by its state dict (``reweight.mlp.*`` and ``interaction_experts.{e}.fusion_model.*``), whatever it is
+called and wherever it was imported from. Its weights are copied into an :class:`FLI2MoE`, and both run on the same
+inputs before the copy is believed: what the state dict does not tell, such as another activation or a changed forward,
+then shows up as the layer in which the two part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.games.token_game import TokenGame
+from flmoe_fast.model.checkpoint import CheckpointError, model_from_state
+from flmoe_fast.model.network import FLI2MoE, eval_mode
+
+#: Largest relative difference between a module and its copy. Structural differences are far larger.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: What implementations call the number of heads of an attention module.
+_HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads")
+#: Tokens a modality, where a model leaves that open, in the inputs of the comparison.
+_TOKENS = (3, 2, 4)
+
+
+def is_reference_layout(state: Iterable[str]) -> bool:
+    """Whether state dict keys are those of an ensemble of interaction experts, of any kind."""
+    keys = list(state)
+    prefixes = ("interaction_experts.", "interaction_expert.", "reweight.")
+    return any(key.startswith(prefixes) for key in keys)
+
+
+class AcceleratedMoE:
+    """An FL-I2MoE or I2MoE whose coalitions run on the engine.
+
+    Attributes
+    ----------
+    model : FLI2MoE
+        A copy of the weights, on the module's device, in its dtype and in eval mode: what
+        :func:`flmoe_fast.explain` and :class:`TokenGame` take.
+    """
+
+    def __init__(self, model: FLI2MoE):
+        self.model = model
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return (
+            f"AcceleratedMoE({', '.join(config.modalities)}; {config.experts} experts of {config.layers} layers, "
+            f"generation {config.generation!r})"
+        )
+
+    @torch.no_grad()
+    def inference(
+        self, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """What the module's own ``inference`` returns.
+
+        Parameters
+        ----------
+        inputs : M tensors (B, T_m, H)
+            Encoded modalities.
+        masks : M tensors (B, T_m), optional
+            1 for valid tokens. None and masks of ones route differently, as in the module.
+
+        Returns
+        -------
+        E expert logits (B, K), routing weights (B, E), mixture logits (B, K)
+        """
+        if isinstance(masks, Mapping) or (masks is not None and any(mask is None for mask in masks)):
+            got = "a mapping" if isinstance(masks, Mapping) else "masks for some modalities only"
+            raise ArgumentError("masks", got, "one mask for every modality, or None")
+        with eval_mode(self.model):
+            output = self.model(list(inputs), None if masks is None else list(masks))
+        return list(output.expert_logits.unbind(1)), output.weights, output.logits
+
+    def game(self, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None = None, **options) -> TokenGame:
+        """The game of one sample; ``options`` as for :class:`TokenGame`."""
+        return TokenGame(self.model, inputs, masks=masks, **options)
+
+
+def accelerate_module(
+    module: nn.Module,
+    *,
+    modalities: Sequence[str] | None = None,
+    heads: int | None = None,
+    temperature: float | None = None,
+    task: str = "multiclass",
+) -> AcceleratedMoE:
+    """Take a live module in the reference layout, see :func:`flmoe_fast.accelerate`."""
+    state = {key: value.detach() for key, value in module.state_dict().items()}
+    heads = _number_of_heads(module) if heads is None else heads
+    temperature = _temperature(module) if temperature is None else temperature
+    if modalities is None:
+        modalities = tuple(f"m{m}" for m in range(_modality_count(state)))
+    try:
+        model = model_from_state(
+            {key: value.cpu() for key, value in state.items()},
+            type(module).__name__,
+            modalities=modalities,
+            heads=heads,
+            temperature=temperature,
+            task=task,
+        )
+    except CheckpointError as problem:
+        got = f"{type(module).__name__} with {problem.found} at {problem.key}"
+        raise ArgumentError("module", got, problem.expected) from problem
+    parameter = next(module.parameters())
+    model = model.to(parameter.device)
+    _compare(module, model)
+    return AcceleratedMoE(model)
+
+
+def _modality_count(state: Mapping[str, torch.Tensor]) -> int:
+    """M as far as the state dict tells; the loader checks it properly, and says what is wrong."""
+    routing = state.get("reweight.mlp.network.0.weight")
+    norm = state.get("interaction_experts.0.fusion_model.network.0.norm1.weight")
+    if routing is None or norm is None or not len(norm):
+        return 2
+    return min(max(routing.shape[-1] // len(norm), 2), 8)
+
+
+def _number_of_heads(module: nn.Module) -> int:
+    found: dict[int, str] = {}
+    for name, part in module.named_modules():
+        if name.endswith(".attn"):
+            number = next((getattr(part, a) for a in _HEADS if isinstance(getattr(part, a, None), int)), None)
+            if number is not None:
+                found.setdefault(number, name)
+    if not found:
+        raise ArgumentError("heads", None, f"the number of attention heads: no attn module has any of {_HEADS}")
+    if len(found) > 1:
+        got = " and ".join(f"{number} at {name}" for number, name in found.items())
+        raise ArgumentError("module", f"different numbers of attention heads, {got}", "one number for all layers")
+    return next(iter(found))
+
+
+def _temperature(module: nn.Module) -> float:
+    value = getattr(getattr(module, "reweight", None), "temperature", None)
+    if value is None:
+        raise ArgumentError("temperature", None, "the routing's temperature: the module has no reweight.temperature")
+    return float(value)
+
+
+# ---- the module and its copy on the same inputs ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _compare(module: nn.Module, model: FLI2MoE) -> None:
+    """Raise :class:`ArgumentError` unless both give the same numbers, with masks and without; name the layer if not."""
+    if not callable(getattr(module, "inference", None)):
+        raise ArgumentError("module", f"a {type(module).__name__} without an inference method", "inference(inputs)")
+    config = model.config
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    lengths = config.num_tokens or tuple(_TOKENS[m % len(_TOKENS)] for m in range(len(config.modalities)))
+    inputs = [torch.randn(2, t, config.hidden, generator=generator).to(parameter) for t in lengths]
+    cases: list[list[torch.Tensor] | None] = [None]
+    if config.generation == "fl":
+        masks = [torch.ones(2, t).to(parameter) for t in lengths]
+        masks[0][1, -1] = 0.0
+        cases.append(masks)
+    for masks in cases:
+        theirs, ours = _Trace(module), _Trace(model)
+        with eval_mode(module), theirs, torch.random.fork_rng(devices=_devices(parameter)):
+            found = module.inference(inputs) if masks is None else module.inference(inputs, masks)
+        with ours:
+            expected = AcceleratedMoE(model).inference(inputs, masks)
+        try:
+            experts, weights, mixture = found
+            pairs = [*zip(experts, expected[0], strict=True), (weights, expected[1]), (mixture, expected[2])]
+        except (TypeError, ValueError) as problem:
+            got = f"a {type(module).__name__} whose inference returns {type(found).__name__}"
+            raise ArgumentError("module", got, "(list of expert logits, routing weights, mixture logits)") from problem
+        worst = max(_difference(a, b) for a, b in pairs)
+        if not worst <= TOLERANCE[parameter.dtype]:
+            raise ArgumentError(
+                "module", _where(theirs, ours, worst, parameter.dtype, masks), _EXPECTED[config.generation]
+            )
+
+
+_EXPECTED = {
+    "fl": "the published layer: pre-norm blocks with residuals, exact GELU, LayerNorm eps 1e-5, sinusoidal positions",
+    "original": "the published layer: the attention output added to itself, exact GELU, LayerNorm eps 1e-5",
+}
+
+
+class _Trace:
+    """Outputs of the experts' layers and of the routing while a module runs, by name, as (B, L, X) or (B, X)."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.seen: dict[str, torch.Tensor] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> _Trace:
+        for name, part in self.module.named_modules():
+            stem, _, leaf = name.rpartition(".")
+            if name == "reweight" or (stem.endswith("fusion_model.network") and leaf.isdigit()):
+                self._hooks.append(part.register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, name: str):
+        def keep(part: nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, list):  # one tensor a modality
+                output = torch.cat(output, dim=1)
+            if isinstance(output, tuple):  # a layer's output and its attention
+                output = output[0]
+            if isinstance(output, torch.Tensor):
+                self.seen.setdefault(name, output)
+
+        return keep
+
+
+def _where(theirs: _Trace, ours: _Trace, worst: float, dtype: torch.dtype, masks: list[torch.Tensor] | None) -> str:
+    """Which layer parts first; padded tokens are not compared."""
+    valid = None if masks is None else torch.cat(masks, dim=1).bool()
+    for name, mine in ours.seen.items():
+        other = theirs.seen.get(name)
+        if other is None or other.shape != mine.shape:
+            continue
+        if valid is not None and mine.dim() == 3:
+            mine, other = mine[valid], other[valid]
+        error = _difference(other, mine)
+        if not error <= TOLERANCE[dtype]:
+            part = dict(theirs.module.named_modules())[name]
+            return f"{name} ({type(part).__name__}), whose output differs from the published layer's by {error:.1e}"
+    return f"a {type(theirs.module).__name__} whose results differ by {worst:.1e} although its layers agree"
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the largest number; infinite for other shapes."""
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+def _devices(parameter: torch.Tensor) -> list[torch.device]:
+    return [parameter.device] if parameter.device.type == "cuda" else []

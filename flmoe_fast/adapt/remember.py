@@ -1,0 +1,38 @@
+"""Results of coalitions that were computed before: few players, and the halves of a product design, come again soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+#: What is kept at most: coalitions, and numbers of their results (64 MB in float64).
+MOST_ROWS, MOST_NUMBERS = 1 << 16, 1 << 23
+
+
+class Remembered:
+    """A function of coalitions (C, n) bool to rows (C, ...) that does not compute what it still knows.
+
+    Attributes
+    ----------
+    computed : int
+        Coalitions computed so far.
+    """
+
+    def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor]):
+        self.compute, self.computed = compute, 0
+        self._rows: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
+        distinct, again = coalitions.bool().cpu().unique(dim=0, return_inverse=True)
+        keys = [row.tobytes() for row in distinct.numpy()]
+        rows = [self._rows.get(key) for key in keys]
+        missing = [i for i, row in enumerate(rows) if row is None]
+        if missing:
+            found = self.compute(distinct[missing])
+            self.computed += len(missing)
+            if len(self._rows) + len(missing) > min(MOST_ROWS, MOST_NUMBERS // max(1, found[0].numel())):
+                self._rows.clear()
+            for i, row in zip(missing, found):
+                rows[i] = self._rows[keys[i]] = row
+        return torch.stack(rows)[again]
