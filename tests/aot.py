@@ -1,8 +1,8 @@
 """Compile every kernel launch of an engine for GPUs that are not here, and report what each needs.
 
-``python tests/aot.py TARGET [PRECISION ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to resources. The
-engine runs its whole host side on CPU tensors; instead of launching, each kernel is compiled with exactly the arguments,
-specialisations and configuration it would have been launched with, by the ptxas that triton carries.
+``python tests/aot.py TARGET [PRECISION ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to resources.
+The engine runs its whole host side on CPU tensors; instead of launching, each kernel is compiled with exactly the
+arguments, specialisations and configuration it would have been launched with, by the ptxas that triton carries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from flmoe_fast.engines.triton_kernels.configs import KERNELS, entry
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Sizes whose specialisations are those of the real shapes: every width a multiple of 16, any length.
-SHAPES = {64: Edge("d64", (20, 13), (20, 13), hidden=256, heads=4), 32: Edge("d32", (9, 8), (9, 8), hidden=128, heads=4)}
+SHAPES = {
+    64: Edge("d64", (20, 13), (20, 13), hidden=256, heads=4),
+    32: Edge("d32", (9, 8), (9, 8), hidden=128, heads=4),
+}
 
 
 class NoDevice(DriverBase):

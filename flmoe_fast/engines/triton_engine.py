@@ -1,12 +1,12 @@
 """The GPU engine: Triton kernels, a fixed number of launches for a chunk of thousands of coalitions.
 
-What is exact to share is what the torch engine shares (see there): two possible rows a token in the first layer, and its
-attention as sums over keys. The keys that are the same in all coalitions of a context are summed once per context, for
-both states of every query; a coalition adds the few keys that vary, each in its own state. The last down-projection, the
-mean and the classifier are one matrix applied to sums over tokens.
+What is exact to share is what the torch engine shares (see there): two possible rows a token in the first layer, and
+its attention as sums over keys. The keys that are the same in all coalitions of a context are summed once per context,
+for both states of every query; a coalition adds the few keys that vary, each in its own state. The last
+down-projection, the mean and the classifier are one matrix applied to sums over tokens.
 
-A :class:`Plan` does all host work: which tokens vary, how coalitions are cut into chunks, where scratch memory is. Running
-it launches kernels and nothing else.
+A :class:`Plan` does all host work: which tokens vary, how coalitions are cut into chunks, where scratch memory is.
+Running it launches kernels and nothing else.
 """
 
 from __future__ import annotations
@@ -140,10 +140,25 @@ class Plan:
         engine = self.engine
         packed = engine.weights
         found = torch.ops.flmoe_fast.coalition_logits(
-            self.words[start:stop], self.constant, self.varying, packed.states, packed.residual, engine.segments,
-            list(packed.layers), list(packed.routing), self.workspace, engine.heads, self.group, offset, contexts,
-            packed.added, engine.problem.masked, packed.temperature, engine.target, engine.precision,
-        )  # fmt: skip
+            self.words[start:stop],
+            self.constant,
+            self.varying,
+            packed.states,
+            packed.residual,
+            engine.segments,
+            list(packed.layers),
+            list(packed.routing),
+            self.workspace,
+            engine.heads,
+            self.group,
+            offset,
+            contexts,
+            packed.added,
+            engine.problem.masked,
+            packed.temperature,
+            engine.target,
+            engine.precision,
+        )
         experts[start:stop], weights[start:stop] = found
 
 
@@ -330,9 +345,7 @@ class TritonEngine:
         both = torch.stack([problem.fills, problem.features])[:, problem.valid]
         x = (both[None] + packed.positions[:, None, problem.valid]).expand(experts, -1, -1, -1)  # (E, 2, L, H)
         qkv, qkv_bias = _projections(packed.layers[0])
-        states = project_states(
-            single(x.flatten(1, 2)), operand(qkv), single(qkv_bias), self.target, self.precision
-        )
+        states = project_states(single(x.flatten(1, 2)), operand(qkv), single(qkv_bias), self.target, self.precision)
 
         layers = []
         for layer, following in zip(packed.layers, (*packed.layers[1:], None)):
@@ -363,9 +376,7 @@ class TritonEngine:
         """The classifier on sums of hidden activations (E, M, F, K) and of the stream (E, M, H, K), and its bias."""
         share = self._shares()
         layer, head = packed.layers[-1], packed.head.unflatten(1, (len(share), -1))  # (E, M, H, K)
-        bias = packed.head_bias[:, 0] + torch.einsum(
-            "emhk,eh,m->ek", head, layer.down_bias[:, 0], (share > 0).double()
-        )
+        bias = packed.head_bias[:, 0] + torch.einsum("emhk,eh,m->ek", head, layer.down_bias[:, 0], (share > 0).double())
         wide = torch.einsum("efh,emhk,m->emfk", layer.down, head, share)
         return wide, head * share[:, None, None], bias
 

@@ -1,9 +1,9 @@
 """The op that evaluates one chunk of coalitions, ``torch.ops.flmoe_fast.coalition_logits``, and its launches.
 
-One op is one chunk, so that what PyTorch spends on calling it does not matter, and so that ``torch.compile``, FakeTensor
-and CUDA graphs see a single opaque, pure function with one declared scratch buffer. The launches of a chunk do not
-depend on the numbers of experts, coalitions or tokens; nothing is copied to the host and nothing is allocated but the two
-results. Triton is imported by the first real call.
+One op is one chunk, so that what PyTorch spends on calling it does not matter, and so that ``torch.compile``,
+FakeTensor and CUDA graphs see a single opaque, pure function with one declared scratch buffer. The launches of a chunk
+do not depend on the numbers of experts, coalitions or tokens; nothing is copied to the host and nothing is allocated
+but the two results. Triton is imported by the first real call.
 """
 
 from __future__ import annotations
@@ -73,13 +73,11 @@ class Sizes:
             "stream": (torch.float32, (self.experts, rows, self.hidden)),
             "statistics": (torch.float32, (self.experts, rows, blocks, 2)),
             "between": (precision.operand, (precision.planes, self.experts, rows, between)),
-            "pooled_stream": (
-                torch.float32, (self.experts, coalitions, stream_tiles, self.modalities, self.hidden)
-            ),
+            "pooled_stream": (torch.float32, (self.experts, coalitions, stream_tiles, self.modalities, self.hidden)),
             "pooled_wide": (torch.float32, (self.experts, coalitions, wide_tiles, self.modalities, self.wide)),
             "means": (torch.float32, (coalitions, self.modalities, self.hidden)),
             **{f"routing{i}": (torch.float32, (1, coalitions, w)) for i, w in enumerate(self.routing[:-1])},
-        }  # fmt: skip
+        }
 
     def bytes(self, coalitions: int, contexts: int) -> int:
         """Bytes of workspace that a chunk needs."""
@@ -163,10 +161,28 @@ def project_states(
         mean = part.mean(-1)
         statistics.append(torch.stack([mean, (part - mean[..., None]).square().sum(-1)], dim=-1))
     linear(
-        rows, weight, bias, out, rows=rows.shape[1], precision=kind, config=find("qkv", precision, target),
-        statistics=torch.stack(statistics, dim=2).float(), block=block,
-    )  # fmt: skip
+        rows,
+        weight,
+        bias,
+        out,
+        rows=rows.shape[1],
+        precision=kind,
+        config=find("qkv", precision, target),
+        statistics=torch.stack(statistics, dim=2).float(),
+        block=block,
+    )
     return out
+
+
+def _check(words: torch.Tensor, others: list[torch.Tensor]) -> None:
+    """Refuse what the kernels would read wrongly: another dtype, strides, or memory of another device."""
+    if words.dtype != torch.int64:
+        raise ArgumentError("words", words.dtype, "torch.int64")
+    for tensor in (words, *others):
+        if tensor.device != words.device:
+            raise ArgumentError("words", f"{words.device} beside a tensor on {tensor.device}", "tensors of one device")
+        if not tensor.is_contiguous():
+            raise ArgumentError("tensors", f"strides {tensor.stride()}", "contiguous tensors")
 
 
 def _coalition_logits(
@@ -200,6 +216,10 @@ def _coalition_logits(
     weights_out = torch.empty(count, sizes.experts, dtype=torch.float64, device=words.device)
     if not count:
         return experts_out, weights_out
+    _check(words, [constant, varying, states, residual, segments, *weights, *routing, workspace])
+    needed = sizes.bytes(count, contexts)
+    if workspace.dtype != torch.uint8 or workspace.numel() < needed:
+        raise ArgumentError("workspace", f"{workspace.numel()} bytes", f"at least {needed} bytes of torch.uint8")
     arrays = _views(workspace, sizes.arrays(count, contexts))
     stream, statistics, attended = arrays["stream"], arrays["statistics"], arrays["attended"]
     common = {"rows": count * length, "precision": kind, "length": length}
@@ -217,9 +237,7 @@ def _coalition_logits(
     sums = arrays["numerators"], arrays["scalars"]
     at_tokens = {"words": words, "sums": sums, "group": group, "offset": offset}
     attend = {"length": length, "heads": heads, "precision": kind}
-    attention(
-        "context", states, batches=contexts, keys=constant, config=sizes.config("context"), **at_tokens, **attend
-    )
+    attention("context", states, batches=contexts, keys=constant, config=sizes.config("context"), **at_tokens, **attend)
     attention(
         "first", states, batches=count, keys=varying, out=attended, config=sizes.config("first"), **at_tokens, **attend
     )
@@ -230,9 +248,16 @@ def _coalition_logits(
         into = {"residual": residual, "words": words} if first else {"residual": stream if added else None}
         pool = {"pooled": arrays["pooled_stream"], "segments": segments} if last else {}
         linear(
-            attended, out_w, out_b, stream, out_statistics=statistics,
-            config=sizes.config("project_last" if last else "project"), **into, **pool, **common,
-        )  # fmt: skip
+            attended,
+            out_w,
+            out_b,
+            stream,
+            out_statistics=statistics,
+            config=sizes.config("project_last" if last else "project"),
+            **into,
+            **pool,
+            **common,
+        )
         if last:
             pool["pooled"] = arrays["pooled_wide"]
             normalising(up_w, up_b, None, "up_last", activation="gelu", **pool)
@@ -241,16 +266,25 @@ def _coalition_logits(
         wide = between(sizes.wide)
         normalising(up_w, up_b, wide, "up", activation="gelu")
         linear(
-            wide, down_w, down_b, stream, residual=stream, out_statistics=statistics, config=sizes.config("down"),
+            wide,
+            down_w,
+            down_b,
+            stream,
+            residual=stream,
+            out_statistics=statistics,
+            config=sizes.config("down"),
             **common,
-        )  # fmt: skip
+        )
         qkv = between(3 * sizes.hidden)
         normalising(qkv_w, qkv_b, qkv, "qkv")
         attention("later", qkv, batches=count, out=attended, config=sizes.config("later"), **attend)
     head(
-        arrays["pooled_wide"], arrays["pooled_stream"], *weights[-HEAD_WEIGHTS:], experts_out,
+        arrays["pooled_wide"],
+        arrays["pooled_stream"],
+        *weights[-HEAD_WEIGHTS:],
+        experts_out,
         config=sizes.config("head"),
-    )  # fmt: skip
+    )
 
     absent, step, *network = routing
     means = arrays["means"]
@@ -260,9 +294,15 @@ def _coalition_logits(
         weight, bias = network[2 * index : 2 * index + 2]
         following = arrays[f"routing{index}"]
         linear(
-            hidden.unsqueeze(0), weight, bias, following, rows=count, precision=PRECISIONS["fp32"],
-            config=sizes.config("hidden"), activation="relu",
-        )  # fmt: skip
+            hidden.unsqueeze(0),
+            weight,
+            bias,
+            following,
+            rows=count,
+            precision=PRECISIONS["fp32"],
+            config=sizes.config("hidden"),
+            activation="relu",
+        )
         hidden = following
     gate(hidden[0], network[-2][0], network[-1][0], weights_out, temperature=temperature, config=sizes.config("gate"))
     return experts_out, weights_out
@@ -292,9 +332,25 @@ _library.impl(NAME, _on_cpu, "CPU")
 
 @torch.library.register_fake(f"flmoe_fast::{NAME}", lib=_library)
 def _(
-    words, constant, varying, states, residual, segments, weights, routing, workspace, heads, group, offset, contexts,
-    added, normalised, temperature, target, precision,
-):  # fmt: skip
+    words,
+    constant,
+    varying,
+    states,
+    residual,
+    segments,
+    weights,
+    routing,
+    workspace,
+    heads,
+    group,
+    offset,
+    contexts,
+    added,
+    normalised,
+    temperature,
+    target,
+    precision,
+):
     torch._check(words.dim() == 2, lambda: "words must be (C, words)")
     torch._check(words.dtype == torch.int64, lambda: "words must be int64")
     count, experts = words.shape[0], residual.shape[0]

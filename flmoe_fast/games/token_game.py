@@ -12,16 +12,23 @@ from flmoe_fast.engines.cpu_engine import CpuEngine, why_not
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_engine import why_not as why_not_triton
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
 from flmoe_fast.model.network import FLI2MoE
 
 #: Tokens evaluated per call, see :attr:`Game.block`.
 BLOCK_TOKENS = 1 << 16
+#: The same on a GPU, where a call has to keep every multiprocessor busy for long.
+GPU_BLOCK_TOKENS = 1 << 22
+#: Bytes of activations unless told otherwise; the Triton engine has its own.
+DEFAULT_MEMORY = 1 << 27
 #: Modalities whose first token is the start symbol of a text, which is no player.
 TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "reference")
 
 
 class TokenGame(Game):
@@ -52,16 +59,19 @@ class TokenGame(Game):
         full input.
     value : "prob" or "logit"
     heads : subset of ("mixture", "experts", "weighted")
-    backend : "auto", "cpu", "torch" or "reference"
-        "cpu" is the native engine: float32 on the CPU, with the compiled extension. "auto" takes it where it can run,
-        else "torch"; :func:`flmoe_fast.environment.backends` shows what is missing. Asked for by name, a backend
-        that cannot run is an error.
+    backend : "auto", "cpu", "torch", "triton" or "reference"
+        "cpu" is the native engine: float32 on the CPU, with the compiled extension. "triton" is float32 on an NVIDIA
+        GPU. "auto" takes the one of the device where it can run, else "torch";
+        :func:`flmoe_fast.environment.backends` shows what is missing. Asked for by name, a backend that cannot run is
+        an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
+    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
+        Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
     device : optional
         Where to evaluate; the model's own device by default.
-    memory : int
-        Bytes of activations the engine may hold at a time.
+    memory : int, optional
+        Bytes of activations the engine may hold at a time; by default 128 MiB, and 4 GiB for the Triton engine.
 
     Raises
     ------
@@ -83,8 +93,9 @@ class TokenGame(Game):
         heads: Sequence[str] = HEAD_GROUPS,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
+        precision: str = "auto",
         device: torch.device | str | None = None,
-        memory: int = 1 << 27,
+        memory: int | None = None,
     ):
         if not isinstance(model, FLI2MoE):
             raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
@@ -93,19 +104,25 @@ class TokenGame(Game):
         parameter = next(model.reweight.parameters())
         self.dtype = one_of("dtype", dtype or parameter.dtype, (torch.float32, torch.float64))
         self.device = torch.device(device) if device is not None else parameter.device
-        self.memory = integer("memory", memory, least=1)
+        self.memory = None if memory is None else integer("memory", memory, least=1)
         self.problem = _problem(model, features, masks, fill, players, padded_lengths)
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
         if backend == "auto":
-            backend = "torch" if why_not(self.dtype, self.device) else "cpu"
+            backend = self._best_backend()
         self.backend = backend
-        self.block = max(1, BLOCK_TOKENS // self.problem.length)
+        self.precision = one_of("precision", precision, ("auto", *PRECISIONS))
+        if backend != "triton" and precision != "auto":
+            raise ArgumentError("precision", f"{precision!r} with backend {backend!r}", "'auto', or backend 'triton'")
+        tokens = GPU_BLOCK_TOKENS if backend == "triton" else BLOCK_TOKENS
+        self.block = max(1, tokens // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         self.more_exact = "dtype=torch.float64"
         if isinstance(self.engine, CpuEngine) and self.engine.arithmetic != "fp32":
             self.more_exact = "backend='torch', or dtype=torch.float64"
+        if isinstance(self.engine, TritonEngine):
+            self.more_exact = "precision='fp16x2' or 'fp32', or dtype=torch.float64"
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
         self._heads = Heads(groups, value, self._target(target))
         self.heads = self._heads.names(model.config.expert_names)
@@ -153,13 +170,24 @@ class TokenGame(Game):
         about = {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
         if isinstance(self.engine, CpuEngine):
             about |= {"level": self.engine.level, "arithmetic": self.engine.arithmetic}
+        if isinstance(self.engine, TritonEngine):
+            about |= {"precision": self.engine.precision, "configurations": self.engine.target}
         return about
 
-    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | ReferenceEngine:
+    def _best_backend(self) -> str:
+        """The engine of the device where it can run, else torch."""
+        if self.device.type == "cuda":
+            return "torch" if why_not_triton(self.dtype, self.device, self.problem) else "triton"
+        return "torch" if why_not(self.dtype, self.device) else "cpu"
+
+    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | TritonEngine | ReferenceEngine:
+        where = {"dtype": dtype, "device": self.device}
         if backend == "reference":
-            return ReferenceEngine(self.problem, dtype=dtype, device=self.device)
+            return ReferenceEngine(self.problem, **where)
+        if backend == "triton":
+            return TritonEngine(self.problem, **where, memory=self.memory, precision=self.precision)
         engine = CpuEngine if backend == "cpu" else TorchEngine
-        return engine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
+        return engine(self.problem, **where, memory=DEFAULT_MEMORY if self.memory is None else self.memory)
 
     @torch.no_grad()
     def _target(self, target: int | Sequence[int] | None) -> int | torch.Tensor:

@@ -1,7 +1,7 @@
 """Attention of every coalition, by online softmax over blocks of keys, in base 2 (log2 e is part of Q).
 
-In the first layer a token has two possible rows, so a query's sums over keys fall into two parts: keys whose presence is
-the same in all coalitions of a context, summed once per context for both states of every query (numerator, maximum,
+In the first layer a token has two possible rows, so a query's sums over keys fall into two parts: keys whose presence
+is the same in all coalitions of a context, summed once per context for both states of every query (numerator, maximum,
 denominator), and the keys that vary, a few on a corner grid, which each coalition adds to the sums of its context in
 their own state. Every term of a denominator is positive, so nothing cancels, and no score can spread too far. With all
 keys varying it is plain attention under a coalition's mask. In later layers all keys are the coalition's own.
@@ -25,10 +25,8 @@ SHIFT = 8.0
 
 
 @triton.jit(
-    do_not_specialize=[
-        "batches", "rows", "queries", "keys", "length", "words", "contexts", "group", "offset", "heads"
-    ]
-)  # fmt: skip
+    do_not_specialize=["batches", "rows", "queries", "keys", "length", "words", "contexts", "group", "offset", "heads"]
+)
 def attention_kernel(
     qkv_ptr,  # [planes, E, rows, 3 H]; rows are C * L, or 2 * L (state, token) in the first layer
     words_ptr,  # [C, words] int64: presence of tokens

@@ -1,7 +1,8 @@
 """Tile sizes of the kernels: from the file of the device, else of its architecture, else an analytic default.
 
-Files are ``configs/<target>.json``, with one entry per kernel and precision. They are looked up by kernel, precision and
-head width only, never by a length, and nothing searches here: ``python -m bench.tune`` does, and writes such a file.
+Files are ``configs/<target>.json``, with one entry per kernel and precision. They are looked up by kernel, precision
+and head width only, never by a length, and nothing searches here: ``python -m bench.tune`` does, and writes such a
+file.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         columns = 32 if depth > 64 or four_bytes or two else 64
         return Config(rows, columns if depth <= 128 else 16, 0, 4 if depth <= 64 else 8, 2)
     if kernel in ("head", "mean_features", "gate"):
-        return Config(16, 0, 32 if kernel != "mean_features" else 16, 4, 2)
+        return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
     if kernel == "hidden":
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":

@@ -12,7 +12,20 @@ from flmoe_fast.engines.triton_kernels.configs import Config
 
 @triton.jit
 def _pooled_product(
-    total, pooled_ptr, w_ptr, expert, o_c, m_c, o_n, m_n, coalitions, tiles, modalities, width, classes, BK: tl.constexpr
+    total,
+    pooled_ptr,
+    w_ptr,
+    expert,
+    o_c,
+    m_c,
+    o_n,
+    m_n,
+    coalitions,
+    tiles,
+    modalities,
+    width,
+    classes,
+    BK: tl.constexpr,
 ):
     """``total`` [BC, BN] plus the product of sums [E, C, tiles, M, width] with weights [E, M, width, classes]."""
     o_k = tl.arange(0, BK)
@@ -25,9 +38,7 @@ def _pooled_product(
                 p_a = pooled_ptr + row[:, None] * width + k + o_k[None, :]
                 a += tl.load(p_a, mask=m_c[:, None] & m_k[None, :], other=0.0)
             row = (expert * modalities + modality) * width + k + o_k
-            w = tl.load(
-                w_ptr + row[:, None] * classes + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
-            )
+            w = tl.load(w_ptr + row[:, None] * classes + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0)
             total = tl.dot(a, w, total, input_precision="ieee")
     return total
 
@@ -65,9 +76,21 @@ def head_kernel(
         total, wide_ptr, w_wide_ptr, expert, o_c, m_c, o_n, m_n, coalitions, wide_tiles, modalities, wide, classes, BK
     )
     total = _pooled_product(
-        total, stream_ptr, w_stream_ptr, expert, o_c, m_c, o_n, m_n,
-        coalitions, stream_tiles, modalities, hidden, classes, BK,
-    )  # fmt: skip
+        total,
+        stream_ptr,
+        w_stream_ptr,
+        expert,
+        o_c,
+        m_c,
+        o_n,
+        m_n,
+        coalitions,
+        stream_tiles,
+        modalities,
+        hidden,
+        classes,
+        BK,
+    )
     total += tl.load(bias_ptr + expert * classes + o_n, mask=m_n, other=0.0)[None, :]
     p_o = out_ptr + (o_c.to(tl.int64)[:, None] * experts + expert) * classes + o_n[None, :]
     tl.store(p_o, total.to(tl.float64), mask=m_c[:, None] & m_n[None, :])

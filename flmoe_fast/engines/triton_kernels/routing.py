@@ -45,9 +45,7 @@ def mean_features_kernel(
         token = first + o_t
         m_t = token < stop
         bits = present(words_ptr, o_c[:, None], words, token[None, :], m_c[:, None] & m_t[None, :])  # [BC, BT]
-        step = tl.load(
-            step_ptr + token[:, None] * hidden + o_h[None, :], mask=m_t[:, None] & m_h[None, :], other=0.0
-        )
+        step = tl.load(step_ptr + token[:, None] * hidden + o_h[None, :], mask=m_t[:, None] & m_h[None, :], other=0.0)
         mean = tl.dot(bits.to(tl.float32), step, mean, input_precision="ieee")
     mean += tl.load(absent_ptr + modality * hidden + o_h, mask=m_h, other=0.0)[None, :]
     if NORMALISE:
@@ -112,12 +110,8 @@ def gate_kernel(
     total = tl.zeros((BC, BE), dtype=tl.float32)
     for k in range(0, width, BK):
         m_k = k + o_k < width
-        a = tl.load(
-            a_ptr + o_c[:, None] * width + k + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0
-        )
-        w = tl.load(
-            w_ptr + (k + o_k)[:, None] * experts + o_e[None, :], mask=m_k[:, None] & m_e[None, :], other=0.0
-        )
+        a = tl.load(a_ptr + o_c[:, None] * width + k + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
+        w = tl.load(w_ptr + (k + o_k)[:, None] * experts + o_e[None, :], mask=m_k[:, None] & m_e[None, :], other=0.0)
         total = tl.dot(a, w, total, input_precision="ieee")
     score = (total + tl.load(bias_ptr + o_e, mask=m_e, other=0.0)[None, :]) * sharpness
     score = tl.where(m_e[None, :], score, float("-inf")).to(tl.float64)
