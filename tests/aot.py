@@ -25,14 +25,16 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels import attention, head, linear, routing
+from flmoe_fast.engines.triton_kernels import attention, configs, head, linear, routing
 from flmoe_fast.engines.triton_kernels.configs import KERNELS, entry
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-#: Sizes whose specialisations are those of the real shapes: every width a multiple of 16, any length.
+#: Sizes whose specialisations are those of real shapes: every width a multiple of 16, any length. By head width.
 SHAPES = {
-    64: Edge("d64", (20, 13), (20, 13), hidden=256, heads=4),
-    32: Edge("d32", (9, 8), (9, 8), hidden=128, heads=4),
+    32: Edge("head of 32", (9, 8), (9, 8), hidden=128, heads=4),
+    64: Edge("head of 64", (20, 13), (20, 13), hidden=256, heads=4),
+    128: Edge("head of 128", (9, 8), (9, 8), hidden=256, heads=2),
+    256: Edge("head of 256", (9, 8), (9, 8), hidden=256, heads=1),
 }
 
 
@@ -103,8 +105,11 @@ def resources(compiled) -> dict[str, int]:
 ORDER = ("states", *KERNELS, "head", "mean_features", "hidden", "gate")
 
 
-def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = (64, 32)) -> dict[str, dict[str, int]]:
-    """Resources of every kernel of every precision on ``target`` ("sm_90"), by configuration entry."""
+def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]:
+    """Configuration and resources of kernels on ``target`` ("sm_90"), by entry.
+
+    Of the precisions named, with every head width; without any, what the target's file has, and what has no file.
+    """
     driver.set_active(NoDevice(int(target[3:])))
     # The engine then takes CPU tensors; the kernels were decorated before, and are compiled.
     triton.knobs.runtime.interpret = True
@@ -117,7 +122,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = (6
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         # Narrower heads change attention only; what the states are projected with is the later layers' kernel.
-        if key in found or name == "states":
+        if key in found or name == "states" or not (precisions or plain or key in shipped):
             return
         options = {"num_warps": config.warps, "num_stages": config.stages}
         compiled = kernel.warmup(*args, **constants, **options, grid=(programs,))
@@ -126,9 +131,11 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = (6
     with contextlib.ExitStack() as stack:
         for module in (linear, attention, head, routing):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
-        for precision in precisions:
-            for depth in depths:
-                edge = SHAPES[depth]
+        shipped = configs._file(target)
+        for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
+            for depth, edge in SHAPES.items():
+                if not (precisions or entry("later", precision, depth) in shipped):
+                    continue
                 names[:] = ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem
                 engine = TritonEngine(problem, device="cpu", precision=precision, target=target)

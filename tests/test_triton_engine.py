@@ -22,9 +22,11 @@ from flmoe_fast.engines import triton_engine, triton_ops  # noqa: E402
 from flmoe_fast.engines.problem import Logits  # noqa: E402
 from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
 from flmoe_fast.engines.triton_engine import TritonEngine  # noqa: E402
-from flmoe_fast.engines.triton_kernels import attention, head, linear, routing  # noqa: E402
+from flmoe_fast.engines.triton_kernels import attention, corners, head, linear, routing  # noqa: E402
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
 from flmoe_fast.environment import backends  # noqa: E402
+from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
+from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -58,7 +60,7 @@ def poison(monkeypatch):
 
     def poisoned(*shape, **options):
         made = empty(*shape, **options)
-        return made.fill_(255) if made.dtype == torch.uint8 else made.fill_(torch.nan)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.view(torch.uint8).fill_(255).view(made.dtype)
 
     for module in (triton_engine, triton_ops):
         monkeypatch.setattr(module, "torch", _Torch(poisoned))
@@ -74,10 +76,11 @@ class _Torch:
         return getattr(torch, name)
 
 
-def rounded(edge: Edge, operand: torch.dtype) -> TorchEngine:
+def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
     """The float64 torch engine of the model whose matrices were rounded to ``operand`` as the kernels' are."""
-    made = TorchEngine(problem_of(edge), dtype=torch.float64)
-    scale = torch.tensor([triton_engine.LOG2E, 1.0, 1.0], dtype=torch.float64)[:, None, None, None, None]
+    made = TorchEngine(problem, dtype=torch.float64, device=device)
+    scale = torch.tensor([triton_engine.LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
+    scale = scale[:, None, None, None, None]
 
     def cast(x: torch.Tensor) -> torch.Tensor:
         return x.to(operand).double()
@@ -115,7 +118,7 @@ def truth(edge: Edge, precision: str) -> torch.Tensor:
     kind = PRECISIONS[precision]
     if kind.operand == torch.float32:
         return flat(edge.game(backend="reference").engine.evaluate_toggles(contexts, toggled))
-    return flat(rounded(edge, kind.operand).evaluate_toggles(contexts, toggled))
+    return flat(rounded_problem(problem_of(edge), kind.operand).evaluate_toggles(contexts, toggled))
 
 
 @functools.cache
@@ -165,6 +168,21 @@ def test_one_fp16_term_is_seen():
     assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
 
 
+def break_kernels(module, right: str, wrong: str, monkeypatch, tmp_path: Path) -> None:
+    """Put kernels into ``module`` whose source says ``wrong`` where it said ``right``."""
+    source = Path(module.__file__).read_text()
+    assert right in source
+    file = tmp_path / f"broken_{module.__name__.rsplit('.', 1)[1]}.py"
+    file.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    broken = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, broken)
+    spec.loader.exec_module(broken)
+    for name in dir(broken):
+        if name.endswith("_kernel") or name == "_pooled_product":
+            monkeypatch.setattr(module, name, getattr(broken, name))
+
+
 BREAKS = {
     "sign of the corner update": (attention, "exp2(top - higher)", "exp2(higher - top)"),
     "mask of the keys": (attention, 'tl.where(m_n[None, :], score, float("-inf"))', "score"),
@@ -184,21 +202,10 @@ BREAKS = {
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_kernel_is_seen(what: str, monkeypatch, tmp_path: Path):
     """Negative control: each kernel source, broken in one place, leaves the tolerance."""
-    module, right, wrong = BREAKS[what]
-    source = Path(module.__file__).read_text()
-    assert right in source
+    break_kernels(*BREAKS[what], monkeypatch, tmp_path)
     # The statistics are of several blocks only where a row is wider than a block.
     wide = Edge("wide", (3, 2), (3, 2), hidden=136, heads=1, layers=1)
     edge = {"statistics": wide, "context of a coalition": named("padded")}.get(what, TINY)
-    file = tmp_path / f"broken_{module.__name__.rsplit('.', 1)[1]}.py"
-    file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    broken = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, broken)
-    spec.loader.exec_module(broken)
-    for name in dir(broken):
-        if name.endswith("_kernel") or name == "_pooled_product":
-            monkeypatch.setattr(module, name, getattr(broken, name))
     precision = "fp16x2" if what == "small terms" else "fp32"
     contexts, toggled = coalitions_of(edge)
     ours = engine(edge, precision)
@@ -397,12 +404,59 @@ def test_game_runs_on_the_engine():
     assert game.backend == "triton" and game.about()["precision"] == "fp16x2"
     result = interactions(game, pairs=[(0, 2)], contexts=2, progress=False)
     plain = edge.game(heads=("mixture",))
-    plain.engine = rounded(edge, torch.float16)
+    plain.engine = rounded_problem(problem_of(edge), torch.float16)
     expected = interactions(plain, pairs=[(0, 2)], contexts=2, progress=False)
     assert result.backend == "triton" and expected.sii.shape == result.sii.shape
     # Of four probabilities each, of a mixture whose weights and logits are off by no more than the limit.
     experts = truth(edge, "fp16x2")[:, :-4]
     assert float(abs(result.sii - expected.sii).max()) <= 4 * limit(edge, "fp16x2") * (1 + 4 * experts.abs().max())
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """A grid of three pairs on four players, in six contexts, with two outputs."""
+    generator = torch.Generator().manual_seed(3)
+    grid = CornerGrid.of(torch.tensor([[0, 3], [1, 3], [0, 2]]), 6)
+    contexts = torch.rand(6, 6, generator=generator) < 0.5
+    values = torch.randn(6, grid.evaluations, 2, generator=generator, dtype=torch.float64)
+    values[:, 2] = values[:, 0]  # a player that does nothing
+    return grid, contexts, values
+
+
+def reduced(grid: CornerGrid, contexts: torch.Tensor, values: torch.Tensor):
+    return engine(TINY).reduce_corners(values, contexts, grid.pairs, grid.single, LEAST_JOINT_COST)
+
+
+def test_corner_reduction_equals_its_definition(grid):
+    made, contexts, values = grid
+    found = reduced(*grid)
+    v = made.corners(contexts, values)
+    second = v[0] - v[1] - v[2] + v[3]
+    assert torch.equal(found.second.cpu(), second)
+    for gap, kind in zip(found.gaps.cpu(), GAPS):
+        expected, defined = redundancy_gap(kind, *v)
+        assert float((gap - expected).abs().max()) <= 4 * torch.finfo(torch.float64).eps * float(values.abs().max())
+    assert torch.equal(found.defined.cpu().bool(), defined) and 0 < int(defined.sum()) < defined.numel()
+    eps = 16 * torch.finfo(torch.float64).eps
+    assert float((found.mean.cpu() - second.mean(0)).abs().max()) <= eps * float(second.abs().max())
+    squares = (second - second.mean(0)).square().sum(0)
+    assert float((found.squares.cpu() - squares).abs().max()) <= eps * float(squares.max())
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("both - only_first - only_other + neither", "both - only_first + only_other - neither"),
+        ("tl.where(has_other, nobody, other), tl.where(has_other, first", "tl.where(has_other, nobody, first), "
+         "tl.where(has_other, other"),
+    ],
+    ids=["sign of the second difference", "corners confused"],
+)  # fmt: skip
+def test_a_broken_corner_reduction_is_seen(right: str, wrong: str, grid, monkeypatch, tmp_path: Path):
+    contexts, values = grid[1:]
+    break_kernels(corners, right, wrong, monkeypatch, tmp_path)
+    v = grid[0].corners(contexts, values)
+    assert float((reduced(*grid).second.cpu() - (v[0] - v[1] - v[2] + v[3])).abs().max()) > 0.1
 
 
 def test_requests_that_cannot_be_met_are_errors(monkeypatch):

@@ -21,7 +21,7 @@ from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import pack
 from flmoe_fast.engines.packed import PackedLayer, PackedModel
 from flmoe_fast.engines.problem import Logits, TokenProblem
-from flmoe_fast.engines.triton_kernels.configs import target_of
+from flmoe_fast.engines.triton_kernels.configs import find, target_of
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.engines.triton_ops import Sizes, project_states, sizes_of
 
@@ -79,6 +79,29 @@ class Weights:
     routing: tuple[torch.Tensor, ...]
     added: bool  # whether attention is added to the stream (not in the original generation)
     temperature: float
+
+
+@dataclass(frozen=True)
+class Corners:
+    """Corners of K contexts, reduced per pair and output; everything float64 on the device.
+
+    Attributes
+    ----------
+    second : Tensor (K, P, O)
+        Second differences.
+    gaps : Tensor (4, K, P, O)
+        Redundancy gaps of the kinds max, sum, strict, ratio; an undefined ratio is zero.
+    defined : Tensor (K, P, O) int8
+        Where the ratio is defined.
+    mean, squares : Tensor (P, O)
+        Mean of the second differences over the contexts, and the sum of squared deviations from it.
+    """
+
+    second: torch.Tensor
+    gaps: torch.Tensor
+    defined: torch.Tensor
+    mean: torch.Tensor
+    squares: torch.Tensor
 
 
 @dataclass
@@ -278,6 +301,34 @@ class TritonEngine:
         experts, classes = self.sizes.experts, self.sizes.classes
         options = {"dtype": torch.float64, "device": self.device}
         return torch.empty(count, experts, classes, **options), torch.empty(count, experts, **options)
+
+    def reduce_corners(
+        self, values: torch.Tensor, contexts: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+    ) -> Corners:
+        """Second differences and gaps of the ``values`` (K, G, O) that a corner grid's coalitions have.
+
+        ``contexts`` (K, n) bool, ``pairs`` (P, 2) players and ``single`` (P, 2), the corners in which one of them is
+        toggled; corner 0 is the context, the last P toggle both. Joint costs up to ``least`` define no ratio.
+        """
+        from flmoe_fast.engines.triton_kernels.corners import corners
+
+        shape = (len(contexts), len(pairs), values.shape[2])
+        options = {"dtype": torch.float64, "device": self.device}
+        second, gaps = torch.empty(shape, **options), torch.empty(4, *shape, **options)
+        moments = torch.empty(2, *shape[1:], **options)
+        defined = torch.empty(shape, dtype=torch.int8, device=self.device)
+        corners(
+            values.to(self.device, torch.float64).contiguous(),
+            contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
+            single.to(self.device).contiguous(),
+            second,
+            gaps,
+            defined,
+            moments,
+            least=least,
+            config=find("corners", "fp32", self.target),
+        )
+        return Corners(second, gaps, defined, *moments)
 
     # ---- host side --------------------------------------------------------------------------------------------------
 

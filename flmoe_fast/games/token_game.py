@@ -154,6 +154,17 @@ class TokenGame(Game):
         logits = self.engine.evaluate_toggles(contexts, toggled)
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
+    @torch.no_grad()
+    def corner_samples(
+        self, contexts: torch.Tensor, toggled: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        if not isinstance(self.engine, TritonEngine):
+            return None
+        values = self._heads.values(self.engine.evaluate_toggles(contexts, toggled))
+        values = values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
+        found = self.engine.reduce_corners(values, contexts, pairs, single, least)
+        return found.second.cpu(), found.gaps.cpu(), found.defined.bool().cpu()
+
     def precise(self) -> TokenGame | None:
         """This game in float64 on the torch engine; None if it already is."""
         if self.dtype == torch.float64:

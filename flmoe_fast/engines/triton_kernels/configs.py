@@ -31,9 +31,14 @@ class Config:
     stages: int
 
 
+def device_name(name: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 def target_of(name: str, capability: tuple[int, int]) -> str:
     """The name under which configurations of a device are kept: its own if there is a file, else its architecture."""
-    own = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    own = device_name(name)
     return own if (FOLDER / f"{own}.json").exists() else f"sm_{capability[0]}{capability[1]}"
 
 
@@ -70,6 +75,8 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         return Config(rows, columns if depth <= 128 else 16, 0, 4 if depth <= 64 else 8, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
+    if kernel == "corners":
+        return Config(128, 0, 0, 4, 1)
     if kernel == "hidden":
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":
