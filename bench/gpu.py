@@ -55,7 +55,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, limit: float) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one that does not count; no new round after ``limit`` seconds."""
+    """Seconds of every candidate in every round, after one that does not count; no new one after ``limit``."""
     for run in candidates.values():
         run()
     torch.cuda.synchronize()
