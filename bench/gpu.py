@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 
 from bench.baselines import BatchedSDPA
-from bench.engine import grid
 from bench.shapes import SHAPES, Shape
 from bench.tables import gpu as table
 from bench.timing import spread, write
@@ -89,7 +88,7 @@ def second_differences(corners, contexts: torch.Tensor, logits: Logits) -> torch
 
 def noise_shares(shape: Shape, game, engines: dict[str, Callable]) -> dict[str, float]:
     """Rounding noise over variance of the mixture's second differences, per candidate, against float64."""
-    corners = grid(shape, NOISE_SIDE, NOISE_SIDE)
+    corners = shape.corners(NOISE_SIDE)
     generator = torch.Generator().manual_seed(1)
     rates = torch.linspace(0.1, 0.9, NOISE_CONTEXTS)[:, None]
     contexts = torch.rand(NOISE_CONTEXTS, game.n, generator=generator) < rates
@@ -110,7 +109,7 @@ def measure(
     game = shape.game(heads=("mixture",), backend="torch", device="cuda")
     problem = game.problem
     problem.model.to("cuda")
-    corners = grid(shape, SIDE, SIDE)
+    corners = shape.corners(SIDE)
     whole = CONTEXTS * corners.evaluations
     generator = torch.Generator().manual_seed(0)
     contexts = torch.rand(CONTEXTS, game.n, generator=generator) < torch.rand(CONTEXTS, 1, generator=generator)
@@ -208,7 +207,7 @@ def sanitize() -> None:
     """One small chunk in every precision, to be run under compute-sanitizer."""
     shape = SHAPES["digits"]
     game = shape.game(heads=("mixture",), backend="torch", device="cuda")
-    corners = grid(shape, 2, 2)
+    corners = shape.corners(2)
     contexts = torch.rand(2, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
     for precision in PRECISIONS:
         made = TritonEngine(game.problem, precision=precision)

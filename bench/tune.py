@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 
-from bench.engine import grid
 from bench.gpu import seconds_of
 from bench.shapes import SHAPES
 from flmoe_fast.engines import triton_engine, triton_ops
@@ -47,7 +46,7 @@ class Trial:
         made = SHAPES[shape]
         self.precision, self.depth = precision, made.hidden // made.heads
         self.problem = made.game(heads=("mixture",), backend="torch", device="cuda").problem
-        self.corners = grid(made, 10, 10)
+        self.corners = made.corners(10)
         count = max(1, coalitions // self.corners.evaluations)
         self.contexts = torch.rand(count, self.problem.n, generator=torch.Generator().manual_seed(0)) < 0.5
         self.target = configs.target_of(torch.cuda.get_device_name(), torch.cuda.get_device_capability())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from edge_shapes import EDGES, Edge
-from test_engine import flat, toggles
+from parity import allowed, flat, toggles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
@@ -123,15 +123,11 @@ def truth(edge: Edge, precision: str) -> torch.Tensor:
 
 @functools.cache
 def limit(edge: Edge, precision: str) -> float:
-    """Twice the error of plain float32 and one rounding, times how much coarser the operands are than float32."""
+    """What the arithmetic is allowed on these corners; the interpreter multiplies TF32 operands in float32."""
     contexts, toggled = coalitions_of(edge)
-    exact = flat(edge.game(backend="reference").engine.evaluate_toggles(contexts, toggled))
-    plain = flat(edge.game(backend="reference", dtype=torch.float32).engine.evaluate_toggles(contexts, toggled))
-    error = (plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
-    bits = PRECISIONS[precision].bits
-    if precision == "tf32" and not GPU:
-        bits = 24  # the interpreter multiplies in float32
-    return float(2 * 2.0 ** (24 - bits) * error)
+    corners = (contexts[:, None] ^ toggled).flatten(0, 1)
+    exact = flat(edge.game(backend="reference").engine.evaluate(corners))
+    return allowed(edge, "fp32" if precision == "tf32" and not GPU else precision, corners, exact)
 
 
 def error_of(ours: Logits, edge: Edge, precision: str) -> float:
