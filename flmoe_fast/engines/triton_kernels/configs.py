@@ -66,13 +66,15 @@ def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
 
 def default(kernel: str, precision: str, depth: int = 0) -> Config:
     """What fits registers and shared memory of every supported device by construction, with some room."""
-    four_bytes = precision in ("fp32", "tf32")
     if kernel in ("context", "first", "later"):
-        two = precision == "fp16x2"
-        # Query, sums and one block of scores stay in registers: narrow blocks for wide heads.
-        rows = 64 if depth <= 128 else 32
-        columns = 32 if depth > 64 or four_bytes or two else 64
-        return Config(rows, columns if depth <= 128 else 16, 0, 4 if depth <= 64 else 8, 2)
+        # Query, sums and one block of scores stay in registers: small tiles for wide heads, and for fp32 without tensor
+        # cores, whose operands are in registers too.
+        if depth > 128:
+            return Config(32, 16, 0, 8, 2)
+        if precision == "fp32" and depth > 32:
+            return Config(32, 32 if depth <= 64 else 16, 0, 4 if depth <= 64 else 8, 2)
+        narrow = depth > 64 or precision not in ("fp16", "bf16")
+        return Config(64, 32 if narrow else 64, 0, 4 if depth <= 64 else 8, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
     if kernel == "corners":
@@ -81,7 +83,7 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":
         return Config(64, 64, 16, 4, 2)
-    return Config(64, 128, 32, 4 if precision != "fp16x2" else 8, 3)
+    return Config(64, 128, 32, 8 if precision in ("fp16x2", "tf32") else 4, 3)
 
 
 @functools.cache
