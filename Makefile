@@ -30,7 +30,7 @@ FLMOE := $(PY) -m flmoe_fast.cli
 endif
 EXTENSION := build/.extension
 
-.PHONY: demo test bench env extension lint host-test portable-check nvcc-check pytest clean
+.PHONY: demo test bench env extension lint host-test portable-check nvcc-check budgets pytest clean
 
 demo: extension
 	$(FLMOE) demo --out $(OUT)
@@ -56,6 +56,10 @@ portable-check: $(INSTALLED)
 # Every CUDA source for every shipped architecture: no warnings, no spills. Says so and passes where there is no nvcc.
 nvcc-check: $(INSTALLED)
 	$(PY) csrc/check.py nvcc
+
+# What every Triton kernel needs, compiled for every shipped GPU architecture: the table, and the file tests compare with.
+budgets: $(INSTALLED)
+	$(PY) tests/test_triton_compile.py
 
 pytest: extension
 	$(PY) -m pytest $(ARGS)

@@ -66,7 +66,6 @@ def backends() -> Backends:
         kernels = f"coalition kernels built by nvcc {info['nvcc']} for {info['archs']}"
     else:
         kernels = "coalition kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on"
-    triton = _version("triton")
     return Backends(
         (
             Backend("reference", True, "", "one coalition at a time, float64: what the others are checked against"),
@@ -81,12 +80,7 @@ def backends() -> Backends:
                 else "C++ for coalition words; NumPy gives the same bits meanwhile",
             ),
             Backend("cuda", False, "no CUDA engine in this version", kernels),
-            Backend(
-                "triton",
-                False,
-                "no Triton engine in this version",
-                f"triton {triton} is installed" if triton else "triton is not installed",
-            ),
+            _triton_engine(),
         )
     )
 
@@ -100,6 +94,21 @@ def _cpu_engine() -> Backend:
     return Backend(
         "cpu", True, "", "native float32 engine for dense transformers, best level first: " + ", ".join(usable)
     )
+
+
+def _triton_engine() -> Backend:
+    """The Triton engine; float32 games on an NVIDIA GPU use it unless told otherwise."""
+    version = _version("triton")
+    about = "fused Triton kernels for float32 games on NVIDIA GPUs (fp16x2, fp16, tf32, fp32 or bf16 products)"
+    if version is None:
+        return Backend("triton", False, "triton is not installed", about)
+    about += f", triton {version}"
+    if not torch.cuda.is_available():
+        return Backend("triton", False, "torch finds no CUDA device", about)
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return Backend("triton", False, f"{_gpu()} has compute capability {capability}, and 8.0 is needed", about)
+    return Backend("triton", True, "", f"{about}, {_gpu()}")
 
 
 def environment() -> dict[str, str | int | None]:

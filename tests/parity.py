@@ -93,7 +93,50 @@ class SplitProducts(Products):
         return a_lo @ b_hi + a_hi @ b_lo + a_hi @ b_hi
 
 
-ARITHMETIC = {"fp32": (InOrder, torch.finfo(torch.float32).eps), "bf16x3": (SplitProducts, SPLIT_ROUNDING)}
+class TwoHalves(Products):
+    """Both operands are split into two fp16 terms; three products, float32 sums."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        (a_hi, a_lo), (b_hi, b_lo) = ((x.half(), (x - x.half()).half()) for x in (a, b))
+        return InOrder.product(
+            torch.cat([a_lo, a_hi, a_hi], dim=-1).float(), torch.cat([b_hi, b_lo, b_hi], dim=-2).float()
+        )
+
+
+class OneHalf(Products):
+    """Both operands are rounded to fp16; float32 sums."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.half().float() @ b.half().float()
+
+
+class OneBrain(Products):
+    """Both operands are rounded to bfloat16; float32 sums."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.bfloat16().float() @ b.bfloat16().float()
+
+
+class TensorFloat(Products):
+    """Both operands are rounded to the ten stored bits of TF32; float32 sums."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a, b = (((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in (a, b))
+        return a @ b
+
+
+ARITHMETIC = {
+    "fp32": (InOrder, torch.finfo(torch.float32).eps),
+    "bf16x3": (SplitProducts, SPLIT_ROUNDING),
+    "fp16x2": (TwoHalves, 3 * 2.0**-22),
+    "fp16": (OneHalf, 2.0**-11),
+    "tf32": (TensorFloat, 2.0**-11),
+    "bf16": (OneBrain, 2.0**-8),
+}
 
 
 def allowed(edge: Edge, arithmetic: str, coalitions: torch.Tensor, exact: torch.Tensor, **model) -> float:

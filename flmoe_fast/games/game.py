@@ -54,6 +54,16 @@ class Game:
         values = self((contexts[:, None] ^ toggled).flatten(0, 1))
         return values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
+    def corner_samples(
+        self, contexts: torch.Tensor, toggled: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Second differences (K, P, O), gaps (4, K, P, O) and where their ratio is defined, of a corner grid.
+
+        None where the game leaves it to the caller to reduce :meth:`corner_values`. See
+        :meth:`~flmoe_fast.engines.triton_engine.TritonEngine.reduce_corners` for the arguments.
+        """
+        return None
+
     def precise(self) -> Game | None:
         """The same game with less rounding, to measure the rounding of this one; None where there is none."""
         return None

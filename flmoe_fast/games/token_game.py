@@ -8,22 +8,28 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
-from flmoe_fast.engines import cpu_engine, torch_engine
+from flmoe_fast.engines import cpu_engine, torch_engine, triton_engine
 from flmoe_fast.engines.cpu_engine import CpuEngine
 from flmoe_fast.engines.gated_engine import GatedEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
 from flmoe_fast.model.network import FLI2MoE
 
 #: Tokens evaluated per call, see :attr:`Game.block`.
 BLOCK_TOKENS = 1 << 16
+#: The same on a GPU, where a call has to keep every multiprocessor busy for long.
+GPU_BLOCK_TOKENS = 1 << 22
+#: Bytes of activations unless told otherwise; the Triton engine has its own.
+DEFAULT_MEMORY = 1 << 27
 #: Modalities whose first token is the start symbol of a text, which is no player.
 TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "reference")
 
 
 class TokenGame(Game):
@@ -55,17 +61,19 @@ class TokenGame(Game):
     value : "prob" or "logit"
         The output of a regression model has no probability; it is its own value either way.
     heads : subset of ("mixture", "experts", "weighted")
-    backend : "auto", "cpu", "torch" or "reference"
-        "cpu" is the native engine: dense transformers in float32 on the CPU, with the compiled extension. "auto" takes
-        it where it can run, else "torch", else "reference"; :meth:`about` says why where the model is the reason, and
-        :func:`flmoe_fast.environment.backends` what is missing on a machine. Asked for by name, a backend that cannot
-        run is an error.
+    backend : "auto", "cpu", "torch", "triton" or "reference"
+        "cpu" is the native engine: transformers in float32 on the CPU, with the compiled extension. "triton" is float32
+        on an NVIDIA GPU. "auto" takes the one of the device where it can run, else "torch", else "reference";
+        :meth:`about` says why where the model is the reason, and :func:`flmoe_fast.environment.backends` what is
+        missing on a machine. Asked for by name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
+    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
+        Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
     device : optional
         Where to evaluate; the model's own device by default.
-    memory : int
-        Bytes of activations the engine may hold at a time.
+    memory : int, optional
+        Bytes of activations the engine may hold at a time; by default 128 MiB, and 4 GiB for the Triton engine.
 
     Raises
     ------
@@ -87,8 +95,9 @@ class TokenGame(Game):
         heads: Sequence[str] = HEAD_GROUPS,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
+        precision: str = "auto",
         device: torch.device | str | None = None,
-        memory: int = 1 << 27,
+        memory: int | None = None,
     ):
         if not isinstance(model, FLI2MoE):
             raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
@@ -97,17 +106,24 @@ class TokenGame(Game):
         parameter = next(model.reweight.parameters())
         self.dtype = one_of("dtype", dtype or parameter.dtype, (torch.float32, torch.float64))
         self.device = torch.device(device) if device is not None else parameter.device
-        self.memory = integer("memory", memory, least=1)
+        self.memory = None if memory is None else integer("memory", memory, least=1)
         self.problem = _problem(model, features, masks, fill, players, padded_lengths)
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
         self.backend, self.reason = self._choose(backend)
-        self.block = max(1, BLOCK_TOKENS // self.problem.length)
+        self.precision = one_of("precision", precision, ("auto", *PRECISIONS))
+        if self.backend != "triton" and precision != "auto":
+            got = f"{precision!r} with backend {self.backend!r}"
+            raise ArgumentError("precision", got, "'auto', or backend 'triton'")
+        tokens = GPU_BLOCK_TOKENS if self.backend == "triton" else BLOCK_TOKENS
+        self.block = max(1, tokens // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         self.more_exact = "dtype=torch.float64"
         if isinstance(self.engine, CpuEngine) and self.engine.arithmetic != "fp32":
             self.more_exact = "backend='torch', or dtype=torch.float64"
+        if isinstance(self.engine, TritonEngine):
+            self.more_exact = "precision='fp16x2' or 'fp32', or dtype=torch.float64"
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
         value = "logit" if model.config.task == "regression" else value
         self._heads = Heads(groups, value, self._target(target))
@@ -148,6 +164,17 @@ class TokenGame(Game):
         logits = self.engine.evaluate_toggles(contexts, toggled)
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
+    @torch.no_grad()
+    def corner_samples(
+        self, contexts: torch.Tensor, toggled: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        if not isinstance(self.engine, TritonEngine):
+            return None
+        values = self._heads.values(self.engine.evaluate_toggles(contexts, toggled))
+        values = values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
+        found = self.engine.reduce_corners(values, contexts, pairs, single, least)
+        return found.second.cpu(), found.gaps.cpu(), found.defined.bool().cpu()
+
     def precise(self) -> TokenGame | None:
         """This game in float64 on the torch engine, or the reference where that cannot run; None if it already is."""
         if self.dtype == torch.float64:
@@ -165,6 +192,8 @@ class TokenGame(Game):
         about = {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
         if isinstance(self.engine, CpuEngine):
             about |= {"level": self.engine.level, "arithmetic": self.engine.arithmetic}
+        if isinstance(self.engine, TritonEngine):
+            about |= {"precision": self.engine.precision, "configurations": self.engine.target}
         if self.reason:
             about |= {"backend": self.backend, "reason": self.reason}
         return about
@@ -174,19 +203,28 @@ class TokenGame(Game):
         if backend != "auto":
             return backend, ""
         config = self.problem.model.config
-        if not cpu_engine.why_not(self.dtype, self.device, config):
-            return "cpu", ""
         if config.fusion != "interpretcc" and torch_engine.why_not(self.problem):
             return "reference", torch_engine.why_not(self.problem)
+        if self.device.type == "cuda":
+            if not triton_engine.why_not(self.dtype, self.device, self.problem):
+                return "triton", ""
+            return "torch", triton_engine.model_reason(self.problem)
+        if not cpu_engine.why_not(self.dtype, self.device, config):
+            return "cpu", ""
         return "torch", cpu_engine.model_reason(config)
 
-    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | GatedEngine | ReferenceEngine:
+    def _make_engine(
+        self, backend: str, dtype: torch.dtype
+    ) -> TorchEngine | TritonEngine | GatedEngine | ReferenceEngine:
+        where = {"dtype": dtype, "device": self.device}
         if backend == "reference":
-            return ReferenceEngine(self.problem, dtype=dtype, device=self.device)
+            return ReferenceEngine(self.problem, **where)
+        if backend == "triton":
+            return TritonEngine(self.problem, **where, memory=self.memory, precision=self.precision)
         engine = CpuEngine if backend == "cpu" else TorchEngine
         if backend == "torch" and self.problem.model.config.fusion == "interpretcc":
             engine = GatedEngine
-        return engine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
+        return engine(self.problem, **where, memory=DEFAULT_MEMORY if self.memory is None else self.memory)
 
     @torch.no_grad()
     def _target(self, target: int | Sequence[int] | None) -> int | torch.Tensor:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game, as_game
-from flmoe_fast.probes.gap import GAPS, redundancy_gap
+from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine, successive_variance, unit_means
 from flmoe_fast.probes.pairs import resolve_pairs
@@ -180,14 +180,12 @@ class _Run:
         contexts = unpack(words, self.game.n)
         second, gaps, defined = [], [], []
         for block in contexts.split(max(1, self.game.block // grid.evaluations)):
-            values = _corner_values(self.game, block, grid)
-            v11, v10, v01, v00 = grid.corners(block, values)
-            second.append(v11 - v10 - v01 + v00)
-            value, where = redundancy_gap(self.gap_kind, v11, v10, v01, v00)
+            difference, value, where = _samples(self.game, block, grid, self.gap_kind)
+            second.append(difference)
             gaps.append(value)
             defined.append(where)
-            self.evaluations += values.shape[0] * values.shape[1]
-            self.bar.update(values.shape[0] * values.shape[1])
+            self.evaluations += len(block) * grid.evaluations
+            self.bar.update(len(block) * grid.evaluations)
         per_unit = 2 if antithetic else 1
         samples = torch.cat(second)
         sii = Draw(chosen, unit_means(samples, per_unit))
@@ -245,6 +243,18 @@ def _noise_share(game: Game, grid: CornerGrid, draw: _Draw) -> tuple[torch.Tenso
     spread = draw.second.flatten(0, 1).var(0, correction=0)
     noise = error.square().mean((0, 1))
     return torch.where(noise == 0, 0.0, noise / spread), len(contexts) * small.evaluations
+
+
+def _samples(
+    game: Game, contexts: torch.Tensor, grid: CornerGrid, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Second differences and gaps (K, P, O) of a block of contexts, and where the gaps are defined."""
+    reduced = game.corner_samples(contexts, grid.toggled, grid.pairs, grid.single, LEAST_JOINT_COST)
+    if reduced is not None:
+        second, gaps, defined = reduced
+        return second, gaps[GAPS.index(kind)], defined if kind == "ratio" else None
+    v11, v10, v01, v00 = grid.corners(contexts, _corner_values(game, contexts, grid))
+    return v11 - v10 - v01 + v00, *redundancy_gap(kind, v11, v10, v01, v00)
 
 
 def _corner_values(game: Game, contexts: torch.Tensor, grid: CornerGrid) -> torch.Tensor:

@@ -1,0 +1,245 @@
+"""What an NVIDIA GPU makes of the probes: the naive loop, batched PyTorch, the torch engine and every Triton precision.
+
+    python -m bench.gpu quick|full [--shapes mmimdb enrico mimic]
+
+All candidates of a shape take turns in one run. A candidate too slow for a whole explanation (10 x 10 pairs in 64
+contexts) is timed on a part of it, and its row says how large; times of a whole explanation are then scaled. Fractions
+are of this machine's own 16-bit matrix product rate, measured in the same run. Rows go to bench/results/gpu.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.baselines import BatchedSDPA
+from bench.shapes import SHAPES, Shape
+from bench.tables import gpu as table
+from bench.timing import spread, write
+from flmoe_fast.engines.problem import Logits
+from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
+from flmoe_fast.games.heads import Heads
+from flmoe_fast.probes.gap import LEAST_JOINT_COST
+
+SIDE, CONTEXTS = 10, 64
+#: Grid and contexts on which rounding is measured against float64.
+NOISE_SIDE, NOISE_CONTEXTS = 4, 6
+#: What torch.compile is tried with: of the first shape, and of the others. It takes most of a run's time.
+COMPILED = {
+    "quick": ((("fp32", "default"),), ()),
+    "full": (
+        (("fp32", "default"), ("fp16", "default"), ("fp32", "max-autotune-no-cudagraphs")),
+        (("fp32", "default"),),
+    ),
+}
+#: Products of one term in the arithmetic of a precision, for one counted product (attention has three in fp16x2).
+PRODUCTS = {"fp16x2": 2, "fp16": 1, "bf16": 1}
+MATRIX = 8192
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds on the device."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, limit: float) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one that does not count; no new one after ``limit``."""
+    for run in candidates.values():
+        run()
+    torch.cuda.synchronize()
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.perf_counter()
+    for index in range(rounds):
+        if index and time.perf_counter() - started > limit:
+            break
+        for name, run in candidates.items():
+            found[name].append(seconds_of(run))
+    return found
+
+
+def machine_rates() -> tuple[float, float]:
+    """16-bit matrix products in FLOP/s on random numbers, and bytes copied (read and written) a second."""
+    a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16) for _ in range(2))
+    big = torch.randn(1 << 28, device="cuda")
+    other = torch.empty_like(big)
+    runs = {"product": lambda: a @ b, "copy": lambda: other.copy_(big)}
+    found = interleaved(runs, rounds=10, limit=5.0)
+    product, copy = (statistics.median(found[name]) for name in runs)
+    return 2.0 * MATRIX**3 / product, 2 * big.numel() * 4 / copy
+
+
+def second_differences(corners, contexts: torch.Tensor, logits: Logits) -> torch.Tensor:
+    """Second differences (K, P, O) float64 of the mixture's and every expert's logit."""
+    values = Heads(("mixture", "experts"), "logit", 0).values(logits).cpu()
+    v11, v10, v01, v00 = corners.corners(contexts, values.unflatten(0, (len(contexts), -1)))
+    return v11 - v10 - v01 + v00
+
+
+def noise_shares(shape: Shape, game, engines: dict[str, Callable]) -> dict[str, float]:
+    """Rounding noise over variance of the mixture's second differences, per candidate, against float64."""
+    corners = shape.corners(NOISE_SIDE)
+    generator = torch.Generator().manual_seed(1)
+    rates = torch.linspace(0.1, 0.9, NOISE_CONTEXTS)[:, None]
+    contexts = torch.rand(NOISE_CONTEXTS, game.n, generator=generator) < rates
+    exact = TorchEngine(game.problem, dtype=torch.float64, device="cuda")
+    truth = second_differences(corners, contexts, exact.evaluate_toggles(contexts, corners.toggled))
+    every = (contexts[:, None] ^ corners.toggled).flatten(0, 1)
+    shares = {}
+    for name, run in engines.items():
+        found = second_differences(corners, contexts, run(every))[..., 0]
+        shares[name] = float((found - truth[..., 0]).square().mean() / truth[..., 0].var(correction=0))
+    return shares
+
+
+def measure(
+    shape: Shape, rounds: int, compiled: tuple[tuple[str, str], ...], rates: tuple[float, float], limit: float
+) -> list[dict]:
+    """Rows of one shape; ``compiled`` says which batched baselines are compiled too, and how."""
+    game = shape.game(heads=("mixture",), backend="torch", device="cuda")
+    problem = game.problem
+    problem.model.to("cuda")
+    corners = shape.corners(SIDE)
+    whole = CONTEXTS * corners.evaluations
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.rand(CONTEXTS, game.n, generator=generator) < torch.rand(CONTEXTS, 1, generator=generator)
+    every = (contexts[:, None] ^ corners.toggled).flatten(0, 1)
+
+    few, batch = every[:4].cuda(), every[:256].cuda()
+    reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32, device="cuda").engine
+    runs: dict[str, tuple[int, Callable[[], object]]] = {"naive loop": (len(few), lambda: reference.evaluate(few))}
+    ways: dict[str, Callable[[torch.Tensor], Logits]] = {}
+
+    def batched(program) -> Callable[[torch.Tensor], Logits]:
+        def run(coalitions: torch.Tensor) -> Logits:
+            found = [program(part) for part in coalitions.cuda().split(256)]
+            return Logits(torch.cat([f[0] for f in found]).double(), torch.cat([f[1] for f in found]).double())
+
+        return run
+
+    for dtype in (torch.float32, torch.float16):
+        kind = str(dtype).removeprefix("torch.").replace("float", "fp")
+        label = f"batched SDPA {kind}"
+        fresh = shape.game(heads=("mixture",), backend="torch", device="cuda")
+        plain = BatchedSDPA(fresh, dtype).cuda()
+        runs[label] = (len(batch), lambda p=plain: p(batch))
+        ways[label] = batched(plain)
+        for how in (how for of, how in compiled if of == kind):
+            program = torch.compile(plain, mode=how, dynamic=False)
+            runs[f"{label}, torch.compile {how}"] = (len(batch), lambda p=program: p(batch))
+    engine = TorchEngine(problem, device="cuda", memory=1 << 32)
+    part = max(1, 512 // corners.evaluations)
+    runs["torch engine fp32"] = (
+        part * corners.evaluations, lambda: engine.evaluate_toggles(contexts[:part], corners.toggled)
+    )  # fmt: skip
+    ways["torch engine fp32"] = engine.evaluate
+    plans, memory = {}, {}
+    for precision in PRECISIONS:
+        made = TritonEngine(problem, precision=precision)
+        label = f"triton {precision}"
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        plans[label] = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
+        plans[label].run()
+        memory[label] = torch.cuda.max_memory_allocated() - held
+        runs[label] = (whole, plans[label].run)
+        ways[label] = made.evaluate
+
+    with torch.no_grad():
+        noise = noise_shares(shape, game, ways)
+        seconds = interleaved({name: run for name, (_, run) in runs.items()}, rounds, limit)
+    per_thousand = {name: [1e6 * s / runs[name][0] for s in times] for name, times in seconds.items()}
+
+    def fastest(start: str) -> str:
+        return min((n for n in runs if n.startswith(start)), key=lambda n: statistics.median(per_thousand[n]))
+
+    pytorch, best_equal = fastest("batched"), fastest("batched SDPA fp32")
+
+    def times(other: str, name: str) -> dict[str, float]:
+        return spread([a / b for a, b in zip(per_thousand[other], per_thousand[name])])
+
+    rows = []
+    for name, values in per_thousand.items():
+        row = {
+            "shape": shape.name,
+            "tokens": list(shape.tokens),
+            "hidden": shape.hidden,
+            "experts": len(shape.tokens) + 2,
+            "candidate": name,
+            "coalitions_timed": runs[name][0],
+            "scaled": runs[name][0] < whole,
+            "ms_per_1000": spread(values),
+            "ms_per_explanation": spread([v * whole / 1e3 for v in values]),
+            "noise_share": noise.get(name.split(", torch.compile")[0]),
+            "times_naive": times("naive loop", name),
+            "times_fastest_pytorch": times(pytorch, name),
+            "times_pytorch_fp32": times(best_equal, name),
+        }
+        if name in plans:
+            plan = plans[name]
+            per_run = [v * whole / 1e6 for v in values]
+            row |= {
+                "launches": plan.launches,
+                "chunks": len(plan.parts()),
+                "launches_per_chunk": plan.engine.sizes.launches(),
+                "peak_bytes": memory[name],
+                "flops": plan.flops(),
+                "configurations": plan.engine.target,
+            }
+            products = PRODUCTS.get(plan.engine.precision)
+            if products:
+                row["share_of_matmul_rate"] = spread([products * plan.flops() / s / rates[0] for s in per_run])
+        rows.append(row)
+    return rows
+
+
+def sanitize() -> None:
+    """One small chunk in every precision, to be run under compute-sanitizer."""
+    shape = SHAPES["digits"]
+    game = shape.game(heads=("mixture",), backend="torch", device="cuda")
+    corners = shape.corners(2)
+    contexts = torch.rand(2, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
+    for precision in PRECISIONS:
+        made = TritonEngine(game.problem, precision=precision)
+        logits = made.evaluate_toggles(contexts, corners.toggled)
+        values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
+        made.reduce_corners(values, contexts, corners.pairs, corners.single, LEAST_JOINT_COST)
+        torch.cuda.synchronize()
+        print(precision, "done", flush=True)
+
+
+def main() -> None:
+    """Measure, write bench/results/gpu.jsonl and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=("quick", "full", "sanitize"))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mmimdb", "enrico", "mimic"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="no new round of a shape after that long")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "bench.gpu: torch finds no CUDA device\n")
+    if options.mode == "sanitize":
+        sanitize()
+        return
+    rates = machine_rates()
+    rows = [{"machine_rates": True, "matmul_flops": rates[0], "copy_bytes": rates[1]}]
+    rounds = 3 if options.mode == "quick" else 10
+    for index, name in enumerate(options.shapes):
+        compiled = COMPILED[options.mode][min(index, 1)]
+        rows += measure(SHAPES[name], rounds, compiled, rates, options.seconds)
+        path = write("gpu", rows)  # after every shape: what is measured is not lost to a time limit
+        print(f"{name}: wrote {path}", flush=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

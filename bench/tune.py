@@ -1,0 +1,125 @@
+"""Search tile sizes of the Triton kernels on this machine's GPU, the only place that does, and write them for its name.
+
+    python -m bench.tune [--shape mmimdb] [--precisions fp16x2 fp16] [--coalitions 484] [--dry]
+
+One kernel at a time, the others at their best so far: a candidate counts by the time of a whole chunk. Candidates that
+do not run, or give other numbers than the configuration in use, are left out. The file is
+flmoe_fast/engines/triton_kernels/configs/<device>.json; it starts from the configurations in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from unittest import mock
+
+import torch
+
+from bench.gpu import seconds_of
+from bench.shapes import SHAPES
+from flmoe_fast.engines import triton_engine, triton_ops
+from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_kernels import configs
+from flmoe_fast.engines.triton_kernels.configs import KERNELS, Config
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
+
+ROUNDS = 7
+ATTENTION = ("context", "first", "later")
+
+
+def candidates(kernel: str, used: Config) -> list[Config]:
+    """Tiles worth trying for ``kernel``."""
+    if kernel in ATTENTION:
+        sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+        return [Config(rows, columns, 0, warps, stages) for rows, columns, warps, stages in sizes]
+    # Producers of LayerNorm statistics share one number of columns, so columns stay.
+    columns = (used.columns,) if kernel in ("project", "down", "project_last") else (64, 128, 256)
+    sizes = itertools.product((64, 128), columns, (32, 64), (4, 8), (3, 4))
+    return [Config(*size) for size in sizes]
+
+
+class Trial:
+    """Times chunks with configurations of one's own."""
+
+    def __init__(self, shape: str, precision: str, coalitions: int):
+        made = SHAPES[shape]
+        self.precision, self.depth = precision, made.hidden // made.heads
+        self.problem = made.game(heads=("mixture",), backend="torch", device="cuda").problem
+        self.corners = made.corners(10)
+        count = max(1, coalitions // self.corners.evaluations)
+        self.contexts = torch.rand(count, self.problem.n, generator=torch.Generator().manual_seed(0)) < 0.5
+        self.target = configs.target_of(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        self.chosen = {name: self.find(name, precision, self.target, self.at(name)) for name in KERNELS}
+        self.expected: torch.Tensor | None = None
+
+    def at(self, kernel: str) -> int:
+        return self.depth if kernel in ATTENTION else 0
+
+    find = staticmethod(configs.find)
+
+    def seconds(self, changes: dict[str, Config]) -> float | None:
+        """Median seconds of one chunk, or None where a configuration cannot run or runs wrong."""
+        tried = self.chosen | changes
+
+        def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
+            return tried.get(kernel) or self.find(kernel, precision, target, depth)
+
+        with mock.patch.object(triton_ops, "find", find), mock.patch.object(triton_engine, "find", find):
+            try:
+                engine = TritonEngine(self.problem, precision=self.precision)
+                words, varies = engine.toggle_words(self.contexts, self.corners.toggled)
+                plan = engine.plan(words, varies, group=self.corners.evaluations)
+                found = plan.run().experts
+                torch.cuda.synchronize()
+            except Exception as error:
+                print("   ", type(error).__name__, str(error).splitlines()[0][:90])
+                return None
+            if self.expected is None:
+                self.expected = found
+            error = (found - self.expected).abs().max() / self.expected.abs().max()
+            if not float(error) <= 8 * 2.0 ** -min(PRECISIONS[self.precision].bits, 20):
+                print(f"    differs by {float(error):.1e}")
+                return None
+            return statistics.median(seconds_of(plan.run) for _ in range(ROUNDS))
+
+    def tune(self) -> dict[str, Config]:
+        """The best configuration of every kernel found."""
+        best = self.seconds({})
+        if best is None:
+            raise SystemExit("the configurations in use do not run here")
+        print(f"{self.precision}: {1e3 * best:.2f} ms a chunk with what is in use")
+        for kernel in KERNELS:
+            for candidate in candidates(kernel, self.chosen[kernel]):
+                if candidate == self.chosen[kernel]:
+                    continue
+                found = self.seconds({kernel: candidate})
+                if found is not None and found < 0.995 * best:
+                    best = found
+                    self.chosen[kernel] = candidate
+                    print(f"  {kernel}: {candidate} {1e3 * best:.2f} ms", flush=True)
+        return {configs.entry(name, self.precision, self.at(name)): c for name, c in self.chosen.items()}
+
+
+def main() -> None:
+    """Search and write, or only print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="mmimdb")
+    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=["fp16x2", "fp16"])
+    parser.add_argument("--coalitions", type=int, default=484)
+    parser.add_argument("--dry", action="store_true", help="print the configurations and write nothing")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "bench.tune: torch finds no CUDA device\n")
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    found = {key: Config(**value) for key, value in configs._file(configs.target_of(name, capability)).items()}
+    for precision in options.precisions:
+        found |= Trial(options.shape, precision, options.coalitions).tune()
+    if options.dry:
+        print("\n".join(f"{key}: {value}" for key, value in found.items()))
+    else:
+        print("wrote", configs.write(configs.device_name(name), found))
+
+
+if __name__ == "__main__":
+    main()

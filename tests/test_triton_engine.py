@@ -1,0 +1,513 @@
+"""The Triton engine against the reference: in Triton's interpreter on the CPU, or as compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from edge_shapes import EDGES, Edge
+from parity import allowed, flat, toggles
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+
+from flmoe_fast import interactions  # noqa: E402
+from flmoe_fast.checks import ArgumentError  # noqa: E402
+from flmoe_fast.engines import triton_engine, triton_ops  # noqa: E402
+from flmoe_fast.engines.problem import Logits  # noqa: E402
+from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
+from flmoe_fast.engines.triton_engine import TritonEngine  # noqa: E402
+from flmoe_fast.engines.triton_kernels import attention, corners, head, linear, routing  # noqa: E402
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
+from flmoe_fast.environment import backends  # noqa: E402
+from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
+from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+pytestmark = pytest.mark.skipif(
+    not (GPU or triton_engine.interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started"
+)
+MODULES = (linear, attention, head, routing)
+BANDS = 4096
+#: The interpreter takes milliseconds per program: where the shape is not the point, it is as small as it gets.
+TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
+#: What the interpreter has time for; a GPU runs every precision on every one of these shapes.
+CORNERS = {"padded": ("fp32", "tf32", "fp16x2", "fp16"), "original": ("fp16x2",), "players past a word": ("fp16x2",)}
+
+
+def named(name: str) -> Edge:
+    return next(edge for edge in EDGES if edge.name == name)
+
+
+def problem_of(edge: Edge):
+    return edge.game(backend="torch").problem
+
+
+def engine(edge: Edge, precision: str = "fp32", **options) -> TritonEngine:
+    return TritonEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Every array the engine allocates starts as NaN (all bits set), so that reading what nobody wrote is seen."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.view(torch.uint8).fill_(255).view(made.dtype)
+
+    for module in (triton_engine, triton_ops):
+        monkeypatch.setattr(module, "torch", _Torch(poisoned))
+
+
+class _Torch:
+    """torch, but for ``empty``."""
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
+    """The float64 torch engine of the model whose matrices were rounded to ``operand`` as the kernels' are."""
+    made = TorchEngine(problem, dtype=torch.float64, device=device)
+    scale = torch.tensor([triton_engine.LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
+    scale = scale[:, None, None, None, None]
+
+    def cast(x: torch.Tensor) -> torch.Tensor:
+        return x.to(operand).double()
+
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            qkv=cast(layer.qkv * scale) / scale,
+            out=cast(layer.out),
+            up=cast(layer.up),
+            # The last one is multiplied with the classifier first, and never rounded.
+            down=layer.down if layer is made.packed.layers[-1] else cast(layer.down),
+        )
+        for layer in made.packed.layers
+    )
+    made.packed = dataclasses.replace(made.packed, layers=layers)
+    made.states = made._two_states()
+    return made
+
+
+@functools.cache
+def coalitions_of(edge: Edge) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two contexts and what is toggled in them; the empty and the full coalition are among the corners."""
+    n = problem_of(edge).n
+    contexts = edge.coalitions(n, 3)[[0, 1]]
+    toggled = toggles(n)[[0, 1, 3]]
+    toggled[2] = ~contexts[1] ^ (torch.arange(n) % 2 == 0) if n > 4 else True
+    return contexts, toggled
+
+
+@functools.cache
+def truth(edge: Edge, precision: str) -> torch.Tensor:
+    """Logits and routing of the edge's corners in float64, by the model that ``precision`` makes of its weights."""
+    contexts, toggled = coalitions_of(edge)
+    kind = PRECISIONS[precision]
+    if kind.operand == torch.float32:
+        return flat(edge.game(backend="reference").engine.evaluate_toggles(contexts, toggled))
+    return flat(rounded_problem(problem_of(edge), kind.operand).evaluate_toggles(contexts, toggled))
+
+
+@functools.cache
+def limit(edge: Edge, precision: str) -> float:
+    """What the arithmetic is allowed on these corners; the interpreter multiplies TF32 operands in float32."""
+    contexts, toggled = coalitions_of(edge)
+    corners = (contexts[:, None] ^ toggled).flatten(0, 1)
+    exact = flat(edge.game(backend="reference").engine.evaluate(corners))
+    return allowed(edge, "fp32" if precision == "tf32" and not GPU else precision, corners, exact)
+
+
+def error_of(ours: Logits, edge: Edge, precision: str) -> float:
+    return float((flat(ours).cpu() - truth(edge, precision)).abs().max())
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
+def test_values_equal_the_reference(edge: Edge):
+    """All coalitions as one set, every token of it varying."""
+    contexts, toggled = coalitions_of(edge)
+    some = [0, 2, 4]
+    corners = (contexts[:, None] ^ toggled).flatten(0, 1)[some]
+    ours = flat(engine(edge).evaluate(corners)).cpu()
+    assert float((ours - truth(edge, "fp32")[some]).abs().max()) <= limit(edge, "fp32")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_equal_the_reference(name: str, precision: str):
+    """Contexts and toggles, in every precision, against the model with its weights rounded alike."""
+    if precision == "bf16" and not GPU:
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly; it needs a GPU")
+    if precision not in CORNERS[name] and not GPU:
+        pytest.skip("the interpreter has no time for every precision on this shape; it needs a GPU")
+    edge = named(name)
+    ours = engine(edge, precision).evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, precision) <= limit(edge, precision)
+
+
+def test_one_fp16_term_is_seen():
+    """Negative control of the split arithmetic's tolerance: a single fp16 term exceeds it."""
+    edge = TINY
+    ours = engine(edge, "fp16").evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
+
+
+def break_kernels(module, right: str, wrong: str, monkeypatch, tmp_path: Path) -> None:
+    """Put kernels into ``module`` whose source says ``wrong`` where it said ``right``."""
+    source = Path(module.__file__).read_text()
+    assert right in source
+    file = tmp_path / f"broken_{module.__name__.rsplit('.', 1)[1]}.py"
+    file.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    broken = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, broken)
+    spec.loader.exec_module(broken)
+    for name in dir(broken):
+        if name.endswith("_kernel") or name == "_pooled_product":
+            monkeypatch.setattr(module, name, getattr(broken, name))
+
+
+BREAKS = {
+    "sign of the corner update": (attention, "exp2(top - higher)", "exp2(higher - top)"),
+    "mask of the keys": (attention, 'tl.where(m_n[None, :], score, float("-inf"))', "score"),
+    "state of a query": (attention, "present(words_ptr, batch, words, o_m, m_m)", "(1 + 0 * o_m)"),
+    "state of a key": (attention, "present(words_ptr, member, words, token, m_n)", "(1 + 0 * token)"),
+    "context of a coalition": (attention, "context = (batch + offset) // group", "context = 0 * batch"),
+    "mask of the pool": (linear, "(token >= start) & (token < stop)", "token < stop"),
+    "statistics": (linear, "squares += share[None, :] * apart * apart", "squares += 0.0 * apart"),
+    "state of the residual": (linear, "(expert * 2 + state)", "(expert * 2 + 1 + 0 * state)"),
+    "residual": (linear, 'if RESIDUAL == "stream":', 'if RESIDUAL == "nothing":'),
+    "small terms": (linear, "low = tl.load(p_a + a_plane, mask=m_a, other=0.0)", "low = a"),
+    "bits of the routing": (routing, "bits.to(tl.float32), step", "(1 - bits).to(tl.float32), step"),
+    "tiles of the pool": (head, "range(0, tiles)", "range(1, tiles + 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_kernel_is_seen(what: str, monkeypatch, tmp_path: Path):
+    """Negative control: each kernel source, broken in one place, leaves the tolerance."""
+    break_kernels(*BREAKS[what], monkeypatch, tmp_path)
+    # The statistics are of several blocks only where a row is wider than a block.
+    wide = Edge("wide", (3, 2), (3, 2), hidden=136, heads=1, layers=1)
+    edge = {"statistics": wide, "context of a coalition": named("padded")}.get(what, TINY)
+    precision = "fp16x2" if what == "small terms" else "fp32"
+    contexts, toggled = coalitions_of(edge)
+    ours = engine(edge, precision)
+    words, varies = ours.toggle_words(contexts, toggled)
+    found = ours.plan(words, varies, group=len(toggled)).run()
+    error = error_of(found, edge, precision)
+    assert not error <= 3 * limit(edge, precision)  # a NaN is seen as well
+
+
+def test_chunks_and_order_change_no_bit():
+    contexts, toggled = coalitions_of(TINY)
+    ours = engine(TINY)
+    words, varies = ours.toggle_words(contexts, toggled)
+    values = flat(ours.plan(words, varies, group=3).run())
+    plan = ours.plan(words, varies, group=3, chunk=4)  # within a context, and across two
+    assert plan.parts() == [(0, 4, 2, 0), (4, 6, 1, 1)]
+    assert torch.equal(flat(plan.run()), values)
+    shuffled = ours.evaluate_toggles(contexts[[1, 0]], toggled)
+    assert torch.equal(flat(shuffled).unflatten(0, (2, 3)), values.unflatten(0, (2, 3))[[1, 0]])
+
+
+def test_nothing_outside_the_arrays_is_touched():
+    """Inputs lie between NaNs, the scratch memory between sentinels, and so do its arrays among each other."""
+    edge = TINY
+    ours = engine(edge)
+    words, varies = ours.coalition_words(coalitions_of(edge)[0])
+    plan = ours.plan(words, varies, group=2)
+    expected = flat(plan.run())
+
+    def between_nans(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.full((tensor.numel() + 2 * BANDS,), torch.nan, dtype=tensor.dtype, device=DEVICE)
+        inner = buffer[BANDS:-BANDS].view(tensor.shape)
+        return inner.copy_(tensor)
+
+    packed = ours.weights
+    ours.weights = dataclasses.replace(
+        packed,
+        states=between_nans(packed.states),
+        residual=between_nans(packed.residual),
+        layers=tuple(map(between_nans, packed.layers)),
+        routing=tuple(map(between_nans, packed.routing)),
+    )
+    size = plan.workspace.numel()
+    buffer = torch.full((size + 2 * BANDS,), 0x5A, dtype=torch.uint8, device=DEVICE)
+    plan.workspace = buffer[BANDS : BANDS + size]
+    assert torch.equal(flat(plan.run()), expected)
+    untouched = torch.ones(len(buffer), dtype=torch.bool, device=DEVICE)
+    at = BANDS
+    for dtype, shape in ours.sizes.arrays(2, 1).values():
+        untouched[at : at + triton_ops._size(dtype, shape)] = False
+        at += triton_ops._aligned(triton_ops._size(dtype, shape))
+    assert bool((buffer[untouched] == 0x5A).all()) and int(untouched.sum()) > 2 * BANDS
+    assert not bool((buffer[~untouched] == 0x5A).all())
+
+
+def counted(made: TritonEngine, contexts: torch.Tensor, toggled: torch.Tensor, monkeypatch) -> tuple[int, int]:
+    """Launches of one run of a plan, without running them, and what the plan says."""
+    launches = []
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", lambda kernel, programs, *a, **b: launches.append(programs))
+    plan = made.plan(*made.toggle_words(contexts, toggled), group=len(toggled))
+    plan.run()
+    return len(launches), plan.launches
+
+
+@pytest.mark.parametrize(
+    "edge, most",
+    [
+        (named("plain"), 16),
+        (named("four modalities"), 16),
+        (named("three routing layers"), 16),
+        (named("three layers"), 21),
+        (named("one layer"), 11),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_launches_depend_on_no_number_of_anything(edge: Edge, most: int, monkeypatch):
+    made = engine(edge)
+    n = made.problem.n
+    few = counted(made, torch.ones(1, n, dtype=torch.bool), torch.zeros(1, n, dtype=torch.bool), monkeypatch)
+    many = counted(made, torch.ones(50, n, dtype=torch.bool), torch.eye(n, dtype=torch.bool), monkeypatch)
+    assert few == many and few[0] == few[1] <= most
+
+
+class Operations(TorchDispatchMode):
+    """Remembers every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_running_a_plan_only_launches(monkeypatch):
+    """No copy to the host, no waiting: apart from the op, only views and copies of its results into place."""
+    made = engine(TINY)
+    plan = made.plan(*made.coalition_words(torch.eye(made.problem.n, dtype=torch.bool)), group=3, chunk=2)
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", lambda *a, **b: None)
+    with Operations() as mode:
+        plan.run()
+    assert mode.seen <= {"empty", "fill_", "slice", "copy_", "view", "select", "unsqueeze", "coalition_logits"}
+    assert "coalition_logits" in mode.seen
+
+
+def op_arguments(made: TritonEngine, count: int = 2) -> tuple:
+    plan = made.plan(*made.coalition_words(torch.eye(made.problem.n, dtype=torch.bool)[:count]), group=count)
+    packed = made.weights
+    return (
+        plan.words, plan.constant, plan.varying, packed.states, packed.residual, made.segments, list(packed.layers),
+        list(packed.routing), plan.workspace, made.heads, plan.group, 0, 1, packed.added, made.problem.masked,
+        packed.temperature, made.target, made.precision,
+    )  # fmt: skip
+
+
+def test_op_is_well_registered():
+    arguments = op_arguments(engine(TINY, "fp16x2"), 1)
+    torch.library.opcheck(torch.ops.flmoe_fast.coalition_logits.default, arguments)
+
+
+def test_op_compiles_in_one_graph():
+    arguments = op_arguments(engine(TINY), 1)
+
+    def program(words):
+        experts, weights = torch.ops.flmoe_fast.coalition_logits(words, *arguments[1:])
+        return (experts * weights[..., None]).sum(1)
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(arguments[0]), program(arguments[0]))
+
+
+def test_fake_cuda_tensors():
+    """The op's shapes are known without a GPU and without running anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    arguments = op_arguments(engine(TINY))
+    with FakeTensorMode():
+
+        def fake(x):
+            if isinstance(x, list):
+                return [fake(y) for y in x]
+            return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+
+        experts, weights = torch.ops.flmoe_fast.coalition_logits(*map(fake, arguments))
+        assert experts.shape == (2, 4, 5) and weights.shape == (2, 4) and experts.device.type == "cuda"
+
+
+def test_memory_running_out_halves_the_chunk(monkeypatch):
+    contexts, toggled = coalitions_of(TINY)
+    ours = engine(TINY)
+    expected = flat(ours.evaluate_toggles(contexts, toggled))
+    run, sizes = triton_engine.Plan.run_part, []
+
+    def scarce(self, start, stop, *rest):
+        if stop - start > 2:
+            raise torch.OutOfMemoryError("no memory")
+        sizes.append((start, stop))
+        return run(self, start, stop, *rest)
+
+    monkeypatch.setattr(triton_engine.Plan, "run_part", scarce)
+    assert torch.equal(flat(ours.evaluate_toggles(contexts, toggled)), expected)
+    assert sizes == [(0, 2), (2, 4), (4, 6)]
+
+    def never(self, *rest):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(triton_engine.Plan, "run_part", never)
+    with pytest.raises(ArgumentError, match=r"memory: got too little for one coalition: no memory, .*\d+ bytes"):
+        ours.evaluate(contexts)
+
+
+def test_memory_bounds_the_chunk():
+    made = engine(named("plain"))
+    for memory in (1, 100_000, 10_000_000):
+        made.memory = memory
+        for group in (1, 7, 121):
+            chunk = made.chunk(group)
+            assert chunk == 1 or made.sizes.bytes(chunk, made._contexts(chunk, group)) <= memory
+            assert chunk < group or chunk % group == 0
+
+
+def test_no_coalitions_and_no_variation():
+    made = engine(TINY)
+    assert made.evaluate(torch.zeros(0, 3, dtype=torch.bool)).experts.shape == (0, 4, 5)
+    same = made.evaluate(torch.ones(2, 3, dtype=torch.bool))
+    assert torch.equal(same.experts[0], same.experts[1])
+
+
+def test_game_runs_on_the_engine():
+    """An explanation through the public call, with its noise measured against float64."""
+    edge = TINY
+    game = edge.game(dtype=torch.float32, backend="triton", device=DEVICE, heads=("mixture",))
+    assert game.backend == "triton" and game.about()["precision"] == "fp16x2"
+    result = interactions(game, pairs=[(0, 2)], contexts=2, progress=False)
+    plain = edge.game(heads=("mixture",))
+    plain.engine = rounded_problem(problem_of(edge), torch.float16)
+    expected = interactions(plain, pairs=[(0, 2)], contexts=2, progress=False)
+    assert result.backend == "triton" and expected.sii.shape == result.sii.shape
+    # Of four probabilities each, of a mixture whose weights and logits are off by no more than the limit.
+    experts = truth(edge, "fp16x2")[:, :-4]
+    assert float(abs(result.sii - expected.sii).max()) <= 4 * limit(edge, "fp16x2") * (1 + 4 * experts.abs().max())
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """A grid of three pairs on four players, in six contexts, with two outputs."""
+    generator = torch.Generator().manual_seed(3)
+    grid = CornerGrid.of(torch.tensor([[0, 3], [1, 3], [0, 2]]), 6)
+    contexts = torch.rand(6, 6, generator=generator) < 0.5
+    values = torch.randn(6, grid.evaluations, 2, generator=generator, dtype=torch.float64)
+    values[:, 2] = values[:, 0]  # a player that does nothing
+    return grid, contexts, values
+
+
+def reduced(grid: CornerGrid, contexts: torch.Tensor, values: torch.Tensor):
+    return engine(TINY).reduce_corners(values, contexts, grid.pairs, grid.single, LEAST_JOINT_COST)
+
+
+def test_corner_reduction_equals_its_definition(grid):
+    made, contexts, values = grid
+    found = reduced(*grid)
+    v = made.corners(contexts, values)
+    second = v[0] - v[1] - v[2] + v[3]
+    assert torch.equal(found.second.cpu(), second)
+    for gap, kind in zip(found.gaps.cpu(), GAPS):
+        expected, defined = redundancy_gap(kind, *v)
+        assert float((gap - expected).abs().max()) <= 4 * torch.finfo(torch.float64).eps * float(values.abs().max())
+    assert torch.equal(found.defined.cpu().bool(), defined) and 0 < int(defined.sum()) < defined.numel()
+    eps = 16 * torch.finfo(torch.float64).eps
+    assert float((found.mean.cpu() - second.mean(0)).abs().max()) <= eps * float(second.abs().max())
+    squares = (second - second.mean(0)).square().sum(0)
+    assert float((found.squares.cpu() - squares).abs().max()) <= eps * float(squares.max())
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("both - only_first - only_other + neither", "both - only_first + only_other - neither"),
+        ("tl.where(has_other, nobody, other), tl.where(has_other, first", "tl.where(has_other, nobody, first), "
+         "tl.where(has_other, other"),
+    ],
+    ids=["sign of the second difference", "corners confused"],
+)  # fmt: skip
+def test_a_broken_corner_reduction_is_seen(right: str, wrong: str, grid, monkeypatch, tmp_path: Path):
+    contexts, values = grid[1:]
+    break_kernels(corners, right, wrong, monkeypatch, tmp_path)
+    v = grid[0].corners(contexts, values)
+    assert float((reduced(*grid).second.cpu() - (v[0] - v[1] - v[2] + v[3])).abs().max()) > 0.1
+
+
+def test_requests_that_cannot_be_met_are_errors(monkeypatch):
+    edge = EDGES[0]
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but the dtype is torch.float64"):
+        edge.game(backend="triton", dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ArgumentError, match="precision: got 'fp16' with backend 'torch'"):
+        edge.game(backend="torch", precision="fp16")
+    with pytest.raises(ArgumentError, match="precision: got 'fp8', expected one of 'auto', 'fp16x2'"):
+        engine(edge, "fp8")
+    wide = Edge("head of 512", (1, 1), (1, 1), hidden=512, heads=1, layers=1)
+    with pytest.raises(ArgumentError, match="the head width is 512, and at most 256 is supported"):
+        engine(wide)
+    model = edge.model()
+    with torch.no_grad():
+        model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)
+    heavy = edge.game(model, backend="torch").problem
+    with pytest.raises(ArgumentError, match="precision: got 'fp16x2' with a weight of .*, expected 'tf32'"):
+        TritonEngine(heavy, device=DEVICE)
+    monkeypatch.setattr(triton_engine, "interpreted", lambda: False)
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but the device is cpu"):
+        TritonEngine(problem_of(edge), device="cpu")
+
+
+def test_activations_beyond_fp16_are_an_error():
+    edge = TINY
+    model = edge.model()
+    with torch.no_grad():
+        for expert in model.interaction_experts:
+            expert.fusion_model.network[0].mlp.network[0].bias.fill_(1e5)
+    with pytest.raises(ArgumentError, match="precision: got 'fp16', in which some activation exceeds"):
+        TritonEngine(edge.game(model, backend="torch").problem, device=DEVICE, precision="fp16").evaluate(
+            torch.ones(1, 3, dtype=torch.bool)
+        )
+
+
+def test_op_refuses_wrong_tensors(monkeypatch):
+    words, *rest = op_arguments(engine(TINY))
+    with pytest.raises(ArgumentError, match="words: got torch.int32, expected torch.int64"):
+        torch.ops.flmoe_fast.coalition_logits(words.int(), *rest)
+    rest[7] = rest[7][:16]
+    with pytest.raises(ArgumentError, match="workspace: got 16 bytes, expected at least"):
+        torch.ops.flmoe_fast.coalition_logits(words, *rest)
+
+
+def test_backends_say_what_is_missing():
+    found = backends()["triton"]
+    assert found.available == (GPU and torch.cuda.get_device_capability() >= (8, 0))
+    assert found.available or "CUDA device" in found.reason
+    assert EDGES[0].game(dtype=torch.float32, device="cpu").backend != "triton"
+
+
+def test_package_does_not_import_triton():
+    code = "import sys, flmoe_fast; from flmoe_fast import TokenGame; assert 'triton' not in sys.modules"
+    import subprocess
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,174 @@
+"""What only a GPU can show of the Triton engine, at the size of a real model. Skipped, with the reason, without one."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from edge_shapes import Edge
+from test_triton_engine import rounded_problem
+
+pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+
+from flmoe_fast import interactions
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
+from flmoe_fast.environment import backends
+from flmoe_fast.probes.grid import CornerGrid
+
+pytestmark = pytest.mark.gpu
+LARGE = Edge("320 + 196 tokens", (320, 196), (320, 196), hidden=256, heads=4)
+MEDIUM = Edge("90 + 70 tokens, three layers", (90, 80), (90, 70), hidden=128, heads=4, layers=3)
+
+
+@functools.cache
+def problem(edge: Edge):
+    return edge.game(edge.model(scale=0.02), backend="torch").problem
+
+
+@functools.cache
+def engine(edge: Edge, precision: str = "fp16x2") -> TritonEngine:
+    return TritonEngine(problem(edge), precision=precision)
+
+
+@functools.cache
+def grid(edge: Edge, side: int = 4) -> tuple[CornerGrid, torch.Tensor]:
+    """A corner grid of two modalities, and two contexts."""
+    n, first = problem(edge).n, edge.valid[0]
+    pairs = torch.cartesian_prod(torch.arange(side), first + torch.arange(side))
+    contexts = torch.rand(2, n, generator=torch.Generator().manual_seed(5)) < torch.tensor([[0.3], [0.8]])
+    return CornerGrid.of(pairs, n), contexts
+
+
+@functools.cache
+def truth(edge: Edge, operand: torch.dtype) -> torch.Tensor:
+    corners, contexts = grid(edge)
+    return rounded_problem(problem(edge), operand, "cuda").evaluate_toggles(contexts, corners.toggled).experts.cpu()
+
+
+@functools.cache
+def limit(edge: Edge, precision: str) -> float:
+    """Twice the error of the torch engine in float32 and one rounding, times how much coarser the operands are."""
+    corners, contexts = grid(edge)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        plain = TorchEngine(problem(edge), device="cuda").evaluate_toggles(contexts, corners.toggled).experts.cpu()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    exact = truth(edge, torch.float32)
+    error = (plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    return float(2 * 2.0 ** (24 - PRECISIONS[precision].bits) * error)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("edge", [LARGE, MEDIUM], ids=lambda e: e.name)
+def test_every_precision_equals_float64(edge: Edge, precision: str):
+    corners, contexts = grid(edge)
+    found = engine(edge, precision).evaluate_toggles(contexts, corners.toggled).experts.cpu()
+    assert float((found - truth(edge, PRECISIONS[precision].operand)).abs().max()) <= limit(edge, precision)
+
+
+def test_one_fp16_term_is_seen():
+    """Negative control of the limit of two terms."""
+    corners, contexts = grid(LARGE)
+    found = engine(LARGE, "fp16").evaluate_toggles(contexts, corners.toggled).experts.cpu()
+    assert float((found - truth(LARGE, torch.float16)).abs().max()) > limit(LARGE, "fp16x2")
+
+
+def test_the_same_bits_again_and_in_other_chunks():
+    corners, contexts = grid(LARGE)
+    made = engine(LARGE)
+    words, varies = made.toggle_words(contexts, corners.toggled)
+    first = made.plan(words, varies, group=corners.evaluations).run()
+    again = made.plan(words, varies, group=corners.evaluations).run()
+    parts = made.plan(words, varies, group=corners.evaluations, chunk=7).run()
+    for other in (again, parts):
+        assert torch.equal(first.experts, other.experts) and torch.equal(first.weights, other.weights)
+
+
+def test_a_plan_does_not_wait_for_the_device():
+    corners, contexts = grid(MEDIUM)
+    made = engine(MEDIUM)
+    plan = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
+    plan.run()  # kernels are compiled and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_plan_is_captured_in_a_graph_and_replayed_on_other_coalitions():
+    corners, contexts = grid(MEDIUM)
+    made = engine(MEDIUM)
+    plan = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
+    plan.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = plan.run()
+    others, _ = made.toggle_words(~contexts, corners.toggled)
+    plan.words.copy_(others)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = made.evaluate_toggles(~contexts, corners.toggled)
+    assert torch.equal(captured.experts, expected.experts) and torch.equal(captured.weights, expected.weights)
+
+
+def test_arrays_past_two_billion_elements():
+    """A chunk whose Q, K and V have more elements than an int32 counts."""
+    made = engine(LARGE)
+    count = -(-(2**31) // (made.sizes.experts * made.sizes.length * 3 * made.sizes.hidden)) + 40
+    needed = made.sizes.bytes(count, 1)
+    if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    coalitions = torch.rand(count, made.problem.n, generator=torch.Generator().manual_seed(1)) < 0.5
+    words, varies = made.coalition_words(coalitions)
+    whole = made.plan(words, varies, group=count, chunk=count).run()
+    parts = made.plan(words, varies, group=count, chunk=64).run()
+    assert torch.equal(whole.experts, parts.experts) and torch.equal(whole.weights, parts.weights)
+
+
+def test_twenty_thousand_evaluations_of_516_players():
+    game = LARGE.game(LARGE.model(scale=0.02), dtype=torch.float32, backend="triton", device="cuda")
+    rows, cols = range(10), range(320, 330)
+    result = interactions(game, rows=rows, cols=cols, budget=20_000, progress=False)
+    assert result.backend == "triton" and 19_000 < result.evaluations <= 20_000
+    assert float(result.noise_share.max()) < 0.01
+
+
+def test_auto_takes_triton_on_a_gpu():
+    found = backends()["triton"]
+    assert found.available, found.reason
+    edge = MEDIUM
+    game = edge.game(edge.model(scale=0.02), dtype=torch.float32, device="cuda")
+    assert game.backend == "triton"
+    assert edge.game(device="cuda").backend == "torch"  # float64
+
+
+def test_mixed_devices_are_refused():
+    made = engine(MEDIUM)
+    plan = made.plan(*made.coalition_words(torch.ones(1, made.problem.n, dtype=torch.bool)), group=1)
+    plan.constant = plan.constant.cpu()
+    with pytest.raises((ArgumentError, RuntimeError), match="device"):
+        plan.run()
+
+
+def test_memory_that_does_not_suffice_halves_the_chunk():
+    made = TritonEngine(problem(LARGE), memory=1 << 50)
+    coalitions = torch.rand(64, made.problem.n, generator=torch.Generator().manual_seed(2)) < 0.5
+    expected = engine(LARGE).evaluate(coalitions)
+    total = torch.cuda.mem_get_info()[1]
+    held = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + made.sizes.bytes(20, 1)) / total))
+    try:
+        found = made.evaluate(coalitions)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(found.experts, expected.experts)
