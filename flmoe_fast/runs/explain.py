@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import safetensors
 from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
@@ -92,8 +93,13 @@ def chosen_rows(ids: Sequence[str], samples: int | None, wanted: Sequence[str] =
 
 
 def model_digest(settings: RunSettings) -> str:
-    """What tells the run's model from another one, 16 hexadecimal digits."""
-    return hashlib.sha256((settings.out / "model.safetensors").read_bytes()).hexdigest()[:16]
+    """What tells the run's model from another one, 16 hexadecimal digits; the same for the same weights."""
+    digest = hashlib.sha256()
+    with safetensors.safe_open(settings.out / "model.safetensors", framework="np") as file:
+        digest.update(file.metadata()["config"].encode())
+        for key in sorted(file.keys()):
+            digest.update(key.encode() + file.get_tensor(key).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _unchanged(path: Path, settings: RunSettings) -> bool:

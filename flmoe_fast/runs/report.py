@@ -141,7 +141,7 @@ def _model(page: Page, contents: RunContents) -> None:
     if contents.history:
         flat = [
             {
-                **{k: v for k, v in record.items() if not isinstance(v, (list, dict))},
+                **{k: v for k, v in record.items() if k != "seconds" and not isinstance(v, (list, dict))},
                 **{f"interaction loss, {n}": v for n, v in zip(contents.experts, record["interaction_losses"])},
                 **{f"validation {k}": v for k, v in record.get("validation", {}).items()},
             }
