@@ -305,3 +305,40 @@ def test_integrated_gradients_agree_with_plain_recomputation(generation, task):
         with torch.no_grad():
             ends = [float(model(end, masks).logits[0, wanted].mean()) for end in (clean, [0 * f for f in clean])]
         assert float(shares.sum()) == pytest.approx(ends[0] - ends[1], rel=0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ("IntegratedGradients", "InputXGradient", "Saliency", "FeatureAblation"))
+def test_captum_methods(method):
+    from flmoe_fast.pipeline.captum_methods import captum_importance
+
+    model = make_model()
+    features, masks = several(model, 2)
+    clean = [f * m[:, :, None] for f, m in zip(features, masks)]
+    options = {"n_steps": 16, "method": "riemann_right"} if method == "IntegratedGradients" else {}
+    found = captum_importance(model, features, masks, attribution=method, targets=[2, 0], **options)
+    if method == "IntegratedGradients":
+        own = batch_importance(model, features, masks, method="ig", targets=[2, 0])
+        torch.testing.assert_close(found.mixture, own.mixture, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found.experts, own.experts, rtol=1e-8, atol=1e-10)
+        return
+    assert found.experts.shape == (2, 4, 7) and found.mixture.shape == (2, 7)
+    for row, target in enumerate((2, 0)):
+        own = [f[row : row + 1] for f in clean], [m[row : row + 1] for m in masks]
+        if method == "FeatureAblation":
+            wanted = torch.zeros(7, dtype=torch.float64)
+            base = model(*own).logits[0, target]
+            for m, part in enumerate(own[0]):
+                for p in range(part.shape[1]):
+                    for h in range(8):
+                        changed = [f.clone() for f in own[0]]
+                        changed[m][0, p, h] = 0.0
+                        drop = (base - model(changed, own[1]).logits[0, target]).abs() / 8
+                        wanted[p + (4 if m else 0)] += drop.detach()
+        else:
+            leaves = [f.clone().requires_grad_() for f in own[0]]
+            gradients = torch.autograd.grad(model(leaves, own[1]).logits[0, target], leaves)
+            times = leaves if method == "InputXGradient" else [1.0, 1.0]
+            wanted = torch.cat([(g * f).detach().abs().mean(-1)[0] for g, f in zip(gradients, times)])
+        torch.testing.assert_close(found.mixture[row], wanted, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ArgumentError, match="attribution"):
+        captum_importance(model, features, masks, attribution="Lim")

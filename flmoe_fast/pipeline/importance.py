@@ -133,7 +133,7 @@ def batch_importance(
             own = None if targets is None else targets[rows]
             parts.append(measure(model, some, kept, own, method, ig_steps))
     experts, mixture = (torch.cat(part) for part in zip(*parts))
-    return Importance(experts, mixture, _segments([feature.shape[1] for feature in features]))
+    return Importance(experts, mixture, sequence_segments([feature.shape[1] for feature in features]))
 
 
 def _leaf(feature: Tensor, mask: Tensor | None) -> Tensor:
@@ -156,7 +156,7 @@ def _attended(
     if method == "attn":
         relevance = [[attention.detach() for attention in kept] for kept in maps]
     else:
-        score = (logits * _target_weights(logits.detach(), targets, model.config.task)).sum()
+        score = (logits * target_weights(logits.detach(), targets, model.config.task)).sum()
         gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
         relevance = [[a.detach().relu() * next(gradients).relu() for a in kept] for kept in maps]
     experts = torch.stack([_rollout([matrix.mean(dim=1) for matrix in layers]) for layers in relevance], dim=1)
@@ -168,7 +168,7 @@ def _integrated(
 ) -> tuple[Tensor, Tensor]:
     count = len(leaves[0])
     with torch.no_grad():
-        wanted = _target_weights(model(leaves, masks, passes=count).logits, targets, model.config.task)
+        wanted = target_weights(model(leaves, masks, passes=count).logits, targets, model.config.task)
     alphas = torch.arange(1, steps + 1, dtype=leaves[0].dtype, device=leaves[0].device) / steps
     path = [(alphas[:, None, None, None] * leaf.detach()).flatten(0, 1) for leaf in leaves]  # (steps * B, T, H)
     masks = None if masks is None else [mask.repeat(steps, 1) for mask in masks]
@@ -184,7 +184,7 @@ def _integrated(
     return attributions.abs().mean(dim=-1), attributions.sum(dim=1).abs().mean(dim=-1)
 
 
-def _target_weights(logits: Tensor, targets: Sequence[int | Tensor] | None, task: str) -> Tensor:
+def target_weights(logits: Tensor, targets: Sequence[int | Tensor] | None, task: str) -> Tensor:
     """(B, C): what the logits of each sample are multiplied by and summed to its score."""
     weights = torch.zeros_like(logits)
     for row, own in enumerate(logits):
@@ -258,6 +258,6 @@ def _rollout(layers: Sequence[Tensor]) -> Tensor:
     return rolled.mean(dim=1)
 
 
-def _segments(lengths: Sequence[int]) -> tuple[slice, ...]:
+def sequence_segments(lengths: Sequence[int]) -> tuple[slice, ...]:
     starts = [sum(lengths[:m]) for m in range(len(lengths))]
     return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
