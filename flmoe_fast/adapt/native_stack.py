@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from flmoe_fast import coalitions as words
 from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer
-from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
+from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem, reaching
 from flmoe_fast.engines import cpu_engine
 from flmoe_fast.engines.cpu_engine import CELL, best_level, levels
 
@@ -42,8 +42,9 @@ def why_not(problem: StackProblem, parts: Sequence[LayerParts], dtype: torch.dty
         return "its activation is not the exact GELU"
     if bool(problem.removed.any()) or problem.mixed is not None:
         return "absent tokens are not all replaced by states of their own"
-    if problem.allowed is not None and not bool(problem.allowed.any(0).eq(problem.allowed).all()):
-        return "not all tokens attend to the same ones"
+    kept = reaching(problem.reads, problem.allowed, len(problem.owner))
+    if problem.allowed is not None and not bool(problem.allowed[kept][:, kept].all()):
+        return "not all tokens attend to each other"
     if len(problem.reads) > MOST_READS:
         return f"the model's head reads {len(problem.reads)} tokens"
     return ""
