@@ -96,10 +96,10 @@ def ones(part: Part, groups: int) -> list[torch.Tensor]:
 def inter_shap(model: FLI2MoE, part: Part, pool: Part, samples: int, donors: int, seed: int, groups: int) -> float:
     """Mean share of interactions in a sample's values, in per cent.
 
-    Absent modalities are those of random other samples, the same for every coalition and sample (else the noise of their
-    choice would look like interaction), and a coalition's value is the mean probability of the class predicted for the
-    whole sample. Interactions are half of the SII; what is left of a modality's Shapley value without
-    them is its main effect; the share is that of the absolute values.
+    Absent modalities are those of random other samples, the same for every coalition and sample (else the noise of
+    their choice would look like interaction), and a coalition's value is the mean probability of the class predicted
+    for the whole sample. Interactions are half of the SII; what is left of a modality's Shapley value without them is
+    its main effect; the share is that of the absolute values.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(part.inputs)
