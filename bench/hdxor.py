@@ -96,15 +96,19 @@ def ones(part: Part, groups: int) -> list[torch.Tensor]:
 def inter_shap(model: FLI2MoE, part: Part, pool: Part, samples: int, donors: int, seed: int, groups: int) -> float:
     """Mean share of interactions in a sample's values, in per cent.
 
-    Absent modalities are those of random other samples, and a coalition's value is the mean probability of the class
-    predicted for the whole sample. Interactions are half of the SII; what is left of a modality's Shapley value without
-    them is its main effect; the share is that of the absolute values.
+    Absent modalities are those of random other samples, the same for every coalition and sample (else the noise of
+    their choice would look like interaction), and a coalition's value is the mean probability of the class predicted
+    for the whole sample. Interactions are half of the SII; what is left of a modality's Shapley value without them is
+    its main effect; the share is that of the absolute values.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(part.inputs)
     masks = [m[:1] for m in ones(part, groups)]
     probabilities = predict(model, part.inputs, ones(part, groups)).logits.softmax(-1)
-    base = predict(model, pool.inputs, ones(pool, groups)).logits.softmax(-1).mean(0)
+    other = torch.randperm(len(pool), generator=generator)[:donors]
+    absent = [x[other] for x in pool.inputs]
+    donor_masks = [m.expand(len(other), -1) for m in masks]
+    base = predict(model, absent, donor_masks).logits.softmax(-1).mean(0)
     coalitions = list(itertools.product((0, 1), repeat=count))
     shares = []
     for row in range(samples):
@@ -116,12 +120,10 @@ def inter_shap(model: FLI2MoE, part: Part, pool: Part, samples: int, donors: int
             elif all(present):
                 values[present] = float(probabilities[row, best])
             else:
-                other = torch.randint(len(pool), (donors,), generator=generator)
                 mixed = [
-                    x[row].expand(donors, -1) if here else y[other]
-                    for here, x, y in zip(present, part.inputs, pool.inputs)
+                    x[row].expand(len(other), -1) if here else y for here, x, y in zip(present, part.inputs, absent)
                 ]
-                found = predict(model, mixed, [m.expand(donors, -1) for m in masks]).logits.softmax(-1)
+                found = predict(model, mixed, donor_masks).logits.softmax(-1)
                 values[present] = float(found[:, best].mean())
         shares.append(_share(values, count))
     return 100.0 * float(np.mean(shares))
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--probed", type=int, default=200, help="test samples whose modalities are probed")
     parser.add_argument("--probed-tokens", type=int, default=40, help="of these, samples whose tokens are")
     parser.add_argument("--contexts", type=int, default=32)
-    parser.add_argument("--donors", type=int, default=64)
+    parser.add_argument("--donors", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/hdxor"))
     options = parser.parse_args()
@@ -222,8 +224,19 @@ def main() -> None:
         model = train(data, seed, options, folder)
         row = {"modalities": count, "setting": setting, "seed": seed, **measure(model, data, seed, options)}
         row |= {"published_inter_shap": PUBLISHED.get((count, setting.rstrip("0123456789")))}
-        keep = ("samples", "epochs", "groups", "hidden", "layers", "lr", "interaction_weight", "probed", "contexts")
-        row |= {name: getattr(options, name) for name in keep}
+        keep = (
+            "samples",
+            "epochs",
+            "groups",
+            "hidden",
+            "layers",
+            "lr",
+            "interaction_weight",
+            "probed",
+            "contexts",
+            "donors",
+        )
+        row |= {name: getattr(options, name) for name in (*keep, "donors")}
         with replacing(folder / "row.json", "w") as file:
             json.dump(row, file)
         print(

@@ -1,6 +1,6 @@
 """Fill the tables of README.md from the files under bench/results.
 
-    python -m bench.tables [--check | --print NAME]
+    python -m bench.tables [--check]
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. ``--check`` changes nothing and fails if a table
 is not what the results say.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -125,6 +126,114 @@ def memory() -> str:
     return f"{_markdown(columns, [cells])}\n\n{_machine(head)}"
 
 
+def hdxor() -> str:
+    """What the probes say about data whose interactions are known."""
+    found = read("hdxor")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    table = []
+    for count in sorted({row["modalities"] for row in rows}):
+        for setting in ("synergy", "redundancy", "uniqueness0"):
+            own = [row for row in rows if (row["modalities"], row["setting"]) == (count, setting)]
+            if not own:
+                continue
+            routing = [_mean([row["routing"][name] for row in own]) for name in own[0]["routing"]]
+            table.append(
+                [
+                    str(count),
+                    setting.rstrip("0"),
+                    str(len(own)),
+                    _seeds([100 * row["accuracy"] for row in own], 1),
+                    _seeds([row["modality_sii"]["mean"] for row in own], 3, "+"),
+                    _seeds([row["modality_strict_gap"]["mean"] for row in own], 3),
+                    _seeds([1e3 * row["token_sii"]["mean"] for row in own], 1, "+"),
+                    _seeds([1e3 * row["token_strict_gap"]["mean"] for row in own], 1),
+                    _seeds([row["inter_shap"] for row in own], 1),
+                    f"{own[0]['published_inter_shap']}",
+                    " / ".join(f"{value:.2f}" for value in routing),
+                ]
+            )
+    columns = ["modalities", "data", "seeds", "accuracy, %", "SII of modalities", "strict gap", "SII of tokens x 1000"]
+    columns += ["strict gap x 1000", "InterSHAP, %", "published", "routing: uniqueness of each, synergy, redundancy"]
+    some = rows[0]
+    note = (
+        f"Mean ± spread over seeds, of {some['probed']} test samples each. A token is one of {some['groups']} groups "
+        "of columns a modality; means over all cross-modal pairs. InterSHAP is the share of interactions, which are "
+        "half of the SII, in the absolute values of a sample; the published figures are those of another network."
+    )
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+
+
+def digits() -> str:
+    """Faithfulness and masking beside a dense Transformer."""
+    found = read("digits")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    table = []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        for method in own[0]["faithfulness"]:
+            cells = [_seeds([100 * row["accuracy"] for row in own], 1)]
+            for kind in ("comprehensiveness", "sufficiency"):
+                for which in ("identified", "random", "gap"):
+                    cells.append(_seeds([100 * row["faithfulness"][method][f"mean {kind} {which}"] for row in own], 1))
+            table.append([model, method, *cells])
+    columns = [
+        "model",
+        "importance",
+        "accuracy, %",
+        "comprehensiveness",
+        "random",
+        "gap",
+        "sufficiency",
+        "random",
+        "gap",
+    ]
+    faithful = _markdown(columns, table)
+    table = []
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        for ranking in own[0]["masking"]:
+            parts = [row["masking"][ranking] for row in own]
+            budgets = range(len(parts[0]["pairs"]))
+            cells = [_seeds([100 * part["difference"][b] for part in parts], 1, "+") for b in budgets]
+            table.append([model, ranking, *cells])
+    columns = ["model", "pairs ranked by", *(f"{most} masked" for most in rows[0]["masking"]["SII"]["pairs"])]
+    note = (
+        f"Mean ± spread over {len({row['seed'] for row in rows})} seeds, {rows[0]['images']} held-out images each; "
+        "AOPC over 5 to 25 % of the tokens, and the probability lost with the top pairs minus that with random tokens, in %."
+    )
+    return f"{faithful}\n\n{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+
+
+def pipeline() -> str:
+    """Times of a training step and of a sample's faithfulness."""
+    found = read("pipeline")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    table = []
+    for row in rows:
+        ratio = row.get("times_sequential") or row.get("times_loop")
+        what = row["what"] + (f", dropout {row['dropout']}" if "dropout" in row else "")
+        times = f"{ratio['median']:.1f}x" if ratio else ""
+        table.append([row["shape"], what, row["candidate"], _range(row["ms"], 1), times])
+    columns = ["shape", "", "", "ms", "times as fast"]
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} Medians and quartiles; one run, candidates in turns."
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _seeds(values: list[float], digits: int, sign: str = "") -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{_mean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
+
+
 def adapt() -> str:
     """Other people's models on the engine against themselves."""
     found = read("adapt")
@@ -183,11 +292,14 @@ def gpu() -> str:
 
 TABLES = {
     "adapt": adapt,
-    "cpu": cpu,
     "gpu": gpu,
+    "cpu": cpu,
     "accuracy": accuracy,
     "coverage": coverage,
     "memory": memory,
+    "hdxor": hdxor,
+    "digits": digits,
+    "pipeline": pipeline,
 }
 
 
@@ -204,12 +316,7 @@ def main() -> None:
     """Fill README.md, or check it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--print", choices=tuple(TABLES), help="only print this table")
-    options = parser.parse_args()
-    if options.print:
-        print(TABLES[options.print]())
-        return
-    check = options.check
+    check = parser.parse_args().check
     text = README.read_text()
     if check:
         sys.exit(

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--capacity", choices=CAPACITIES, help="whether a network's tokens are limited (none)")
     stored.add_argument("--gumbel-temperature", type=float, help="of InterpretCC gates")
     stored.add_argument("--gate-threshold", type=float, help="of InterpretCC gates")
-    one.set_defaults(run=_explain)
+    one.set_defaults(run=_explain, parser=one)
 
     commands.add_parser("doctor", help="what can run here, and why not").set_defaults(run=lambda _: print(doctor()))
     return parser
@@ -172,9 +172,9 @@ def _explain(arguments: argparse.Namespace) -> None:
         folders = explain_samples(settings, arguments.progress)
         print(f"{len(folders)} samples in {settings.out / 'samples'}")
         return
-    for name in ("sample", "out"):
-        if getattr(arguments, name) is None:
-            raise ArgumentError(name, "nothing", "a SAMPLE file and --out DIR, or a RUN.toml alone")
+    missing = [label for label, name in (("SAMPLE", "sample"), ("--out", "out")) if getattr(arguments, name) is None]
+    if missing:
+        arguments.parser.error(f"the following arguments are required: {', '.join(missing)} (or a RUN.toml alone)")
     model = load_checkpoint(
         arguments.model,
         modalities=arguments.modalities,
