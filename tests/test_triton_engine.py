@@ -53,6 +53,31 @@ def engine(edge: Edge, precision: str = "fp32", **options) -> TritonEngine:
     return TritonEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    """Spare the interpreter looking through all of triton.language again at every call of a kernel's helper.
+
+    It replaces the language's functions at every such call, nested ones too, where nothing is left to replace.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    search = getattr(interpreter, "_patch_builtin", None)  # not a public name: without it the tests are only slower
+    is_builtin = triton.language.core.is_builtin
+    replaceable: dict[object, list[str]] = {}
+
+    def search_once(package, *arguments):
+        if package not in replaceable:
+            replaceable[package] = [name for name in dir(package) if is_builtin(getattr(package, name, None))]
+        names = replaceable[package]
+        if names and is_builtin(getattr(package, names[0])):
+            search(package, *arguments)
+
+    if search is not None:
+        interpreter._patch_builtin = search_once
+    yield
+    if search is not None:
+        interpreter._patch_builtin = search
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Every array the engine allocates starts as NaN (all bits set), so that reading what nobody wrote is seen."""

@@ -23,7 +23,10 @@ from flmoe_fast.engines.triton_kernels.precision import Precision
 EPSILON = 1e-5
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "coalitions", "length", "words", "modalities"])
+@triton.jit(
+    do_not_specialize=["rows", "tiles", "coalitions", "length", "words", "modalities"],
+    do_not_specialize_on_alignment=["words_ptr"],
+)
 def linear_kernel(
     a_ptr,  # [planes, E, rows, K], or the fp32 stream [E, rows, K] where NORMALISE
     statistics_ptr,  # [E, rows, blocks of the producer, 2] fp32: mean and sum of squared deviations
