@@ -492,6 +492,11 @@ def test_requests_that_cannot_be_met_are_errors(monkeypatch):
     with pytest.raises(ArgumentError, match="the head width is 512, and at most 256 is supported"):
         engine(wide)
     model = edge.model()
+    model.interaction_experts[0].fusion_model.network[1].mlp = torch.nn.Identity()
+    other = edge.game(edge.model(), backend="torch").problem
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but an expert is no dense transformer"):
+        TritonEngine(dataclasses.replace(other, model=model), device=DEVICE)
+    model = edge.model()
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)
     heavy = edge.game(model, backend="torch").problem

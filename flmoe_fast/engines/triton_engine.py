@@ -59,7 +59,10 @@ def why_not(dtype: torch.dtype, device: torch.device, problem: TokenProblem | No
         return f"the dtype is {dtype}, and the engine computes in float32 and less"
     if problem is None:
         return ""
-    config = problem.model.config
+    config, names = problem.model.config, problem.model.state_dict().keys()
+    dense = (f"interaction_experts.0.fusion_model.network.{i}.mlp.network.0.weight" for i in range(config.layers))
+    if not all(name in names for name in dense):
+        return "an expert is no dense transformer, and the kernels are for those"
     limits = (
         ("the head width", config.hidden // config.heads, MOST_DEPTH),
         ("the token width", config.hidden, MOST_HIDDEN),
