@@ -27,6 +27,7 @@ from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.heads import Heads
 from flmoe_fast.probes.gap import LEAST_JOINT_COST
 
+DEVICE = "cuda"
 SIDE, CONTEXTS = 10, 64
 #: Grid and contexts on which rounding is measured against float64.
 NOISE_SIDE, NOISE_CONTEXTS = 4, 6
@@ -70,8 +71,8 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, limit:
 
 def machine_rates() -> tuple[float, float]:
     """16-bit matrix products in FLOP/s on random numbers, and bytes copied (read and written) a second."""
-    a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16) for _ in range(2))
-    big = torch.randn(1 << 28, device="cuda")
+    a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    big = torch.randn(1 << 28, device=DEVICE)
     other = torch.empty_like(big)
     runs = {"product": lambda: a @ b, "copy": lambda: other.copy_(big)}
     found = interleaved(runs, rounds=10, limit=5.0)
@@ -92,7 +93,7 @@ def noise_shares(shape: Shape, game, engines: dict[str, Callable]) -> dict[str, 
     generator = torch.Generator().manual_seed(1)
     rates = torch.linspace(0.1, 0.9, NOISE_CONTEXTS)[:, None]
     contexts = torch.rand(NOISE_CONTEXTS, game.n, generator=generator) < rates
-    exact = TorchEngine(game.problem, dtype=torch.float64, device="cuda")
+    exact = TorchEngine(game.problem, dtype=torch.float64, device=DEVICE)
     truth = second_differences(corners, contexts, exact.evaluate_toggles(contexts, corners.toggled))
     every = (contexts[:, None] ^ corners.toggled).flatten(0, 1)
     shares = {}
@@ -106,23 +107,23 @@ def measure(
     shape: Shape, rounds: int, compiled: tuple[tuple[str, str], ...], rates: tuple[float, float], limit: float
 ) -> list[dict]:
     """Rows of one shape; ``compiled`` says which batched baselines are compiled too, and how."""
-    game = shape.game(heads=("mixture",), backend="torch", device="cuda")
+    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
     problem = game.problem
-    problem.model.to("cuda")
+    problem.model.to(DEVICE)
     corners = shape.corners(SIDE)
     whole = CONTEXTS * corners.evaluations
     generator = torch.Generator().manual_seed(0)
     contexts = torch.rand(CONTEXTS, game.n, generator=generator) < torch.rand(CONTEXTS, 1, generator=generator)
     every = (contexts[:, None] ^ corners.toggled).flatten(0, 1)
 
-    few, batch = every[:4].cuda(), every[:256].cuda()
-    reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32, device="cuda").engine
+    few, batch = every[:4].to(DEVICE), every[:256].to(DEVICE)
+    reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32, device=DEVICE).engine
     runs: dict[str, tuple[int, Callable[[], object]]] = {"naive loop": (len(few), lambda: reference.evaluate(few))}
     ways: dict[str, Callable[[torch.Tensor], Logits]] = {}
 
     def batched(program) -> Callable[[torch.Tensor], Logits]:
         def run(coalitions: torch.Tensor) -> Logits:
-            found = [program(part) for part in coalitions.cuda().split(256)]
+            found = [program(part) for part in coalitions.to(DEVICE).split(256)]
             return Logits(torch.cat([f[0] for f in found]).double(), torch.cat([f[1] for f in found]).double())
 
         return run
@@ -130,14 +131,14 @@ def measure(
     for dtype in (torch.float32, torch.float16):
         kind = str(dtype).removeprefix("torch.").replace("float", "fp")
         label = f"batched SDPA {kind}"
-        fresh = shape.game(heads=("mixture",), backend="torch", device="cuda")
-        plain = BatchedSDPA(fresh, dtype).cuda()
+        fresh = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
+        plain = BatchedSDPA(fresh, dtype).to(DEVICE)
         runs[label] = (len(batch), lambda p=plain: p(batch))
         ways[label] = batched(plain)
         for how in (how for of, how in compiled if of == kind):
             program = torch.compile(plain, mode=how, dynamic=False)
             runs[f"{label}, torch.compile {how}"] = (len(batch), lambda p=program: p(batch))
-    engine = TorchEngine(problem, device="cuda", memory=1 << 32)
+    engine = TorchEngine(problem, device=DEVICE, memory=1 << 32)
     part = max(1, 512 // corners.evaluations)
     runs["torch engine fp32"] = (
         part * corners.evaluations, lambda: engine.evaluate_toggles(contexts[:part], corners.toggled)
@@ -145,7 +146,7 @@ def measure(
     ways["torch engine fp32"] = engine.evaluate
     plans, memory = {}, {}
     for precision in PRECISIONS:
-        made = TritonEngine(problem, precision=precision)
+        made = TritonEngine(problem, device=DEVICE, precision=precision)
         label = f"triton {precision}"
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -206,11 +207,11 @@ def measure(
 def sanitize() -> None:
     """One small chunk in every precision, to be run under compute-sanitizer."""
     shape = SHAPES["digits"]
-    game = shape.game(heads=("mixture",), backend="torch", device="cuda")
+    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
     corners = shape.corners(2)
     contexts = torch.rand(2, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
     for precision in PRECISIONS:
-        made = TritonEngine(game.problem, precision=precision)
+        made = TritonEngine(game.problem, device=DEVICE, precision=precision)
         logits = made.evaluate_toggles(contexts, corners.toggled)
         values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
         made.reduce_corners(values, contexts, corners.pairs, corners.single, LEAST_JOINT_COST)

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from bench.gpu import seconds_of
+from bench import gpu
 from bench.shapes import SHAPES
 from flmoe_fast.engines import triton_engine, triton_ops
 from flmoe_fast.engines.triton_engine import TritonEngine
@@ -42,14 +42,14 @@ def candidates(kernel: str, used: Config) -> list[Config]:
 class Trial:
     """Times chunks with configurations of one's own."""
 
-    def __init__(self, shape: str, precision: str, coalitions: int):
+    def __init__(self, shape: str, precision: str, coalitions: int, target: str):
         made = SHAPES[shape]
         self.precision, self.depth = precision, made.hidden // made.heads
-        self.problem = made.game(heads=("mixture",), backend="torch", device="cuda").problem
+        self.problem = made.game(heads=("mixture",), backend="torch", device=gpu.DEVICE).problem
         self.corners = made.corners(10)
         count = max(1, coalitions // self.corners.evaluations)
         self.contexts = torch.rand(count, self.problem.n, generator=torch.Generator().manual_seed(0)) < 0.5
-        self.target = configs.target_of(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        self.target = target
         self.chosen = {name: self.find(name, precision, self.target, self.at(name)) for name in KERNELS}
         self.expected: torch.Tensor | None = None
 
@@ -67,7 +67,7 @@ class Trial:
 
         with mock.patch.object(triton_ops, "find", find), mock.patch.object(triton_engine, "find", find):
             try:
-                engine = TritonEngine(self.problem, precision=self.precision)
+                engine = TritonEngine(self.problem, device=gpu.DEVICE, precision=self.precision)
                 words, varies = engine.toggle_words(self.contexts, self.corners.toggled)
                 plan = engine.plan(words, varies, group=self.corners.evaluations)
                 found = plan.run().experts
@@ -81,7 +81,7 @@ class Trial:
             if not float(error) <= 8 * 2.0 ** -min(PRECISIONS[self.precision].bits, 20):
                 print(f"    differs by {float(error):.1e}")
                 return None
-            return statistics.median(seconds_of(plan.run) for _ in range(ROUNDS))
+            return statistics.median(gpu.seconds_of(plan.run) for _ in range(ROUNDS))
 
     def tune(self) -> dict[str, Config]:
         """The best configuration of every kernel found."""
@@ -112,9 +112,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(2, "bench.tune: torch finds no CUDA device\n")
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    found = {key: Config(**value) for key, value in configs._file(configs.target_of(name, capability)).items()}
+    target = configs.target_of(name, capability)
+    found = {key: Config(**value) for key, value in configs._file(target).items()}
     for precision in options.precisions:
-        found |= Trial(options.shape, precision, options.coalitions).tune()
+        found |= Trial(options.shape, precision, options.coalitions, target).tune()
     if options.dry:
         print("\n".join(f"{key}: {value}" for key, value in found.items()))
     else:

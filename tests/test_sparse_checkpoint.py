@@ -133,6 +133,8 @@ def test_published_files_need_only_what_tensors_do_not_tell(tmp_path, kind):
 
 
 FIRST = "interaction_experts.0.fusion_model."
+
+
 def test_a_published_transformer_on_its_own(tmp_path):
     """The GShard baseline: one sparse transformer, without routing."""
     model = make_model("gshard", capacity="none", roles=("dense",), routing="average", reweight_layers=1)

@@ -98,6 +98,12 @@ def test_every_file_holds_known_entries_and_can_be_found():
             assert configs.find(kernel, precision, target, at) == configs.Config(**found)
     nearest = configs.find("up", "fp16", "sm_103")
     assert nearest == configs.find("up", "fp16", "sm_90") != configs.default("up", "fp16")  # sm_100 has no fp16
+    # Less shared memory than any file was made for.
+    assert (
+        configs.find("up", "fp16x2", "sm_120")
+        == configs.default("up", "fp16x2")
+        != configs.find("up", "fp16x2", "sm_80")
+    )
     assert configs.find("up", "bf16", "sm_90") == configs.default("up", "bf16")
     assert configs.find("up", "fp16x2", "sm_75") == configs.default("up", "fp16x2")
     assert configs.target_of("NVIDIA H200", (9, 0)) == "sm_90"

@@ -53,6 +53,31 @@ def engine(edge: Edge, precision: str = "fp32", **options) -> TritonEngine:
     return TritonEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    """Spare the interpreter looking through all of triton.language again at every call of a kernel's helper.
+
+    It replaces the language's functions at every such call, nested ones too, where nothing is left to replace.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    search = getattr(interpreter, "_patch_builtin", None)  # not a public name: without it the tests are only slower
+    is_builtin = triton.language.core.is_builtin
+    replaceable: dict[object, list[str]] = {}
+
+    def search_once(package, *arguments):
+        if package not in replaceable:
+            replaceable[package] = [name for name in dir(package) if is_builtin(getattr(package, name, None))]
+        names = replaceable[package]
+        if names and is_builtin(getattr(package, names[0])):
+            search(package, *arguments)
+
+    if search is not None:
+        interpreter._patch_builtin = search_once
+    yield
+    if search is not None:
+        interpreter._patch_builtin = search
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Every array the engine allocates starts as NaN (all bits set), so that reading what nobody wrote is seen."""
@@ -466,6 +491,11 @@ def test_requests_that_cannot_be_met_are_errors(monkeypatch):
     wide = Edge("head of 512", (1, 1), (1, 1), hidden=512, heads=1, layers=1)
     with pytest.raises(ArgumentError, match="the head width is 512, and at most 256 is supported"):
         engine(wide)
+    model = edge.model()
+    model.interaction_experts[0].fusion_model.network[1].mlp = torch.nn.Identity()
+    other = edge.game(edge.model(), backend="torch").problem
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but an expert is no dense transformer"):
+        TritonEngine(dataclasses.replace(other, model=model), device=DEVICE)
     model = edge.model()
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)

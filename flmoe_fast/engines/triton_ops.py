@@ -167,6 +167,7 @@ def project_states(
         out,
         rows=rows.shape[1],
         precision=kind,
+        terms=kind.linear[0],
         config=find("qkv", precision, target),
         statistics=torch.stack(statistics, dim=2).float(),
         block=block,
@@ -225,10 +226,12 @@ def _coalition_logits(
     common = {"rows": count * length, "precision": kind, "length": length}
     block = sizes.block()
 
+    of_norm, of_attention, of_hidden = kind.linear
+
     def normalising(weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None, kernel: str, **more) -> None:
-        linear(
-            stream, weight, bias, out, statistics=statistics, block=block, config=sizes.config(kernel), **common, **more
-        )
+        config = sizes.config(kernel)
+        before = {"statistics": statistics, "block": block, "terms": of_norm}
+        linear(stream, weight, bias, out, config=config, **before, **common, **more)
 
     def between(width: int) -> torch.Tensor:
         shape = (kind.planes, sizes.experts, count * length, width)
@@ -253,6 +256,7 @@ def _coalition_logits(
             out_b,
             stream,
             out_statistics=statistics,
+            terms=of_attention,
             config=sizes.config("project_last" if last else "project"),
             **into,
             **pool,
@@ -272,6 +276,7 @@ def _coalition_logits(
             stream,
             residual=stream,
             out_statistics=statistics,
+            terms=of_hidden,
             config=sizes.config("down"),
             **common,
         )
@@ -300,6 +305,7 @@ def _coalition_logits(
             following,
             rows=count,
             precision=PRECISIONS["fp32"],
+            terms=1,
             config=sizes.config("hidden"),
             activation="relu",
         )

@@ -145,9 +145,7 @@ class _Passes:
             x = x + sinusoid(x.shape[2], x.shape[3], dtype=x.dtype, device=x.device)
         return x if self.valid is None else x.masked_fill(~self.valid[:, :, None], 0.0)
 
-    def forward(
-        self, real: Tensor, noise: Tensor | None, replaced: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, real: Tensor, noise: Tensor | None, replaced: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         count = len(self.fusions)
         real = real.expand(count, *real.shape[1:])
         versions = real[:, None] if noise is None else torch.stack((real, noise), dim=1)  # (E, 1 or 2, B, L, H)

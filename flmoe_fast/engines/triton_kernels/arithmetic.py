@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from flmoe_fast.engines.triton_kernels.configs import Config
 
 
-def launch(kernel, programs: int, config: Config, *args, **constants) -> None:
-    """Run ``programs`` programs of ``kernel``; nothing at all where there are none."""
+def launch(kernel, programs: int, config: Config, first: torch.Tensor, *args, **constants) -> None:
+    """Run ``programs`` programs of ``kernel`` on the device of its first argument; nothing where there are none."""
     if programs:
-        kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](first, *args, **constants, num_warps=config.warps, num_stages=config.stages)
 
 
 @triton.jit

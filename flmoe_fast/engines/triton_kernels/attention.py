@@ -25,7 +25,8 @@ SHIFT = 8.0
 
 
 @triton.jit(
-    do_not_specialize=["batches", "rows", "queries", "keys", "length", "words", "contexts", "group", "offset", "heads"]
+    do_not_specialize=["batches", "rows", "queries", "keys", "length", "words", "contexts", "group", "offset", "heads"],
+    do_not_specialize_on_alignment=["words_ptr"],
 )
 def attention_kernel(
     qkv_ptr,  # [planes, E, rows, 3 H]; rows are C * L, or 2 * L (state, token) in the first layer

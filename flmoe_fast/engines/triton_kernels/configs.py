@@ -54,10 +54,15 @@ def entry(kernel: str, precision: str, depth: int = 0) -> str:
 
 @functools.cache
 def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
-    """Configuration of ``kernel`` on ``target``: its own file, the nearest older architecture's, or the default."""
+    """Configuration of ``kernel`` on ``target``: its own file, the nearest older architecture's, or the default.
+
+    An older architecture with more shared memory than the target has is no help.
+    """
     architecture = int(target[3:]) if re.fullmatch(r"sm_\d+", target) else 0
     older = sorted((int(n[3:]) for n in shipped() if re.fullmatch(r"sm_\d+", n)), reverse=True)
-    for name in (target, *(f"sm_{number}" for number in older if number <= architecture)):
+    shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
+    fitting = [number for number in older if number <= architecture and SHARED_BYTES[number] <= shared]
+    for name in (target, *(f"sm_{number}" for number in fitting)):
         found = _file(name).get(entry(kernel, precision, depth))
         if found:
             return Config(**found)
@@ -73,8 +78,9 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
             return Config(32, 16, 0, 8, 2)
         if precision == "fp32" and depth > 32:
             return Config(32, 32 if depth <= 64 else 16, 0, 4 if depth <= 64 else 8, 2)
-        narrow = depth > 64 or precision not in ("fp16", "bf16")
-        return Config(64, 32 if narrow else 64, 0, 4 if depth <= 64 else 8, 2)
+        if depth > 64:
+            return Config(64, 16 if precision == "fp16x2" else 32, 0, 8, 2)
+        return Config(64, 64 if precision in ("fp16", "bf16") else 32, 0, 4, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
     if kernel == "corners":

@@ -23,7 +23,10 @@ from flmoe_fast.engines.triton_kernels.precision import Precision
 EPSILON = 1e-5
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "coalitions", "length", "words", "modalities"])
+@triton.jit(
+    do_not_specialize=["rows", "tiles", "coalitions", "length", "words", "modalities"],
+    do_not_specialize_on_alignment=["words_ptr"],
+)
 def linear_kernel(
     a_ptr,  # [planes, E, rows, K], or the fp32 stream [E, rows, K] where NORMALISE
     statistics_ptr,  # [E, rows, blocks of the producer, 2] fp32: mean and sum of squared deviations
@@ -169,6 +172,7 @@ def linear(
     *,
     rows: int,
     precision: Precision,
+    terms: int,
     config: Config,
     statistics: torch.Tensor | None = None,
     block: int = 0,
@@ -185,7 +189,7 @@ def linear(
     ``a`` is (planes, E, rows, K), or with ``statistics`` (of blocks of ``block`` columns) the fp32 stream (E, rows, K);
     ``weight`` (E, K, N); ``bias`` (E, N); ``out`` (planes, E, rows, N) or fp32 (E, rows, N), or None. ``residual`` is
     (E, rows, N), or with ``words`` the two states (E, 2, L, N) of every token. ``pooled`` (E, C, tiles, M, N) takes the
-    sums over the tokens of ``segments`` (M + 1,).
+    sums over the tokens of ``segments`` (M + 1,). Of ``a``, ``terms`` terms enter the product.
     """
     experts, width, columns = weight.shape
     coalitions = rows // length
@@ -226,7 +230,7 @@ def linear(
         STORE=0 if out is None else 1 if stream else out.shape[0],
         STATISTICS=out_statistics is not None,
         POOL=pooled is not None,
-        TERMS=precision.terms,
+        TERMS=terms,
         ARITHMETIC=arithmetic(precision),
         STORED="fp32" if stream else arithmetic(precision),
         EVEN=whole,

@@ -18,8 +18,9 @@ class Precision:
         What weights are stored in, and every plane of an activation.
     planes : int
         Terms that an activation is stored as.
-    terms : int
-        Terms of an activation that enter a product with a weight.
+    linear : tuple of int
+        Terms of an activation that enter the product with a weight: of normalised rows, of what attention gives, and of
+        the hidden activations of a feed-forward block.
     attention : tuple of int
         Terms of q, k, attention weights and v that enter the products of attention. Of two operands with two terms the
         product of the two small ones is left out.
@@ -30,7 +31,7 @@ class Precision:
     name: str
     operand: torch.dtype
     planes: int
-    terms: int
+    linear: tuple[int, int, int]
     attention: tuple[int, int, int, int]
     bits: int
 
@@ -38,10 +39,10 @@ class Precision:
 PRECISIONS = {
     p.name: p
     for p in (
-        Precision("fp16x2", torch.float16, 2, 2, (2, 2, 2, 2), 22),
-        Precision("fp16", torch.float16, 1, 1, (1, 1, 1, 1), 11),
-        Precision("tf32", torch.float32, 1, 1, (1, 1, 1, 1), 11),
-        Precision("fp32", torch.float32, 1, 1, (1, 1, 1, 1), 24),
-        Precision("bf16", torch.bfloat16, 1, 1, (1, 1, 1, 1), 8),
+        Precision("fp16x2", torch.float16, 2, (2, 2, 2), (2, 2, 2, 2), 22),
+        Precision("fp16", torch.float16, 1, (1, 1, 1), (1, 1, 1, 1), 11),
+        Precision("tf32", torch.float32, 1, (1, 1, 1), (1, 1, 1, 1), 11),
+        Precision("fp32", torch.float32, 1, (1, 1, 1), (1, 1, 1, 1), 24),
+        Precision("bf16", torch.bfloat16, 1, (1, 1, 1), (1, 1, 1, 1), 8),
     )
 }

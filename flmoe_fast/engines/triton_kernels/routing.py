@@ -14,7 +14,7 @@ from flmoe_fast.engines.triton_kernels.arithmetic import launch, present
 from flmoe_fast.engines.triton_kernels.configs import Config
 
 
-@triton.jit(do_not_specialize=["coalitions", "words", "modalities"])
+@triton.jit(do_not_specialize=["coalitions", "words", "modalities"], do_not_specialize_on_alignment=["words_ptr"])
 def mean_features_kernel(
     words_ptr,  # [C, words] int64: presence of tokens
     segments_ptr,  # [M + 1] int32
@@ -51,7 +51,7 @@ def mean_features_kernel(
     if NORMALISE:
         norm = tl.sqrt(tl.sum(mean * mean, 1))
         mean = mean / tl.maximum(norm, 1e-12)[:, None]
-    p_o = out_ptr + (o_c[:, None] * modalities + modality) * hidden + o_h[None, :]
+    p_o = out_ptr + (o_c.to(tl.int64)[:, None] * modalities + modality) * hidden + o_h[None, :]
     tl.store(p_o, mean, mask=m_c[:, None] & m_h[None, :])
 
 
@@ -110,7 +110,9 @@ def gate_kernel(
     total = tl.zeros((BC, BE), dtype=tl.float32)
     for k in range(0, width, BK):
         m_k = k + o_k < width
-        a = tl.load(a_ptr + o_c[:, None] * width + k + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
+        a = tl.load(
+            a_ptr + o_c.to(tl.int64)[:, None] * width + k + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0
+        )
         w = tl.load(w_ptr + (k + o_k)[:, None] * experts + o_e[None, :], mask=m_k[:, None] & m_e[None, :], other=0.0)
         total = tl.dot(a, w, total, input_precision="ieee")
     score = (total + tl.load(bias_ptr + o_e, mask=m_e, other=0.0)[None, :]) * sharpness
