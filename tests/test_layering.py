@@ -19,6 +19,7 @@ LAYERS = (
     ("engines",),
     ("games",),
     ("probes",),
+    ("adapters", "scale"),
     ("pipeline",),
     ("data",),
     ("demo",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,15 @@ from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.gap import GAPS, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
+from flmoe_fast.probes.indices import IndexEstimate, complete_players, contrast, wanted_indices
 from flmoe_fast.probes.moments import Draw, combine, successive_variance, unit_means
 from flmoe_fast.probes.pairs import resolve_pairs
+from flmoe_fast.probes.points import Points
+from flmoe_fast.probes.reading import Control, Reading, read
 from flmoe_fast.probes.result import InteractionResult
+from flmoe_fast.probes.surrogate import MOST_POINTS, Surrogate
 
+METHODS = ("grid", "surrogate", "auto")
 DEFAULT_CONTEXTS = 64
 #: Share of rounding noise in the variance of second differences above which a result warns.
 NOISE_LIMIT = 0.01
@@ -25,6 +32,8 @@ NOISE_LIMIT = 0.01
 NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
 #: Fewest units from which a variance is worth choosing pairs by.
 PILOT_UNITS = 3
+#: Fewest coalitions worth fitting a surrogate to.
+LEAST_POINTS = 32
 
 
 def interactions(
@@ -36,9 +45,11 @@ def interactions(
     n: int | None = None,
     contexts: int | None = None,
     budget: int | None = None,
+    method: str = "grid",
     seed: int = 0,
     gap: str = "max",
     adaptive: bool | None = None,
+    also: Sequence[str] | str = (),
     progress: bool = True,
 ) -> InteractionResult:
     """Shapley Interaction Index and redundancy gap of pairs of players, estimated on shared corner grids.
@@ -63,6 +74,12 @@ def interactions(
         antithetic pairs.
     budget : int, optional
         Evaluations that may be spent. Never exceeded; what does not make a whole context is left over.
+    method : "grid", "surrogate" or "auto"
+        "grid": averages over corner grids, unbiased for any number of players. "surrogate": a Gaussian process fitted to
+        coalitions drawn at random, see :mod:`flmoe_fast.probes.surrogate`; for few players it is many times closer at the
+        same cost, it takes up to 8,192 evaluations, and it needs seconds of its own for every output. "auto": a surrogate
+        from half the budget, then more of it or a grid, whichever promises the smaller error; ``result.about`` says which.
+        Standard errors are of the method that was used. With ``contexts`` these spend what that many contexts would.
     seed : int
         The same seed gives the same coalitions on every device.
     gap : "max", "sum", "strict" or "ratio"
@@ -70,6 +87,10 @@ def interactions(
     adaptive : bool, optional
         Spend the second half of a budget on the pairs whose estimates vary most (chosen by their variance only).
         Default: with ``budget`` yes, with ``contexts`` no. Needs a budget.
+    also : sequence of "SV", "BV", "BII", "STII", "FSII", "k-SII"
+        Other indices to estimate from the same evaluations (:mod:`flmoe_fast.probes.indices`): single players' for the
+        players of the pairs, k-SII of single players only where all their pairs are probed. They are in
+        ``result.also``; ``result.index(name, order)`` is a table.
     progress : bool
         Show a progress bar.
 
@@ -88,39 +109,37 @@ def interactions(
         When the arithmetic's rounding makes up more than 1 % of the variance of the second differences.
     """
     game = as_game(game, n)
+    one_of("method", method, METHODS)
     one_of("gap", gap, GAPS)
     integer("seed", seed, least=0, most=2**64 - 1)
+    wanted = wanted_indices(also)
     chosen = resolve_pairs(game, pairs, rows, cols)
     grid = CornerGrid.of(chosen, game.n)
-    count, adaptive = _plan(grid, contexts, budget, adaptive)
-
-    run = _Run(game, gap, seed, progress, total=budget if budget is not None else count * grid.evaluations)
+    count, adaptive = _plan(grid, contexts, budget, adaptive, method)
+    total = budget if budget is not None else count * grid.evaluations
+    run = Run(game, gap, seed, progress, wanted, total)
     with run.bar:
-        first = run.draw(grid, torch.arange(len(chosen)), count)
-        noise, checks = _noise_share(game, grid, first)
-        if adaptive:
-            again, more = _worth_repeating(chosen, first.sii, budget - run.evaluations)
-            if more:
-                run.draw(CornerGrid.of(chosen[again], game.n), again, more)
-    sii, sii_stderr, degrees = combine(run.sii, len(chosen))
-    gaps, gap_stderr, _ = combine(run.gap, len(chosen))
+        found = _surrogate(run, grid, total, method) if method != "grid" else None
+        if found is None:
+            found = _grid(run, grid, total - run.evaluations, count, adaptive)
     result = InteractionResult(
         pairs=chosen.numpy(),
-        sii=_heads(game, sii),
-        sii_stderr=_heads(game, sii_stderr),
-        gap=_heads(game, gaps),
-        gap_stderr=_heads(game, gap_stderr),
-        degrees=degrees.numpy(),
-        contexts=run.contexts(len(chosen)).numpy(),
+        sii=_heads(game, found.sii),
+        sii_stderr=_heads(game, found.sii_stderr),
+        gap=_heads(game, found.gap),
+        gap_stderr=_heads(game, found.gap_stderr),
+        degrees=found.degrees.numpy(),
+        contexts=found.contexts.numpy(),
         evaluations=run.evaluations,
-        check_evaluations=checks,
-        noise_share=noise.numpy() if game.heads is not None else noise[0].numpy(),
+        check_evaluations=found.checks,
+        noise_share=found.noise.numpy() if game.heads is not None else found.noise[0].numpy(),
         seed=seed,
         backend=game.backend,
         gap_kind=gap,
         heads=game.heads,
         player_names=game.player_names,
-        about=game.about(),
+        about={**game.about(), "method": found.method, **run.facts},
+        also=found.also,
     )
     worst = float(np.nanmax(result.noise_share)) if np.isfinite(result.noise_share).any() else 0.0
     if worst > NOISE_LIMIT:
@@ -133,7 +152,113 @@ def interactions(
     return result
 
 
-def _plan(grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None) -> tuple[int, bool]:
+@dataclass(frozen=True)
+class _Found:
+    """What a method found: (P, O) estimates and standard errors, and how."""
+
+    method: str
+    sii: torch.Tensor
+    sii_stderr: torch.Tensor
+    gap: torch.Tensor
+    gap_stderr: torch.Tensor
+    degrees: torch.Tensor
+    contexts: torch.Tensor
+    noise: torch.Tensor
+    checks: int
+    also: dict[tuple[str, int], IndexEstimate]
+
+
+def _grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -> _Found:
+    """Estimates from ``count`` contexts and, where adaptive, what is left for the pairs that vary most."""
+    start, pairs = run.evaluations, len(grid.pairs)
+    first = run.draw(grid, torch.arange(pairs), min(count, left // grid.evaluations))
+    noise, checks = _noise_share(run.game, grid, first)
+    if adaptive:
+        again, more = _worth_repeating(grid.pairs, first.sii, left - (run.evaluations - start))
+        if more:
+            run.draw(CornerGrid.of(grid.pairs[again], run.game.n), again, more)
+    sii, sii_stderr, degrees = combine(run.sii, pairs)
+    gaps, gap_stderr, _ = combine(run.gap, pairs)
+    if run.controls:
+        sii_stderr = (sii_stderr.square() + torch.stack([c.sii_sampling for c in run.controls], 1)).sqrt()
+        gap_stderr = (gap_stderr.square() + torch.stack([c.gap_sampling for c in run.controls], 1)).sqrt()
+    method = "grid residual" if run.controls else "grid"
+    return _Found(
+        method, sii, sii_stderr, gaps, gap_stderr, degrees, run.contexts(pairs), noise, checks, run.others()
+    )
+
+
+def _surrogate(run: Run, grid: CornerGrid, budget: int, method: str) -> _Found | None:
+    """Estimates from surrogates of every output; None where a grid is expected to do better (``method="auto"``).
+
+    "auto" fits to half of the budget first. If a grid of the same cost promises the smaller error, by the variance of
+    second differences on the surrogate and by what the surrogate leaves out, the rest of the budget goes to the grid, with
+    the surrogates as control variates where they explain more than they leave out.
+    """
+    game, pairs = run.game, len(grid.pairs)
+    points = Points(game, run.seed, run.bar)
+    if method == "auto":
+        half = min(budget // 2, MOST_POINTS)
+        if half < LEAST_POINTS or budget - half < PILOT_UNITS * 2 * grid.evaluations:
+            # Too little for two stages: the surrogate needs no whole contexts, so it makes more of the little there is.
+            half = min(budget, MOST_POINTS)
+        points.evaluate(half)
+        surrogates, readings = _read_all(run, grid, points)
+        ratios = []
+        for reading in readings:
+            per_unit = (reading.unit_variance + reading.left_out).sum()
+            rival = per_unit / max(1, points.count // (2 * grid.evaluations))
+            ratios.append(float(reading.sii.variance.sum() / rival.clamp(min=torch.finfo(rival.dtype).tiny)))
+        run.facts["predicted_error_over_grid"] = ratios
+        better = np.mean(np.log(np.maximum(ratios, 1e-300))) < 0
+        affordable = budget - points.count >= PILOT_UNITS * 2 * grid.evaluations
+        if affordable and (not better or budget > MOST_POINTS):
+            run.evaluations = points.count
+            useful = [float(r.unit_variance.sum()) > r.left_out * pairs for r in readings]
+            if all(useful):
+                run.controls = [Control(s, r) for s, r in zip(surrogates, readings)]
+            return None
+    if points.count < min(budget, MOST_POINTS):
+        points.evaluate(min(budget, MOST_POINTS))
+        surrogates, readings = _read_all(run, grid, points)
+    run.evaluations = points.count
+    run.facts |= {"link": [s.link for s in surrogates], "explained": [s.explained for s in surrogates]}
+
+    def stacked(of: str, part: str) -> torch.Tensor:
+        return torch.stack([getattr(getattr(reading, of), part) for reading in readings], 1)
+
+    also = {}
+    for key, (members, _) in readings[0].also.items():
+        parts = [reading.also[key][1] for reading in readings]
+        value, variance, degrees = (torch.stack([getattr(p, f) for p in parts], 1) for f in ("value", "variance", "degrees"))
+        also[key] = IndexEstimate(
+            members.numpy(), _heads(game, value), _heads(game, variance.sqrt()), degrees.min(1).values.numpy()
+        )
+    spread = torch.stack([(reading.unit_variance * 2).mean() for reading in readings])
+    noise, checks = _surrogate_noise(game, grid, run.seed, spread)
+    return _Found(
+        "surrogate",
+        stacked("sii", "value"),
+        stacked("sii", "variance").sqrt(),
+        stacked("gap", "value"),
+        stacked("gap", "variance").sqrt(),
+        stacked("sii", "degrees").min(1).values,
+        torch.full((pairs,), points.count),
+        noise,
+        checks,
+        also,
+    )
+
+
+def _read_all(run: Run, grid: CornerGrid, points: Points) -> tuple[list[Surrogate], list[Reading]]:
+    """A surrogate of every output, and what it says about the pairs."""
+    surrogates = [Surrogate(points.coalitions, column) for column in points.values.T]
+    return surrogates, [read(s, grid, run.game.n, run.gap_kind, run.also, run.seed) for s in surrogates]
+
+
+def _plan(
+    grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None, method: str
+) -> tuple[int, bool]:
     """Contexts of the first draw, and whether a second one follows."""
     if budget is None:
         if adaptive:
@@ -142,7 +267,12 @@ def _plan(grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: 
     if contexts is not None:
         raise ArgumentError("budget", "a budget together with contexts", "one of the two")
     affordable = integer("budget", budget, least=1) // grid.evaluations
-    if affordable < 1:
+    if method != "grid" and affordable < 1:
+        integer("budget", budget, least=LEAST_POINTS)
+        return 0, False
+    if method == "auto":
+        affordable -= min(budget // 2, MOST_POINTS) // grid.evaluations + 1
+    if affordable < 1 and method == "grid":
         raise ArgumentError("budget", budget, f"at least {grid.evaluations} evaluations, the cost of one context")
     half = 2 * max(PILOT_UNITS, affordable // 4)
     if adaptive is not False and affordable > half:
@@ -160,16 +290,21 @@ class _Draw:
         self.sii = sii
 
 
-class _Run:
+class Run:
     """Evaluates draws of contexts and keeps what the estimates are made of."""
 
-    def __init__(self, game: Game, gap: str, seed: int, progress: bool, total: int):
-        self.game, self.gap_kind, self.seed = game, gap, seed
+    def __init__(
+        self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int
+    ):
+        self.game, self.gap_kind, self.seed, self.also = game, gap, seed, also
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
         self.sii: list[Draw] = []
         self.gap: list[Draw] = []
         self._contexts: list[tuple[torch.Tensor, int]] = []
+        self.controls: list[Control] = []
+        self.facts: dict[str, Any] = {}
+        self._others: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {key: [] for key in also}
 
     def draw(self, grid: CornerGrid, chosen: torch.Tensor, count: int) -> _Draw:
         """Evaluate ``grid`` in ``count`` fresh contexts; ``chosen`` are its pairs' numbers."""
@@ -178,23 +313,37 @@ class _Run:
             self.game.n, count, seed=self.seed, antithetic=antithetic, replicate=len(self.sii)
         ).words
         contexts = unpack(words, self.game.n)
-        second, gaps, defined = [], [], []
+        second, gaps, defined, gains, less = [], [], [], [], []
         for block in contexts.split(max(1, self.game.block // grid.evaluations)):
             values = _corner_values(self.game, block, grid)
-            v11, v10, v01, v00 = grid.corners(block, values)
-            second.append(v11 - v10 - v01 + v00)
-            value, where = redundancy_gap(self.gap_kind, v11, v10, v01, v00)
+            corners = grid.corners(block, values)
+            second.append(_second(corners))
+            value, where = redundancy_gap(self.gap_kind, *corners)
+            if self.controls:
+                likely = torch.stack([c.surrogate.predict_grid(block, grid.toggled) for c in self.controls], 2)
+                likely = grid.corners(block, likely)
+                less.append(_second(likely))
+                if where is None:
+                    value = value - redundancy_gap(self.gap_kind, *likely)[0]
+                    value = value + torch.stack([c.gap[chosen] for c in self.controls], 1)
             gaps.append(value)
             defined.append(where)
+            if self.also:
+                gains.append(grid.gains(block, values))
             self.evaluations += values.shape[0] * values.shape[1]
             self.bar.update(values.shape[0] * values.shape[1])
         per_unit = 2 if antithetic else 1
         samples = torch.cat(second)
-        sii = Draw(chosen, unit_means(samples, per_unit))
+        corrected = samples
+        if self.controls:
+            corrected = samples - torch.cat(less) + torch.stack([c.sii[chosen] for c in self.controls], 1)
+        sii = Draw(chosen, unit_means(corrected, per_unit))
         share = None if defined[0] is None else unit_means(torch.cat(defined).double(), per_unit)
         self.sii.append(sii)
         self.gap.append(Draw(chosen, unit_means(torch.cat(gaps), per_unit), share))
         self._contexts.append((chosen, count))
+        if self.also:
+            self._weigh(grid, contexts, samples, torch.cat(gains), per_unit)
         return _Draw(contexts, per_unit, samples, sii)
 
     def contexts(self, pairs: int) -> torch.Tensor:
@@ -203,6 +352,43 @@ class _Run:
         for chosen, count in self._contexts:
             total[chosen] += count
         return total
+
+
+    def _weigh(
+        self, grid: CornerGrid, contexts: torch.Tensor, second: torch.Tensor, gains: torch.Tensor, per_unit: int
+    ) -> None:
+        """Keep this draw's samples of the other indices."""
+        n, size = self.game.n, contexts.sum(1, keepdim=True)
+        pair_size = size - contexts[:, grid.pairs].sum(2)
+        player_size = size - contexts[:, grid.players].long()
+        for name, order in self.also:
+            if (name, order) == ("k-SII", 1):
+                members = complete_players(grid.pairs, n)
+                of_player = (grid.pairs[:, :, None] == members).any(1).double()  # (P, M)
+                samples = gains[:, torch.isin(grid.players, members)]
+                samples = samples - 0.5 * torch.einsum("kpo,pm->kmo", second, of_player)
+                members = members[:, None]
+            elif order == 1:
+                members = grid.players[:, None]
+                samples = gains * contrast(name, 1, player_size, n)[..., None]
+            else:
+                members = grid.pairs
+                samples = second * contrast(name, 2, pair_size, n)[..., None]
+            self._others[name, order].append((members, unit_means(samples, per_unit)))
+
+    def others(self) -> dict[tuple[str, int], IndexEstimate]:
+        """The other indices; entries in the order of the first draw, which has them all."""
+        found = {}
+        for key, draws in self._others.items():
+            members = draws[0][0]
+            row = {tuple(member): m for m, member in enumerate(members.tolist())}
+            parts = [Draw(torch.tensor([row[tuple(m)] for m in some.tolist()]), units) for some, units in draws]
+            if len(members):
+                values, stderr, degrees = combine([part for part in parts if len(part.chosen)], len(members))
+                found[key] = IndexEstimate(
+                    members.numpy(), _heads(self.game, values), _heads(self.game, stderr), degrees.numpy()
+                )
+        return found
 
 
 def _worth_repeating(pairs: torch.Tensor, pilot: Draw, left: int) -> tuple[torch.Tensor, int]:
@@ -240,11 +426,32 @@ def _noise_share(game: Game, grid: CornerGrid, draw: _Draw) -> tuple[torch.Tenso
     some_pairs = torch.linspace(0, len(grid.pairs) - 1, min(NOISE_PAIRS, len(grid.pairs))).long()
     small = CornerGrid.of(grid.pairs[some_pairs], game.n)
     contexts = draw.contexts[some_contexts]
-    v11, v10, v01, v00 = small.corners(contexts, _corner_values(precise, contexts, small))
-    error = draw.second[some_contexts][:, some_pairs] - (v11 - v10 - v01 + v00)
+    exact = _second(small.corners(contexts, _corner_values(precise, contexts, small)))
+    error = draw.second[some_contexts][:, some_pairs] - exact
     spread = draw.second.flatten(0, 1).var(0, correction=0)
     noise = error.square().mean((0, 1))
     return torch.where(noise == 0, 0.0, noise / spread), len(contexts) * small.evaluations
+
+
+def _surrogate_noise(
+    game: Game, grid: CornerGrid, seed: int, spread: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """As :func:`_noise_share`, where no context was evaluated on a grid: a few are, in both precisions."""
+    precise = game.precise()
+    if precise is None:
+        return torch.full_like(spread, torch.nan), 0
+    some_pairs = torch.linspace(0, len(grid.pairs) - 1, min(NOISE_PAIRS, len(grid.pairs))).long()
+    small = CornerGrid.of(grid.pairs[some_pairs], game.n)
+    contexts = unpack(sample_contexts(game.n, NOISE_CONTEXTS, seed=seed).words, game.n)
+    both = [_second(small.corners(contexts, _corner_values(g, contexts, small))) for g in (game, precise)]
+    noise = (both[0] - both[1]).square().mean((0, 1))
+    return torch.where(noise == 0, 0.0, noise / spread), 2 * len(contexts) * small.evaluations
+
+
+def _second(corners: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Second differences from the corners 11, 10, 01, 00."""
+    v11, v10, v01, v00 = corners
+    return v11 - v10 - v01 + v00
 
 
 def _corner_values(game: Game, contexts: torch.Tensor, grid: CornerGrid) -> torch.Tensor:
