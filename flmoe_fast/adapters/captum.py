@@ -5,7 +5,7 @@ Needs the extra ``captum``. Written against 0.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch

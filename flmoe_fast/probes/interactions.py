@@ -32,6 +32,13 @@ NOISE_LIMIT = 0.01
 NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
 #: Fewest units from which a variance is worth choosing pairs by.
 PILOT_UNITS = 3
+#: Pairs and contexts by which "auto" tells what a grid would do.
+PILOT_PAIRS, PILOT_CONTEXTS = 8, 8
+#: Shares of the budget after which it looks, and by what factor a surrogate then has to be worse to be given up: early on
+#: it still gains faster than a grid.
+LOOKS = ((0.25, 4.0), (0.5, 1.0))
+#: Its contexts are independent of all others of the same seed.
+PILOT_REPLICATE = 1 << 30
 #: Fewest coalitions worth fitting a surrogate to.
 LEAST_POINTS = 32
 
@@ -115,13 +122,14 @@ def interactions(
     wanted = wanted_indices(also)
     chosen = resolve_pairs(game, pairs, rows, cols)
     grid = CornerGrid.of(chosen, game.n)
-    count, adaptive = _plan(grid, contexts, budget, adaptive, method)
-    total = budget if budget is not None else count * grid.evaluations
+    plan = _plan(grid, contexts, budget, adaptive) if method == "grid" else None
+    total = _total(grid, contexts, budget, method) if plan is None else budget or plan[0] * grid.evaluations
     run = Run(game, gap, seed, progress, wanted, total)
     with run.bar:
-        found = _surrogate(run, grid, total, method) if method != "grid" else None
+        found = _surrogate(run, grid, total, method) if plan is None else None
         if found is None:
-            found = _grid(run, grid, total - run.evaluations, count, adaptive)
+            left = total - run.evaluations
+            found = _grid(run, grid, left, *(plan or _plan(grid, None, left, adaptive)))
     result = InteractionResult(
         pairs=chosen.numpy(),
         sii=_heads(game, found.sii),
@@ -171,7 +179,7 @@ class _Found:
 def _grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -> _Found:
     """Estimates from ``count`` contexts and, where adaptive, what is left for the pairs that vary most."""
     start, pairs = run.evaluations, len(grid.pairs)
-    first = run.draw(grid, torch.arange(pairs), min(count, left // grid.evaluations))
+    first = run.draw(grid, torch.arange(pairs), count)
     noise, checks = _noise_share(run.game, grid, first)
     if adaptive:
         again, more = _worth_repeating(grid.pairs, first.sii, left - (run.evaluations - start))
@@ -191,37 +199,42 @@ def _grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -> 
 def _surrogate(run: Run, grid: CornerGrid, budget: int, method: str) -> _Found | None:
     """Estimates from surrogates of every output; None where a grid is expected to do better (``method="auto"``).
 
-    "auto" fits to half of the budget first. If a grid of the same cost promises the smaller error, by the variance of
-    second differences on the surrogate and by what the surrogate leaves out, the rest of the budget goes to the grid, with
-    the surrogates as control variates where they explain more than they leave out.
+    "auto" fits to a quarter of the budget first, then perhaps to half, and compares the variance it claims with what a grid of the same cost would
+    have, by the second differences of a few pairs in a few contexts. If the grid promises the smaller error, the rest of the
+    budget goes to it, with the surrogates as control variates where they lessen the variance.
     """
     game, pairs = run.game, len(grid.pairs)
     points = Points(game, run.seed, run.bar)
+    pilot = None
     if method == "auto":
-        half = min(budget // 2, MOST_POINTS)
-        if half < LEAST_POINTS or budget - half < PILOT_UNITS * 2 * grid.evaluations:
-            # Too little for two stages: the surrogate needs no whole contexts, so it makes more of the little there is.
-            half = min(budget, MOST_POINTS)
-        points.evaluate(half)
-        surrogates, readings = _read_all(run, grid, points)
-        ratios = []
-        for reading in readings:
-            per_unit = (reading.unit_variance + reading.left_out).sum()
-            rival = per_unit / max(1, points.count // (2 * grid.evaluations))
-            ratios.append(float(reading.sii.variance.sum() / rival.clamp(min=torch.finfo(rival.dtype).tiny)))
-        run.facts["predicted_error_over_grid"] = ratios
-        better = np.mean(np.log(np.maximum(ratios, 1e-300))) < 0
-        affordable = budget - points.count >= PILOT_UNITS * 2 * grid.evaluations
-        if affordable and (not better or budget > MOST_POINTS):
-            run.evaluations = points.count
-            useful = [float(r.unit_variance.sum()) > r.left_out * pairs for r in readings]
-            if all(useful):
-                run.controls = [Control(s, r) for s, r in zip(surrogates, readings)]
-            return None
-    if points.count < min(budget, MOST_POINTS):
-        points.evaluate(min(budget, MOST_POINTS))
-        surrogates, readings = _read_all(run, grid, points)
-    run.evaluations = points.count
+        pilot = _Pilot(game, grid, run.seed)
+        if pilot.evaluations > budget // 4:
+            pilot = None  # a surrogate needs no whole contexts, so it makes more of the little there is
+    if pilot is not None:
+        pilot.evaluate(run.bar)
+        for share, much_worse in LOOKS:
+            points.evaluate(min(int(budget * share), MOST_POINTS))
+            surrogates, readings = _read_all(run, grid, points)
+            before, after = pilot.unit_variances(surrogates)
+            spent = pilot.evaluations + points.spent
+            claimed = torch.stack([reading.sii.variance.mean() for reading in readings])
+            rival = before / max(1.0, spent / (2 * grid.evaluations))
+            ratio = claimed / rival.clamp(min=torch.finfo(before.dtype).tiny)
+            run.facts["surrogate_over_grid"] = ratio.tolist()
+            worse = float(ratio.clamp(min=1e-30).log().mean().exp())
+            affordable = budget - spent >= PILOT_UNITS * 2 * grid.evaluations
+            if affordable and (worse > much_worse or budget - pilot.evaluations > MOST_POINTS):
+                run.evaluations = spent
+                if bool((after < before).all()):
+                    run.controls = [Control(s, r) for s, r in zip(surrogates, readings)]
+                return None
+            if worse < 1.0:
+                break
+        points.add(pilot.coalitions, pilot.values)
+    pilot_cost = 0 if pilot is None else pilot.evaluations
+    points.evaluate(min(points.count + budget - pilot_cost - points.spent, MOST_POINTS))
+    surrogates, readings = _read_all(run, grid, points)
+    run.evaluations = pilot_cost + points.spent
     run.facts |= {"link": [s.link for s in surrogates], "explained": [s.explained for s in surrogates]}
 
     def stacked(of: str, part: str) -> torch.Tensor:
@@ -250,15 +263,50 @@ def _surrogate(run: Run, grid: CornerGrid, budget: int, method: str) -> _Found |
     )
 
 
+class _Pilot:
+    """Second differences of a few pairs in a few contexts, to compare methods by."""
+
+    def __init__(self, game: Game, grid: CornerGrid, seed: int):
+        some = torch.linspace(0, len(grid.pairs) - 1, min(PILOT_PAIRS, len(grid.pairs))).long()
+        self.game, self.grid = game, CornerGrid.of(grid.pairs[some], game.n)
+        words = sample_contexts(game.n, PILOT_CONTEXTS, seed=seed, replicate=PILOT_REPLICATE).words
+        self.contexts = unpack(words, game.n)
+        self.coalitions = (self.contexts[:, None] ^ self.grid.toggled).flatten(0, 1)
+        self.evaluations = len(self.coalitions)
+
+    def evaluate(self, bar: tqdm) -> None:
+        """Values (C, O) of the coalitions."""
+        values = _corner_values(self.game, self.contexts, self.grid)
+        self.values = values.flatten(0, 1)
+        bar.update(self.evaluations)
+
+    def unit_variances(self, surrogates: list[Surrogate]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean variance over pairs (O,) of an antithetic pair of contexts: as it is, and less what surrogates say."""
+
+        def variance(values: torch.Tensor) -> torch.Tensor:
+            second = _second(self.grid.corners(self.contexts, values.unflatten(0, (len(self.contexts), -1))))
+            return successive_variance(unit_means(second, 2)).mean(0)
+
+        said = torch.stack([s.predict(self.coalitions) for s in surrogates], 1)
+        return variance(self.values), variance(self.values - said)
+
+
 def _read_all(run: Run, grid: CornerGrid, points: Points) -> tuple[list[Surrogate], list[Reading]]:
     """A surrogate of every output, and what it says about the pairs."""
     surrogates = [Surrogate(points.coalitions, column) for column in points.values.T]
     return surrogates, [read(s, grid, run.game.n, run.gap_kind, run.also, run.seed) for s in surrogates]
 
 
-def _plan(
-    grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None, method: str
-) -> tuple[int, bool]:
+def _total(grid: CornerGrid, contexts: int | None, budget: int | None, method: str) -> int:
+    """Evaluations that a surrogate may spend."""
+    if budget is None:
+        return integer("contexts", DEFAULT_CONTEXTS if contexts is None else contexts, least=1) * grid.evaluations
+    if contexts is not None:
+        raise ArgumentError("budget", "a budget together with contexts", "one of the two")
+    return integer("budget", budget, least=LEAST_POINTS, most=MOST_POINTS if method == "surrogate" else None)
+
+
+def _plan(grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None) -> tuple[int, bool]:
     """Contexts of the first draw, and whether a second one follows."""
     if budget is None:
         if adaptive:
@@ -267,12 +315,7 @@ def _plan(
     if contexts is not None:
         raise ArgumentError("budget", "a budget together with contexts", "one of the two")
     affordable = integer("budget", budget, least=1) // grid.evaluations
-    if method != "grid" and affordable < 1:
-        integer("budget", budget, least=LEAST_POINTS)
-        return 0, False
-    if method == "auto":
-        affordable -= min(budget // 2, MOST_POINTS) // grid.evaluations + 1
-    if affordable < 1 and method == "grid":
+    if affordable < 1:
         raise ArgumentError("budget", budget, f"at least {grid.evaluations} evaluations, the cost of one context")
     half = 2 * max(PILOT_UNITS, affordable // 4)
     if adaptive is not False and affordable > half:

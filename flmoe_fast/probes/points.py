@@ -20,12 +20,15 @@ class Points:
     coalitions : bool (m, n)
         In random order.
     values : float64 (m, O)
+    spent : int
+        Evaluations made here.
     """
 
     def __init__(self, game: Game, seed: int, bar: tqdm):
         self.game, self.seed, self.bar = game, seed, bar
         self.coalitions = torch.zeros(0, game.n, dtype=torch.bool)
         self.values = torch.zeros(0, 0, dtype=torch.float64)
+        self.spent = 0
         self._replicate = 0
 
     @property
@@ -40,11 +43,21 @@ class Points:
         for block in fresh.split(max(1, self.game.block)):
             values = self.game(block)
             blocks.append(values[:, None] if values.dim() == 1 else values)
+            self.spent += len(block)
             self.bar.update(len(block))
-        if not blocks:
-            return
-        values = torch.cat([*([self.values] if self.count else []), *blocks])
-        coalitions = torch.cat([self.coalitions, fresh])
+        if blocks:
+            self.add(fresh, torch.cat(blocks))
+
+    def add(self, coalitions: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in coalitions (C, n) with their values (C, O); what is there already is left out."""
+        seen = set(map(tuple, pack(self.coalitions).tolist()))
+        new = []
+        for number, row in enumerate(map(tuple, pack(coalitions).tolist())):
+            if row not in seen:
+                seen.add(row)
+                new.append(number)
+        values = torch.cat([*([self.values] if self.count else []), values[new]])
+        coalitions = torch.cat([self.coalitions, coalitions[new]])
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(self.seed % 2**63))
         self.coalitions, self.values = coalitions[order], values[order]
 
