@@ -1,12 +1,14 @@
-"""Error and coverage at equal evaluations against every estimator of the SII that shapiq has, on several kinds of games.
+"""Error and coverage at equal evaluations against every estimator of the SII that shapiq has, on several games.
 
-    python -m bench.peers [--kinds digits-prob digits-logit vit soum large] [--games 2] [--seeds 3] [--coverage-seeds 100]
+    python -m bench.peers [--kinds digits-prob digits-logit vit soum large] [--games 2] [--seeds 3]
+                          [--coverage-seeds 100] [--coverage-only]
 
 - ``digits-prob``, ``digits-logit``: held-out digits seen by the demonstration's model (run make demo first), 16 tokens.
-- ``vit``: a vision transformer of Hugging Face's library, trained here on the same images as 16 patches of 2 x 2 pixels;
-  absent patches are black; the value is the probability of the predicted digit. Pairs of the upper and the lower half.
+- ``vit``: a vision transformer of Hugging Face's library, trained here on the same images as 16 patches of 2 x 2
+  pixels; absent patches are black; the value is the probability of the predicted digit. Pairs of the upper and the
+  lower half.
 - ``soum``: sums of 200 unanimity games of up to five of 32 players; the truth has a closed form.
-- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after a minute.
+- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after five minutes.
 
 Truth is by enumeration but for ``soum`` and ``large``. Every kind is asked for 64 pairs. Results are appended to
 bench/results/peers.jsonl as they come, one line a kind, estimator and budget; what is there is not measured again.
@@ -34,7 +36,7 @@ from flmoe_fast.probes.exact import enumerate_values
 BUDGETS = (1024, 2048, 4096)
 COVERAGE_BUDGETS = (512, 1024)
 KINDS = ("digits-prob", "digits-logit", "vit", "soum", "large")
-PATIENCE = 60
+PATIENCE = 300
 
 
 class Soum:
@@ -233,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("out/demo/model.safetensors"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--games", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--coverage-seeds", type=int, default=100)
@@ -241,7 +244,7 @@ def main() -> None:
     path = RESULTS / "peers.jsonl"
     if read("peers") is None:
         write("peers", [])
-    done = [{k: row.get(k) for k in ("kind", "estimator", "budget", "method", "coverage_budget")} for row in read("peers")[1]]
+    done = read("peers")[1]
 
     def add(row: dict) -> None:
         with open(path, "a") as file:
@@ -254,7 +257,7 @@ def main() -> None:
     for kind in options.kinds:
         games, pairs, truths = games_of(kind, 1 if kind == "large" else options.games, options.model)
         for budget in () if options.coverage_only else BUDGETS:
-            for name in ESTIMATORS:
+            for name in options.estimators:
                 if missing(kind=kind, estimator=name, budget=budget):
                     seeds = 1 if kind == "large" else options.seeds
                     add(errors(kind, name, budget, games, pairs, truths, seeds))

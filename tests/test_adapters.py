@@ -36,6 +36,11 @@ def game(values):
     return lambda z: values[(z.long() << BITS).sum(1)]
 
 
+def as_numpy(game):
+    """The game as shapiq calls one: from an array (n,) or (m, n) to an array (m,)."""
+    return lambda coalitions: game(torch.as_tensor(np.atleast_2d(coalitions))).numpy()
+
+
 @pytest.fixture(scope="module")
 def edge_game():
     return next(e for e in EDGES if e.name == "three modalities").game(dtype=torch.float64)
@@ -51,8 +56,9 @@ def test_shapiq_game_contract(edge_game):
     rows = rng.random((20, ours.n_players)) < 0.5
     first = ours(rows)
     assert first.shape == (20,) and first.dtype == np.float64
-    for other in (ours(rows), ours(rows[::-1])[::-1], ours(rows.astype(int)), ours(rows.astype(float)),
-                  np.concatenate([ours(row) for row in rows]), ShapiqGame(edge_game, normalize=False)(rows)):  # fmt: skip
+    one_by_one = np.concatenate([ours(row) for row in rows])
+    others = (ours(rows), ours(rows[::-1])[::-1], ours(rows.astype(int)), ours(rows.astype(float)), one_by_one)
+    for other in (*others, ShapiqGame(edge_game, normalize=False)(rows)):
         assert np.allclose(first, other, rtol=1e-12, atol=1e-14)
     assert not np.allclose(first, ours(~rows), rtol=1e-3)
     second = ShapiqGame(edge_game, head=1, normalize=False)
@@ -77,7 +83,7 @@ def test_estimators_of_shapiq_run_on_our_game(game, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = getattr(shapiq, name)(**options).approximate(300, ours)
-        plain = getattr(shapiq, name)(**options).approximate(300, lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy())
+        plain = getattr(shapiq, name)(**options).approximate(300, as_numpy(game))
     for pair in itertools.combinations(range(N), 2):
         assert np.isfinite(found[pair])
         if name != "SHAPIQ":  # that one depends on the value of the empty coalition
@@ -98,7 +104,7 @@ def test_our_approximator(game, index):
     found = approximator.approximate(40_000, counting)
     assert isinstance(found, shapiq.InteractionValues) and found.index == index
     assert sum(asked) == found.estimation_budget <= 40_000
-    truth = shapiq.ExactComputer(lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy(), N)(index, order)
+    truth = shapiq.ExactComputer(as_numpy(game), N)(index, order)
     error, size = [], []
     for k in range(1, order + 1):
         for members in itertools.combinations(range(N), k):
@@ -107,7 +113,7 @@ def test_our_approximator(game, index):
     assert np.sum(np.square(error)) < 0.1 * np.sum(np.square(size))
     # Another index is not mistaken for this one.
     other = {"SII": "BII", "k-SII": "FSII", "STII": "SII", "FSII": "BII", "BII": "STII", "SV": "BV", "BV": "SV"}[index]
-    wrong = shapiq.ExactComputer(lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy(), N)(other, order)
+    wrong = shapiq.ExactComputer(as_numpy(game), N)(other, order)
     worse = [found[m] - wrong[m] for k in range(1, order + 1) for m in itertools.combinations(range(N), k)]
     assert np.sum(np.square(worse)) > 2 * np.sum(np.square(error))
 
@@ -135,7 +141,7 @@ def test_our_approximator_in_explainers_of_shapiq():
 
 
 def test_approximator_refuses_and_advances(game):
-    call = lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy()  # noqa: E731
+    call = as_numpy(game)
     approximator = ShapiqApproximator(N, random_state=1)
     first, second = (approximator.approximate(200, call)[(0, 1)] for _ in range(2))
     approximator.set_random_state(1)
@@ -171,9 +177,9 @@ def test_from_shapiq_is_the_same_game(game):
 
 def test_indices_against_the_exact_computer(values, game):
     """All coalitions as contexts, weighted by the law: every index is exact, and they differ from one another."""
-    computer = shapiq.ExactComputer(lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy(), N)
+    computer = shapiq.ExactComputer(as_numpy(game), N)
     result = interactions(game, n=N, contexts=3000, also=tuple(ORDERS), progress=False)
-    for (name, order), estimate in result.also.items():
+    for (name, _), estimate in result.also.items():
         truth = computer(name, 1 if name in ("SV", "BV") else 2)
         true = np.array([truth[tuple(members)] for members in estimate.members.tolist()])
         assert np.abs((estimate.values - true) / estimate.stderr).max() < 4.5
@@ -271,11 +277,11 @@ def test_pairs_of_features(network):
 def test_shap_explainers_on_our_game(values, game, edge_game):
     model, masker = shap_pair(game, N)
     found = shap.explainers.Exact(model, masker)(masker.everyone)
-    truth = shapiq.ExactComputer(lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy(), N)("SV", 1)
+    truth = shapiq.ExactComputer(as_numpy(game), N)("SV", 1)
     assert np.allclose(found.values[0], [truth[(i,)] for i in range(N)], rtol=0, atol=1e-9)
     assert float(np.ravel(found.base_values)[0]) == pytest.approx(float(values[0]))
     pairs = shap.explainers.Exact(model, masker)(masker.everyone, interactions=2).values[0]
-    theirs = shapiq.ExactComputer(lambda z: game(torch.as_tensor(np.atleast_2d(z))).numpy(), N)("STII", 2)
+    theirs = shapiq.ExactComputer(as_numpy(game), N)("STII", 2)
     assert 2 * pairs[0, 1] == pytest.approx(theirs[(0, 1)], abs=1e-9)  # they report half the Shapley-Taylor index
     permutation = shap.explainers.Permutation(model, masker, seed=0)(masker.everyone, max_evals=400)
     assert np.abs(permutation.values[0] - found.values[0]).max() < 0.5
@@ -313,5 +319,5 @@ def test_a_missing_extra_says_what_to_install(extra):
         f"flmoe_fast.environment.MissingExtra: {extra} is not installed: pip install 'flmoe-fast[{name}]'"
     )
     # Everything else works without it.
-    rest = "from flmoe_fast import interactions; interactions(lambda z: z.double().sum(1), n=3, contexts=4, progress=False)"
+    rest = "flmoe_fast.interactions(lambda z: z.double().sum(1), n=3, contexts=4, progress=False)"
     assert subprocess.run([sys.executable, "-c", start + rest], timeout=120).returncode == 0

@@ -185,7 +185,7 @@ class ShapleyInteractions(captum.ShapleyValueSampling):
 
     @staticmethod
     def _spread(mean: torch.Tensor, mask: torch.Tensor, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Values (n, B, *shape) to every element of a feature: (B, *shape, *tensor.shape[1:]), as captum lays it out."""
+        """Values (n, B, *shape) to every element of a feature: (B, *shape, *tensor.shape[1:]), captum's layout."""
         example = torch.arange(tensor.shape[0], device=tensor.device)
         example = example.view(-1, *([1] * (tensor.dim() - 1)))
         values = mean.reshape(*mean.shape[:2], -1).to(tensor.device)[mask.expand_as(tensor), example]  # (B, ..., R)

@@ -90,8 +90,8 @@ def rule(index: str, order: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quadrature of an index over u, when every other player is present with probability u: nodes and weights (Q,).
 
     The density is 1 for the Shapley indices, 2 (1 - u) for STII, 6 u (1 - u) for FSII of pairs, 4 - 6 u for FSII of
-    single players, and a point mass at 1/2 for the Banzhaf indices. Gauss-Legendre nodes make it exact for products over
-    n players up to 128 nodes; beyond 256 players 128 nodes are exact to rounding.
+    single players, and a point mass at 1/2 for the Banzhaf indices. Gauss-Legendre nodes make it exact for products
+    over n players up to 128 nodes; beyond 256 players 128 nodes are exact to rounding.
     """
     if index in ("BV", "BII"):
         return torch.full((1,), 0.5, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

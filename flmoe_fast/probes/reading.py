@@ -135,8 +135,8 @@ def _of_player(pairs: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
 def _add_gap(average, kind, corners, doubt, numbers, evaluations, slopes) -> None:
     """One block of gap samples and of their derivatives with respect to the surrogate.
 
-    ``doubt`` are errors of the corners' usual size. A gap is not linear in the corners, so errors of mean zero shift it:
-    by half the sum of what they and their negatives do, which is added up in ``bend``.
+    ``doubt`` are errors of the corners' usual size. A gap is not linear in the corners, so errors of mean zero shift
+    it: by half the sum of what they and their negatives do, which is added up in ``bend``.
     """
     leaves = [corner.clone().requires_grad_() for corner in corners]
     value, defined = redundancy_gap(kind, *leaves)
@@ -193,7 +193,7 @@ def _add_linear(average, key, members, grid, n, block, rest, slopes) -> None:
 
 def _indices(surrogate, key, members, functional, average, total, n) -> Estimate:
     """An index from its closed form and, under the logit link, the sampled rest."""
-    process, (name, order) = surrogate.process, key
+    process = surrogate.process
     base = ("SV", 1) if key == ("k-SII", 1) else key
     efficiency = surrogate.efficiency(members, functionals(process, members, rule(*base, n)), rule(*base, n))
     if surrogate.link == "identity":

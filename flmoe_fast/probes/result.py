@@ -234,7 +234,7 @@ class InteractionResult:
 
 
 def half_width(stderr: np.ndarray, degrees: np.ndarray, level: float) -> np.ndarray:
-    """Half the width of Student's intervals; NaN where there are no degrees of freedom, 0 where nothing is uncertain."""
+    """Half the width of Student's intervals: NaN without degrees of freedom, 0 where nothing is uncertain."""
     with np.errstate(invalid="ignore"):
         quantile = np.where(degrees > 0, student.ppf(0.5 + level / 2, np.maximum(degrees, 1e-9)), np.nan)
         return np.where(stderr == 0, 0.0, quantile * stderr)

@@ -16,8 +16,9 @@ leave-one-out error of the values.
 
 **Standard errors.** Where w are the weights with which the training values enter an index and e the leave-one-out
 residuals, ``J = sum (w e)^2`` is the jackknife variance of the estimate: it sees where the surrogate actually errs. A
-surrogate converges faster than an average of independent samples, which the jackknife supposes. By how much is known for
-the process: its posterior variance over what J is expected to be under it. The variance reported is J times that ratio.
+surrogate converges faster than an average of independent samples, which the jackknife supposes. By how much is known
+for the process: its posterior variance over what J is expected to be under it. The variance reported is J times that
+ratio.
 """
 
 from __future__ import annotations

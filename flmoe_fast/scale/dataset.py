@@ -5,9 +5,9 @@
 - ``index.csv``: one row a sample, with the shard that holds it. Derived from the shards, and made anew when it is lost.
 
 A Parquet shard is one long table, a row for every sample, head and pair, with the columns of
-:meth:`InteractionResult.to_dataframe`; ``pandas.read_parquet(folder)`` reads all of them. A safetensors shard keeps every
-array of a result, under ``<sample>/<array>``, and the rest as JSON in its metadata: nothing is lost, and
-:meth:`ExplanationSet.result` gives the results back.
+:meth:`InteractionResult.to_dataframe`, for ``pandas.read_parquet``. A safetensors shard keeps every array of a result,
+under ``<sample>/<array>``, and the rest as JSON in its metadata: nothing is lost, and :meth:`ExplanationSet.result`
+gives the results back.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class ExplanationSet:
         if shard is None:
             raise ArgumentError("sample", sample, f"a sample that is in {self.folder}")
         if shard.suffix != ".safetensors":
-            raise ArgumentError("sample", f"{sample}, which is in {shard.name}", "one of a safetensors shard; see frame()")
+            expected = "one of a safetensors shard; frame() reads the others"
+            raise ArgumentError("sample", f"{sample}, which is in {shard.name}", expected)
         return _read_safetensors(shard, sample)[sample]
 
     def _storage_error(self, path: Path, problem: OSError) -> StorageError:

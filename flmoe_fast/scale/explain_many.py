@@ -47,7 +47,8 @@ def explain_many(
     samples : sequence
         Anything with a length whose items can be had by number; an item is loaded by the process that explains it.
     explain : function (number, sample) -> InteractionResult
-        Should depend on nothing else: then results do not depend on how many processes there are. Seed it by the number.
+        Should depend on nothing else: then results do not depend on how many processes there are. Seed it by the
+        number.
     folder : path
         Seen by all processes.
     chunk : int
@@ -70,7 +71,7 @@ def explain_many(
     """
     chunk = integer("chunk", chunk, least=1)
     if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
-        raise ArgumentError("samples", type(samples).__name__, "a sequence: something with a length and items by number")
+        raise ArgumentError("samples", type(samples).__name__, "a sequence, with a length and items by number")
     group = join() if group is None else group
     store = ExplanationSet(folder, format)
     if group.rank == 0:

@@ -1,7 +1,7 @@
 """The processes of a run, and a game whose coalitions they share.
 
-Started by ``torchrun``, every process calls :func:`join`; without it a run is a group of one. Only CPU tensors of modest
-size are exchanged, over gloo, whatever the models run on.
+Started by ``torchrun``, every process calls :func:`join`; without it a run is a group of one. Only CPU tensors of
+modest size are exchanged, over gloo, whatever the models run on.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def join() -> Group:
 class SharedGame(Game):
     """A game every process of a group holds, each evaluating its share of the coalitions.
 
-    All processes have to ask for the same values at the same time: the same ``interactions(SharedGame(game, group), ...)``
-    in each. Values, not sums, are exchanged, so every process computes what a single one would, to the last bit where the
-    game's values do not depend on how coalitions are batched.
+    All processes have to ask for the same values at the same time: the same call of ``interactions`` with a shared game
+    in each. Values, not sums, are exchanged, so every process computes what a single one would, to the last bit where
+    the game's values do not depend on how coalitions are batched.
 
     Parameters
     ----------
