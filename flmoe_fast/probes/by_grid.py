@@ -10,6 +10,8 @@ from flmoe_fast.probes.moments import Draw, combine, successive_variance
 from flmoe_fast.probes.run import Found, Run, noise_share
 
 DEFAULT_CONTEXTS = 64
+#: Degrees of freedom that a gap's variance borrows from the other pairs'.
+BORROWED = 1.0
 #: Fewest units from which a variance is worth choosing pairs by.
 PILOT_UNITS = 3
 
@@ -41,7 +43,7 @@ def by_grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -
         if more:
             run.draw(CornerGrid.of(grid.pairs[again], run.game.n), again, more)
     sii, sii_stderr, degrees = combine(run.sii, pairs)
-    gaps, gap_stderr, _ = combine(run.gap, pairs)
+    gaps, gap_stderr, _ = combine(run.gap, pairs, borrowed=BORROWED)
     if run.controls:
         sii_stderr = (sii_stderr.square() + torch.stack([c.sii_sampling for c in run.controls], 1)).sqrt()
         gap_stderr = (gap_stderr.square() + torch.stack([c.gap_sampling for c in run.controls], 1)).sqrt()
