@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
+from flmoe_fast.probes.grid import CornerGrid
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Shape:
         features, masks = self.sample()
         players = [range(t) for t in self.tokens]
         return TokenGame(self.model(), features, masks=masks, fill="zero", players=players, target=0, **options)
+
+    def corners(self, side: int) -> CornerGrid:
+        """Corner grid of the first ``side`` tokens, or all there are, of the first two modalities."""
+        rows, cols = (min(side, count) for count in self.tokens[:2])
+        pairs = torch.cartesian_prod(torch.arange(rows), self.tokens[0] + torch.arange(cols))
+        return CornerGrid.of(pairs, sum(self.tokens))
 
 
 SHAPES = {

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
 from edge_shapes import EDGES, Edge
+from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
 from flmoe_fast.engines import torch_engine
 from flmoe_fast.engines.problem import Logits
 from flmoe_fast.games.heads import Heads
 
 FP64 = 1e-10  # promised relative difference of values in float64
-CONTEXTS = [0, 5, 11]
 PATHS = {"shared for all": 1 << 40, "as sized": 1 << 28, "direct": 0}
 
 
@@ -23,31 +22,6 @@ def path(request, monkeypatch):
     """Every way of doing layer-1 attention, forced by the size its table may have."""
     monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", PATHS[request.param])
     return request.param
-
-
-def toggles(n: int) -> torch.Tensor:
-    """Nobody, first, last, both."""
-    toggled = torch.zeros(4, n, dtype=torch.bool)
-    toggled[1, 0] = toggled[2, -1] = toggled[3, 0] = toggled[3, -1] = True
-    return toggled
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def flat(logits: Logits) -> torch.Tensor:
-    """Logits and routing in one tensor (C, ...)."""
-    return torch.cat([logits.experts.flatten(1), logits.weights], dim=1)
-
-
-@functools.cache
-def truth(edge: Edge, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Logits]:
-    """Coalitions of an edge shape, and the reference's logits for them and for the corners of some contexts."""
-    reference = edge.game(backend="reference", dtype=dtype)
-    coalitions = edge.coalitions(reference.n)
-    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
-    return coalitions, reference.engine.evaluate(torch.cat([coalitions, corners]))
 
 
 @pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
@@ -77,13 +51,12 @@ def test_context_tables_equal_the_reference(edge: Edge, monkeypatch):
 
 
 @pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
-def test_float32_is_as_exact_as_plain_float32(edge: Edge, path: str):
-    """Twice the error of the reference run in float32, plus one rounding: no constant is chosen by hand."""
+def test_float32_is_as_exact_as_its_arithmetic(edge: Edge, path: str):
     coalitions, exact = truth(edge)
-    exact, plain = flat(exact)[: len(coalitions)], flat(truth(edge, torch.float32)[1])[: len(coalitions)]
-    ours = flat(edge.game(dtype=torch.float32, backend="torch").engine.evaluate(coalitions))
-    limit = 2 * ((plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
-    assert float((ours - exact).abs().max()) <= float(limit)
+    game = edge.game(dtype=torch.float32, backend="torch")
+    values = [game.engine.evaluate(coalitions), game.engine.evaluate_toggles(coalitions[CONTEXTS], toggles(game.n))]
+    error = (torch.cat([flat(v) for v in values]) - flat(exact)).abs().max()
+    assert float(error) <= tolerance(edge, "fp32")
 
 
 def test_full_coalition_is_the_model_itself():

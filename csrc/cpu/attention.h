@@ -16,29 +16,29 @@ struct AttentionScratch {
 };
 
 
-// Turns scores (of base 2) of rows first..stop-1 into weights; the maximum and sum of every row move on, and what was
-// summed before is rescaled where the maximum rose.
+// Turns scores (of base 2) of rows first..stop-1 into weights; the maximum of every row and its sums, one per vector lane,
+// move on, and what was summed before is rescaled where the maximum rose.
 FLMOE_INLINE void weigh(const AttentionScratch& scratch, float* block, int first, int stop, int keys, int width, float* top,
-                        float* total) {
+                        Vec* total) {
   const int whole = padded(keys);
   for (int r = first; r < stop; ++r) {
     float* scores = block + r * kKeys;
-    for (int i = keys; i < whole; ++i) scores[i] = -1e30f;  // padding of the last block: weight 2^-125 of a zero value
+    for (int i = keys; i < whole; ++i) scores[i] = -1e30f;  // padding of the last block: hardly a weight, of a zero value
     Row most = load_row(scores);
     for (int j = kCell; j < whole; j += kCell) {
       for (int p = 0; p < kParts; ++p) most.part[p] = maximum(most.part[p], load(scores + j + p * kLanes));
     }
     for (int p = 1; p < kParts; ++p) most.part[0] = maximum(most.part[0], most.part[p]);
-    const float here = largest(most.part[0]);
-    if (here > top[r]) {
+    if (any_above(most.part[0], splat(top[r]))) {
+      const float here = largest(most.part[0]);
       const Vec shrink = exp2(splat(top[r] - here));
-      total[r] *= shrink[0];
+      total[r] *= shrink;
       float* out = scratch.out + r * width;
       for (int j = 0; j < width; j += kLanes) store(out + j, load(out + j) * shrink);
       top[r] = here;
     }
     const Vec shift = splat(top[r]);
-    Vec sums[kParts] = {};
+    Vec sums[kParts] = {total[r]};
     for (int j = 0; j < whole; j += kCell) {
       Row row = load_row(scores + j);
       for (int p = 0; p < kParts; ++p) {
@@ -48,7 +48,7 @@ FLMOE_INLINE void weigh(const AttentionScratch& scratch, float* block, int first
       put(scratch.weights, kKeys, r, j, row);
     }
     for (int p = 1; p < kParts; ++p) sums[0] += sums[p];
-    total[r] += sum(sums[0]);
+    total[r] = sums[0];
   }
 }
 
@@ -63,10 +63,11 @@ inline void attend(RowAt row, int rows, const float* keys, const float* values, 
     const float* from = row(r);
     for (int j = 0; j < width; j += kCell) put(scratch.query, width, r, j, load_row(from + j));
   }
-  float top[kRows], total[kRows];
+  float top[kRows];
+  Vec total[kRows];
   for (int r = 0; r < rows; ++r) {
     top[r] = -1e30f;
-    total[r] = 0;
+    total[r] = Vec{};
   }
   std::memset(scratch.out, 0, sizeof(float) * rows * width);
   const int height = padded(length);
@@ -98,7 +99,7 @@ inline void attend(RowAt row, int rows, const float* keys, const float* values, 
     coming = other;
   }
   for (int r = 0; r < rows; ++r) {
-    const Vec scale = splat(1.0f / total[r]);
+    const Vec scale = splat(1.0f / sum(total[r]));
     for (int j = 0; j < width; j += kCell) {
       Row out = load_row(scratch.out + r * width + j);
       for (int p = 0; p < kParts; ++p) out.part[p] *= scale;

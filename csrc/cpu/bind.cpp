@@ -53,7 +53,7 @@ class CpuModel {
   std::size_t workspace() const { return level_.workspace(shape_); }
   int head_width() const { return shape_.head_width(); }
 
-  void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int patterns, int queries,
+  void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int queries,
            uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t head,
            uintptr_t head_bias, uintptr_t logits, int64_t coalitions, int threads, uintptr_t workspace,
            std::size_t stride) const {
@@ -61,7 +61,7 @@ class CpuModel {
     if (coalitions == 0) return;
     if ((table == 0) == (states == 0)) throw std::runtime_error("CpuModel.run: expected either a table or states");
     if (stride % 64 != 0 || stride < this->workspace()) throw std::runtime_error("CpuModel.run: workspace too small");
-    const Call call{{at<float>(table), at<std::int32_t>(pick), at<std::int32_t>(absent_row), groups, patterns, queries,
+    const Call call{{at<float>(table), at<std::int32_t>(pick), at<std::int32_t>(absent_row), groups, queries,
                      at<float>(states)},
                     at<float>(base),
                     at<std::uint8_t>(present),
@@ -149,7 +149,7 @@ void bind(py::module_& m) {
       .def_property_readonly("workspace", &CpuModel::workspace)
       .def_property_readonly("head_width", &CpuModel::head_width)
       .def("run", &CpuModel::run, release(), py::arg("table"), py::arg("pick"), py::arg("absent_row"),
-           py::arg("groups"), py::arg("patterns"), py::arg("queries"), py::arg("states"), py::arg("base"),
+           py::arg("groups"), py::arg("queries"), py::arg("states"), py::arg("base"),
            py::arg("present"), py::arg("modality"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),
            py::arg("coalitions"), py::arg("threads"), py::arg("workspace"), py::arg("stride"));
 }

@@ -17,7 +17,8 @@ FLMOE_INLINE Row load_some(const float* from, int count) {
 inline void combine(const Shape& shape, const FirstAttention& first, int expert, const std::int32_t* pick, int query,
                     float* attended, int at) {
   const int depth = shape.depth(), width = shape.head_width(), step = depth + 1;
-  const std::ptrdiff_t pattern = static_cast<std::ptrdiff_t>(first.queries) * step, head = first.patterns * pattern;
+  const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(first.queries) * step;
+  const std::ptrdiff_t pattern = static_cast<std::ptrdiff_t>(shape.experts) * shape.heads * head;
   const float* from = first.table + expert * shape.heads * head + static_cast<std::ptrdiff_t>(query) * step;
   for (int h = 0; h < shape.heads; ++h, from += head) {
     float weight = 0;

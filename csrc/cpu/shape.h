@@ -37,7 +37,7 @@ struct LayerWeights {
 
 // Layer-1 attention, either way. All tables are float32 and hold every expert.
 //
-// Shared: `table` is (E, h, P, Q, depth + 1): for pattern p and query row q the sum of weighted values and of weights.
+// Shared: `table` is (P, E, h, Q, depth + 1): for pattern p and query row q the sum of weighted values and of weights.
 // A coalition adds `groups` patterns, pick[c][g], and a token t asks with row absent_row[t] where it is absent and varies
 // (-1: it does not vary), else with row t.
 //
@@ -46,7 +46,7 @@ struct FirstAttention {
   const float* table;
   const std::int32_t* pick;
   const std::int32_t* absent_row;
-  int groups, patterns, queries;
+  int groups, queries;
   const float* states;
 };
 

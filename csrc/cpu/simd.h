@@ -62,6 +62,17 @@ FLMOE_INLINE float largest(Vec v) {
 #endif
 }
 
+FLMOE_INLINE bool any_above(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#else
+  const Ints above = a > b;
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= above[i] != 0;
+  return any;
+#endif
+}
+
 // 1 / x for x in [1, 2^20], to two roundings.
 FLMOE_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
@@ -72,8 +83,19 @@ FLMOE_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// 2^x with relative error below 2.5e-7 on [-125, 126]; smaller x gives 2^-125.
+// 2^x with relative error below 2.5e-7 on [-125, 126]; smaller x gives at most 2^-125.
 FLMOE_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  // x = floor(x) + f, 2^f by a minimax polynomial, and one instruction that multiplies by 2^floor(x).
+  const Vec f = _mm512_reduce_ps(x, 0x09);
+  Vec p = splat(1.877576688e-3f);
+  p = p * f + 8.989340330e-3f;
+  p = p * f + 5.582631756e-2f;
+  p = p * f + 2.401536174e-1f;
+  p = p * f + 6.931530731e-1f;
+  p = p * f + 9.999999251e-1f;
+  return _mm512_scalef_ps(p, x);
+#else
   x = maximum(x, splat(-125.0f));
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
   const Vec shifted = x + 0x1.8p23f;
@@ -86,6 +108,7 @@ FLMOE_INLINE Vec exp2(Vec x) {
   p = p * f + 6.93147206e-1f;
   p = p * f + 1.0f;
   return floats(bits(p) + (bits(shifted) << 23));
+#endif
 }
 
 // x * Phi(x), the erf form of GELU, with absolute error below 1.2e-7 * max(1, |x|).

@@ -34,7 +34,11 @@ class Unit {
     count_ = count;
     const int length = shape_.length, rows = count * length;
     for (int c = 0; c < count; ++c) {
-      for (int t = 0; t < length; ++t) slot_[c * length + t] = c * shape_.modalities + call_.modality[t];
+      for (int t = 0; t < length; ++t) {
+        const std::ptrdiff_t state = static_cast<std::ptrdiff_t>(expert_) * 2 + present(c, t);
+        slot_[c * length + t] = c * shape_.modalities + call_.modality[t];
+        base_[c * length + t] = call_.base + (state * length + t) * shape_.stream();
+      }
     }
     std::memset(pooled_, 0, sizeof(double) * count * shape_.pooled());
     const int blocks = (rows + kBlockRows - 1) / kBlockRows;
@@ -80,6 +84,7 @@ class Unit {
     take(values_, packed);
     take(pooled_, static_cast<std::size_t>(shape_.stack()) * shape_.pooled());
     take(slot_, rows);
+    take(base_, rows);
   }
 
   bool present(int coalition, int token) const {
@@ -131,31 +136,21 @@ class Unit {
     }
   }
 
-  // What the attention's projection is added to, nullptr for nothing but the bias.
-  const float* base(int layer, int row) const {
-    const std::ptrdiff_t width = shape_.stream();
-    if (layer > 0) return shape_.residual ? stream_ + row * width : nullptr;
-    const int c = row / shape_.length, token = row % shape_.length;
-    const std::ptrdiff_t state = static_cast<std::ptrdiff_t>(expert_) * 2 + present(c, token);
-    return call_.base + (state * shape_.length + token) * width;
-  }
-
   void block(int layer, int start, int rows) {
     const LayerWeights& weights = weights_[layer];
     const int width = shape_.stream();
     float* stream = stream_ + static_cast<std::ptrdiff_t>(start) * width;
     attention(layer, start, rows);
     gemm(attended_, shape_.attended(), rows, weights.out, width, product_, [&](int row, int count, int column, float* x) {
-      const Row bias = load_row(weights.out_bias + column);
+      // Layer 1 is added to its input's states, whose rows hold the bias; the original generation's other layers, to nothing.
+      const Row bias = layer > 0 ? load_row(weights.out_bias + column) : Row{};
+      const bool add = layer == 0 || shape_.residual;
       for (int r = 0; r < count; ++r) {
-        const float* from = base(layer, start + row + r);
+        float* to = stream + (row + r) * width + column;
+        const Row old = add ? load_row(layer == 0 ? base_[start + row + r] + column : to) : Row{};
         Row sum = load_row(x + r * kCell);
-        for (int p = 0; p < kParts; ++p) sum.part[p] += layer > 0 ? bias.part[p] : Vec{};
-        if (from != nullptr) {
-          const Row old = load_row(from + column);
-          for (int p = 0; p < kParts; ++p) sum.part[p] += old.part[p];
-        }
-        store_row(stream + (row + r) * width + column, sum);
+        for (int p = 0; p < kParts; ++p) sum.part[p] += old.part[p] + bias.part[p];
+        store_row(to, sum);
       }
     });
     normalise(stream, width, shape_.hidden, rows, norm_);
@@ -228,6 +223,7 @@ class Unit {
   float *keys_, *values_;  // packed, per coalition and head
   double* pooled_;   // (coalitions, M, expanded + stream)
   std::int32_t* slot_;  // (rows,) which of the pooled rows a row belongs to
+  const float** base_;  // (rows,) what layer 1's projection is added to
 };
 
 }  // namespace flmoe::cpu::FLMOE_LEVEL

@@ -1,0 +1,115 @@
+"""What every engine is compared with: the reference's values, and the tolerance that an arithmetic earns.
+
+A tolerance is twice the error that the reference itself makes when it computes its products as the engine does, plus
+one rounding of the result: nothing is chosen by hand. "fp32" adds the terms of a product one after the other, as any
+blocked matrix product does; the plain reference multiplies single rows, for which BLAS keeps many partial sums, and is
+several times more exact than a matrix product can be.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from edge_shapes import Edge
+from torch.overrides import TorchFunctionMode
+
+from flmoe_fast.engines.problem import Logits
+
+CONTEXTS = [0, 5, 11]
+#: Relative error of one product of two operands split into two bfloat16 terms (8 bits each): what the second terms miss
+#: of either operand, and the product of second terms that is left out.
+SPLIT_ROUNDING = 3 * 2.0**-18
+
+
+def toggles(n: int) -> torch.Tensor:
+    """Nobody, first, last, both."""
+    toggled = torch.zeros(4, n, dtype=torch.bool)
+    toggled[1, 0] = toggled[2, -1] = toggled[3, 0] = toggled[3, -1] = True
+    return toggled
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def flat(logits: Logits) -> torch.Tensor:
+    """Logits and routing in one tensor (C, ...)."""
+    return torch.cat([logits.experts.flatten(1), logits.weights], dim=1)
+
+
+@functools.cache
+def truth(edge: Edge, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Logits]:
+    """Coalitions of an edge shape, and the reference's logits for them and for the corners of some contexts."""
+    reference = edge.game(backend="reference", dtype=dtype)
+    coalitions = edge.coalitions(reference.n)
+    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
+    return coalitions, reference.engine.evaluate(torch.cat([coalitions, corners]))
+
+
+class Products(TorchFunctionMode):
+    """Every matrix product goes through :meth:`product`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, *bias = (*args, *(kwargs or {}).values())
+            out = self.product(x, weight.t())
+            return out + bias[0] if bias and bias[0] is not None else out
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return self.product(*args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class InOrder(Products):
+    """Terms of a product are added one after the other in float32."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype != torch.float32:  # the head and the routing are float64 in every engine
+            return a @ b
+        total = a[..., :1] * b[..., :1, :]
+        for i in range(1, a.shape[-1]):
+            total.addcmul_(a[..., i : i + 1], b[..., i : i + 1, :])
+        return total
+
+
+def two_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 tensor as the sum of two bfloat16 numbers, as far as that goes."""
+    hi = x.bfloat16().float()
+    return hi, (x - hi).bfloat16().float()
+
+
+class SplitProducts(Products):
+    """Both operands are split into two bfloat16 terms; three products, float32 sums."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        (a_hi, a_lo), (b_hi, b_lo) = two_terms(a), two_terms(b)
+        return a_lo @ b_hi + a_hi @ b_lo + a_hi @ b_hi
+
+
+ARITHMETIC = {"fp32": (InOrder, torch.finfo(torch.float32).eps), "bf16x3": (SplitProducts, SPLIT_ROUNDING)}
+
+
+def allowed(edge: Edge, arithmetic: str, coalitions: torch.Tensor, exact: torch.Tensor, **model) -> float:
+    """Largest error of any logit or weight that an engine of that arithmetic may show on these coalitions.
+
+    ``exact`` (C, ...) is what the reference says in float64.
+    """
+    products, rounding = ARITHMETIC[arithmetic]
+    with products():
+        found = flat(edge.game(backend="reference", dtype=torch.float32, **model).engine.evaluate(coalitions))
+    return float(2 * ((found - exact).abs().max() + rounding * exact.abs().max()))
+
+
+@functools.cache
+def tolerance(edge: Edge, arithmetic: str) -> float:
+    """:func:`allowed` on all coalitions of :func:`truth`."""
+    coalitions, exact = truth(edge)
+    corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
+    return allowed(edge, arithmetic, torch.cat([coalitions, corners]), flat(exact))
