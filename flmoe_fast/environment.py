@@ -6,10 +6,12 @@ called.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -55,6 +57,21 @@ class Backends(tuple[Backend, ...]):
             for b in self
         ]
         return _table(rows)
+
+
+class MissingExtra(ImportError):
+    """A package that an optional part needs is not installed; the message says what to install."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or raise :class:`MissingExtra` with one line on what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        package = module.partition(".")[0]
+        if problem.name is not None and problem.name.partition(".")[0] != package:
+            raise  # installed, but broken in its own way
+        raise MissingExtra(f"{package} is not installed: pip install 'flmoe-fast[{extra}]'", name=package) from None
 
 
 def backends() -> Backends:

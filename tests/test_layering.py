@@ -19,7 +19,7 @@ LAYERS = (
     ("engines",),
     ("games",),
     ("probes",),
-    ("adapt",),
+    ("adapt", "adapters", "scale"),
     ("pipeline",),
     ("data",),
     ("runs",),

@@ -85,6 +85,7 @@ def explain(
     importance: str = "attnXgrad",
     contexts: int | None = None,
     budget: int | None = None,
+    method: str = "grid",
     seed: int = 0,
     gap: str = "max",
     adaptive: bool | None = None,
@@ -103,7 +104,7 @@ def explain(
         How many of each modality's most important players are probed.
     importance : "attnXgrad" or "attn"
         How candidates are chosen, see :func:`token_importance`.
-    contexts, budget, seed, gap, adaptive, progress
+    contexts, budget, method, seed, gap, adaptive, progress
         See :func:`interactions`.
     **game_options
         ``fill``, ``players``, ``padded_lengths``, ``target``, ``value``, ``heads``, ``backend``, ``dtype``, ``device``
@@ -136,6 +137,7 @@ def explain(
         pairs=torch.cat(blocks),
         contexts=contexts,
         budget=budget,
+        method=method,
         seed=seed,
         gap=gap,
         adaptive=adaptive,

@@ -24,11 +24,14 @@ class CornerGrid:
         Players toggled for corner g: nobody, each player of the pairs, each pair; G = 1 + Q + P.
     single : LongTensor (P, 2)
         Corner in which only the first (second) player of the pair is toggled.
+    players : LongTensor (Q,)
+        The players of the pairs, ascending; corner 1 + q toggles players[q].
     """
 
     pairs: torch.Tensor
     toggled: torch.Tensor
     single: torch.Tensor
+    players: torch.Tensor
 
     @staticmethod
     def of(pairs: torch.Tensor, n: int) -> CornerGrid:
@@ -38,7 +41,15 @@ class CornerGrid:
         alone[torch.arange(len(players)), players] = True
         nobody = torch.zeros(1, n, dtype=torch.bool)
         together = alone[position[:, 0]] | alone[position[:, 1]]
-        return CornerGrid(pairs, torch.cat([nobody, alone, together]), 1 + position)
+        return CornerGrid(pairs, torch.cat([nobody, alone, together]), 1 + position, players)
+
+    @staticmethod
+    def singles(players: torch.Tensor, n: int) -> CornerGrid:
+        """A grid without pairs: each context and its toggles of single ``players`` (Q,), ascending."""
+        toggled = torch.zeros(1 + len(players), n, dtype=torch.bool)
+        toggled[1 + torch.arange(len(players)), players] = True
+        none = torch.zeros(0, 2, dtype=torch.long)
+        return CornerGrid(none, toggled, none, players)
 
     @property
     def evaluations(self) -> int:
@@ -50,6 +61,11 @@ class CornerGrid:
 
         ``contexts`` (K, n) bool and ``values`` (K, G, O) in the order of ``toggled``.
         """
+        row = torch.arange(len(contexts))[:, None]
+        return tuple(values[row, where] for where in self.corner_numbers(contexts))
+
+    def corner_numbers(self, contexts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Numbers of the corners 11, 10, 01, 00 of every pair in every context (K, n), each (K, P)."""
         count = len(self.pairs)
         corner = torch.stack(
             [
@@ -61,10 +77,17 @@ class CornerGrid:
         )  # by (first toggled, second toggled) = 00, 01, 10, 11
         present = contexts[:, self.pairs]  # (K, P, 2)
         pair = torch.arange(count)
-        row = torch.arange(len(contexts))[:, None]
 
-        def value(first: bool, second: bool) -> torch.Tensor:
+        def number(first: bool, second: bool) -> torch.Tensor:
             code = 2 * (present[..., 0] != first).long() + (present[..., 1] != second).long()
-            return values[row, corner[code, pair]]
+            return corner[code, pair]
 
-        return value(True, True), value(True, False), value(False, True), value(False, False)
+        return number(True, True), number(True, False), number(False, True), number(False, False)
+
+    def gains(self, contexts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What each of ``players`` adds, v(S+i) - v(S) with S the context without i: (K, Q, O).
+
+        ``contexts`` and ``values`` as for :meth:`corners`.
+        """
+        change = values[:, :1] - values[:, 1 : 1 + len(self.players)]
+        return torch.where(contexts[:, self.players, None], change, -change)

@@ -44,8 +44,12 @@ def successive_variance(units: torch.Tensor) -> torch.Tensor:
     return units.diff(dim=0).square().mean(0) / 2
 
 
-def combine(draws: list[Draw], pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def combine(draws: list[Draw], pairs: int, borrowed: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimate, standard error, both (P, O), and degrees of freedom (P,) from one or several independent draws.
+
+    ``borrowed`` is how many degrees of freedom the mean variance of all pairs counts for in every pair's. A quantity
+    that is zero in most contexts and large in a few has a variance of its own that is too small wherever the few were
+    missed; the other pairs tell what was missed.
 
     Draws are weighted by their number of units. Where a quantity is not always defined, the estimate is the ratio of
     the sums and the standard error that of the ratio to first order; it is NaN where nothing was defined.
@@ -71,6 +75,9 @@ def combine(draws: list[Draw], pairs: int) -> tuple[torch.Tensor, torch.Tensor, 
         squares[draw.chosen] += (len(residual) - 1) * successive_variance(residual)
         freedom[draw.chosen] += len(residual) - 1
     unit_variance = squares / freedom[:, None]  # 0 / 0 = NaN where there was a single unit
+    if borrowed:
+        weight = borrowed / (freedom + borrowed)[:, None]
+        unit_variance = (1 - weight) * unit_variance + weight * unit_variance.nanmean(0)
     scale = torch.where(denominator > 0, units[:, None] / denominator, torch.nan)
     stderr = (unit_variance / units[:, None]).sqrt() * scale
     # m - 1 successive differences overlap; they are worth 2/3 of as many independent ones.

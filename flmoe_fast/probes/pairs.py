@@ -30,7 +30,7 @@ def resolve_pairs(
     elif rows is not None or cols is not None:
         if rows is None or cols is None:
             raise ArgumentError("rows" if rows is None else "cols", None, "players, since rows and cols go together")
-        rows, cols = _players("rows", rows, game.n), _players("cols", cols, game.n)
+        rows, cols = resolve_players("rows", rows, game.n), resolve_players("cols", cols, game.n)
         chosen = torch.cartesian_prod(rows, cols).reshape(-1, 2)
     else:
         chosen = _default_pairs(game)
@@ -76,7 +76,8 @@ def _in_range(name: str, players: torch.Tensor, n: int) -> None:
         raise ArgumentError(name, f"player {int(outside[0])}", f"players 0 to {n - 1}")
 
 
-def _players(name: str, values: object, n: int) -> torch.Tensor:
+def resolve_players(name: str, values: object, n: int) -> torch.Tensor:
+    """Distinct players (Q,) of 0..n-1, at least one, in the order given; ``name`` is the argument's."""
     players = _integers(name, values)
     if players.dim() != 1 or not len(players):
         raise ArgumentError(name, f"shape {tuple(players.shape)}", "a list of at least one player")

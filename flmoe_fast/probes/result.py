@@ -14,6 +14,7 @@ from scipy.stats import t as student
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.files import replacing
+from flmoe_fast.probes.indices import IndexEstimate
 
 if TYPE_CHECKING:
     import pandas
@@ -55,6 +56,8 @@ class InteractionResult:
     player_names : tuple of str
     about : dict
         Further facts, such as the target and the kind of value. JSON types only.
+    also : dict of (name, order) to IndexEstimate
+        Other indices from the same evaluations, see :mod:`flmoe_fast.probes.indices`.
     """
 
     pairs: np.ndarray
@@ -73,6 +76,7 @@ class InteractionResult:
     heads: tuple[str, ...] | None
     player_names: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    also: dict[tuple[str, int], IndexEstimate] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         heads = "" if self.heads is None else f", {len(self.heads)} heads"
@@ -104,9 +108,7 @@ class InteractionResult:
         if not 0.0 < level < 1.0:
             raise ArgumentError("level", repr(level), "a number between 0 and 1")
         centre, stderr = self.column(of, head), self.column(of + "_stderr", head)
-        with np.errstate(invalid="ignore"):
-            quantile = np.where(self.degrees > 0, student.ppf(0.5 + level / 2, np.maximum(self.degrees, 1e-9)), np.nan)
-            half = np.where(stderr == 0, 0.0, quantile * stderr)
+        half = half_width(stderr, self.degrees, level)
         return centre - half, centre + half
 
     def order(self, by: str = "sii", head: str | int | None = None) -> np.ndarray:
@@ -146,6 +148,18 @@ class InteractionResult:
         columns["contexts"] = self.contexts
         return pandas.DataFrame(columns)
 
+    def index(self, name: str, order: int = 2, head: str | int | None = None) -> pandas.DataFrame:
+        """One of the indices asked for with ``also=``: members, value, standard error and 95 % interval, a row each."""
+        import pandas
+
+        one_of("index", (name, order), tuple(self.also))
+        found = self.also[name, order]
+        columns = dict(zip("ij", found.members.T))
+        value, stderr = (a.reshape(len(found.members), -1)[:, self.head(head)] for a in (found.values, found.stderr))
+        half = half_width(stderr, found.degrees, 0.95)
+        columns |= {"value": value, "stderr": stderr, "low": value - half, "high": value + half}
+        return pandas.DataFrame(columns)
+
     def plot(self, head: str | int | None = None, of: str = "sii", ax=None):
         """Heat map of the pairs (first player down, second across); a dot marks intervals that exclude zero.
 
@@ -155,15 +169,49 @@ class InteractionResult:
 
         return heatmap(self, head=head, of=of, ax=ax)
 
+    def to_shapiq(self, index: str = "SII", head: str | int | None = None):
+        """As ``shapiq.InteractionValues``, see :func:`flmoe_fast.probes.export.to_shapiq`."""
+        from flmoe_fast.probes.export import to_shapiq
+
+        return to_shapiq(self, index, head)
+
+    def to_shap(self, index: str = "SII", head: str | int | None = None):
+        """As a ``shap.Explanation``, see :func:`flmoe_fast.probes.export.to_shap`."""
+        from flmoe_fast.probes.export import to_shap
+
+        return to_shap(self, index, head)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the result to an ``.npz`` file that holds plain arrays and JSON, replacing it in one step."""
         path = Path(path)
         if path.suffix != ".npz":
             raise ArgumentError("path", str(path), "a name ending in .npz")
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        arrays, rest = self.parts()
         with replacing(path) as file:
             np.savez(file, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
+
+    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by name and everything else as JSON types; :meth:`from_parts` is the inverse."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays and f.name != "also"}
+        for (name, order), estimate in self.also.items():
+            for part in fields(estimate):
+                arrays[f"also/{name}/{order}/{part.name}"] = getattr(estimate, part.name)
+        return arrays, rest
+
+    @classmethod
+    def from_parts(cls, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> InteractionResult:
+        """The result that :meth:`parts` took apart."""
+        also: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        for key in [key for key in arrays if key.startswith("also/")]:
+            _, name, order, part = key.split("/")
+            also.setdefault((name, int(order)), {})[part] = arrays[key]
+        heads = None if rest["heads"] is None else tuple(rest["heads"])
+        return cls(
+            **{name: array for name, array in arrays.items() if not name.startswith("also/")},
+            **{**rest, "heads": heads, "player_names": tuple(rest["player_names"])},
+            also={key: IndexEstimate(**estimate) for key, estimate in also.items()},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> InteractionResult:
@@ -175,11 +223,17 @@ class InteractionResult:
             rest = json.loads(str(arrays.pop("_json")))
             if rest.pop("format") != FORMAT:
                 raise ArgumentError("path", f"{path}, of another format", f"{expected}, format {FORMAT}")
-            rest["heads"] = None if rest["heads"] is None else tuple(rest["heads"])
-            return cls(**arrays, **{**rest, "player_names": tuple(rest["player_names"])})
+            return cls.from_parts(arrays, rest)
         except FileNotFoundError:
             raise
         except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as problem:
             if isinstance(problem, ArgumentError):
                 raise
             raise ArgumentError("path", f"{path} ({problem})", expected) from problem
+
+
+def half_width(stderr: np.ndarray, degrees: np.ndarray, level: float) -> np.ndarray:
+    """Half the width of Student's intervals: NaN without degrees of freedom, 0 where nothing is uncertain."""
+    with np.errstate(invalid="ignore"):
+        quantile = np.where(degrees > 0, student.ppf(0.5 + level / 2, np.maximum(degrees, 1e-9)), np.nan)
+        return np.where(stderr == 0, 0.0, quantile * stderr)

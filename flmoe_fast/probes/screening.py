@@ -1,0 +1,183 @@
+"""Which of all pairs interact: a surrogate's closed forms for every pair, checked on fresh contexts, or a refusal.
+
+All n (n - 1) / 2 interactions are read off one surrogate of the values themselves. What share of their variance across
+pairs is real is estimated from their standard errors: with m the mean square of the estimates and e that of their
+standard errors, ``reliability = 1 - e / m``. A quarter of the budget is kept back and spent on the pairs that rank
+first, on a corner grid with contexts of their own, so that the numbers reported for them are not those they were chosen
+by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.probes.by_surrogate import LEAST_POINTS
+from flmoe_fast.probes.grid import CornerGrid
+from flmoe_fast.probes.indices import rule
+from flmoe_fast.probes.interactions import interactions
+from flmoe_fast.probes.points import Points
+from flmoe_fast.probes.result import InteractionResult
+from flmoe_fast.probes.surrogate import MOST_POINTS, Surrogate, functionals
+
+#: Share of the budget for the check.
+CHECKED = 0.25
+#: Contexts of the check below which its standard errors say little.
+LEAST_CONTEXTS = 6
+PAIR_BLOCK = 1 << 12
+#: The check's contexts are those of another seed.
+CHECK_SEED = 0x9E3779B97F4A7C15
+
+
+class UnresolvedError(ArgumentError):
+    """A budget that does not tell interacting pairs from others."""
+
+
+@dataclass(frozen=True)
+class Screening:
+    """All pairs, ranked, and the first of them measured anew.
+
+    Attributes
+    ----------
+    pairs : int64 (P, 2)
+        All pairs of the game's players.
+    sii, stderr : float64 (P,)
+        Of the surrogate, for one head.
+    reliability : float
+        Estimated share of the variance of ``sii`` across pairs that is real; 1 is perfect, 0 or less is noise.
+    explained : float
+        Share of the values' variance that the surrogate predicts when left out.
+    checked : InteractionResult
+        The pairs that rank first by size, on a corner grid, with intervals free of the luck of being chosen.
+    agreement : float
+        Correlation of the surrogate's numbers for them with the fresh ones; NaN for fewer than three.
+    evaluations : int
+    """
+
+    pairs: np.ndarray
+    sii: np.ndarray
+    stderr: np.ndarray
+    reliability: float
+    explained: float
+    checked: InteractionResult
+    agreement: float
+    evaluations: int
+
+    def order(self) -> np.ndarray:
+        """Pair numbers by the size of their interaction, largest first."""
+        return np.argsort(-np.abs(self.sii), kind="stable")
+
+
+def screen(
+    game: Game | Callable,
+    *,
+    budget: int,
+    n: int | None = None,
+    top: int = 16,
+    head: str | int | None = None,
+    least: float = 0.5,
+    seed: int = 0,
+    gap: str = "max",
+    progress: bool = True,
+) -> Screening:
+    """Screen all pairs of players with at most ``budget`` evaluations.
+
+    Parameters
+    ----------
+    game : Game or callable
+    budget : int
+        A quarter of it is kept for the check; a surrogate takes at most 8,192.
+    n : int, optional
+        Number of players, for a callable that has no ``n``.
+    top : int
+        Pairs to check.
+    head : str or int, optional
+        Which output; the first by default.
+    least : float
+        Reliability below which the result is refused; 0 takes whatever there is.
+    seed : int
+    gap : "max", "sum", "strict" or "ratio"
+        For the pairs that are checked.
+    progress : bool
+
+    Raises
+    ------
+    UnresolvedError
+        The estimated reliability is below ``least``. Nothing is lost on a game that remembers its values.
+    ArgumentError
+        A budget too small to fit anything or to check the pairs in six contexts.
+    """
+    game = as_game(game, n)
+    if not 0 <= least < 1:
+        raise ArgumentError("least", repr(least), "a number of at least 0 and below 1")
+    pairs = torch.combinations(torch.arange(game.n), 2)
+    top = integer("top", top, least=1, most=len(pairs))
+    seed = integer("seed", seed, least=0, most=2**64 - 1)
+    # The check costs at most 1 + 2 top + top evaluations a context.
+    costs = 1 + min(2 * top, game.n) + top
+    needed = max(int(LEAST_CONTEXTS * costs / CHECKED), 2 * LEAST_POINTS)
+    budget = integer("budget", budget, least=needed)
+    with tqdm(total=budget, unit="eval", desc="screening", disable=not progress, leave=False) as bar:
+        points = Points(game, seed, bar)
+        points.evaluate(min(int(budget * (1 - CHECKED)), MOST_POINTS))
+    column = points.values[:, _column(game, head)]
+    surrogate = Surrogate(points.coalitions, column, "identity")
+    sii, variance = _every_pair(surrogate, pairs, game.n)
+    size = float(sii.square().mean())
+    reliability = 1.0 - float(variance.mean()) / size if size > 0 else 0.0
+    if least > 0 and reliability < least:
+        raise UnresolvedError(
+            "budget",
+            f"{budget} for {len(pairs)} pairs (reliability {max(reliability, 0.0):.2f}; the surrogate explains "
+            f"{surrogate.explained:.0%} of the values' variance)",
+            f"more evaluations, fewer players, or chosen pairs with interactions(...): reliability {least:.2f} or more",
+        )
+    first = sii.abs().argsort(descending=True)[:top]
+    chosen = pairs[first]
+    left = budget - points.spent
+    checked = interactions(
+        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, adaptive=False, progress=progress,
+        contexts=2 * (left // CornerGrid.of(chosen, game.n).evaluations // 2),
+    )  # fmt: skip
+    fresh = checked.column("sii", head)
+    agree = float(np.corrcoef(sii[first].numpy(), fresh)[0, 1]) if top >= 3 and fresh.std() > 0 else float("nan")
+    return Screening(
+        pairs=pairs.numpy(),
+        sii=sii.numpy(),
+        stderr=variance.sqrt().numpy(),
+        reliability=reliability,
+        explained=surrogate.explained,
+        checked=checked,
+        agreement=agree,
+        evaluations=points.spent + checked.evaluations,
+    )
+
+
+def _every_pair(surrogate: Surrogate, pairs: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """SII and its variance (P,) of all pairs."""
+    nodes = rule("SII", 2, n)
+    sii, variance = [], []
+    for block in pairs.split(PAIR_BLOCK):
+        column = functionals(surrogate.process, block, nodes)
+        sii.append(column @ surrogate.process.weights)
+        jackknife, _ = surrogate.jackknife(column)
+        variance.append(surrogate.efficiency(block, column, nodes) * jackknife)
+    return torch.cat(sii), torch.cat(variance)
+
+
+def _column(game: Game, head: str | int | None) -> int:
+    if game.heads is None:
+        if head not in (None, 0):
+            raise ArgumentError("head", repr(head), "None, since this game has a single value")
+        return 0
+    if isinstance(head, str):
+        if head not in game.heads:
+            raise ArgumentError("head", repr(head), f"one of {game.heads}")
+        return game.heads.index(head)
+    return integer("head", 0 if head is None else head, least=0, most=len(game.heads) - 1)

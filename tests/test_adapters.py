@@ -1,0 +1,323 @@
+"""Adapters against the real libraries: our games in their estimators, our estimators in their explainers."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import captum.attr
+import numpy as np
+import pytest
+import shap
+import shapiq
+import torch
+from edge_shapes import EDGES
+
+from flmoe_fast import ArgumentError, exact_interactions, interactions
+from flmoe_fast.adapters.captum import ShapleyInteractions
+from flmoe_fast.adapters.shap import shap_pair
+from flmoe_fast.adapters.shapiq import ShapiqApproximator, ShapiqGame, from_shapiq
+from flmoe_fast.probes.indices import ORDERS
+from flmoe_fast.probes.values import player_values
+
+N = 6
+BITS = torch.arange(N)
+
+
+@pytest.fixture
+def values() -> torch.Tensor:
+    return torch.randn(2**N, dtype=torch.float64)
+
+
+@pytest.fixture
+def game(values):
+    return lambda z: values[(z.long() << BITS).sum(1)]
+
+
+def as_numpy(game):
+    """The game as shapiq calls one: from an array (n,) or (m, n) to an array (m,)."""
+    return lambda coalitions: game(torch.as_tensor(np.atleast_2d(coalitions))).numpy()
+
+
+@pytest.fixture(scope="module")
+def edge_game():
+    return next(e for e in EDGES if e.name == "three modalities").game(dtype=torch.float64)
+
+
+# ---- shapiq
+
+
+def test_shapiq_game_contract(edge_game):
+    """Repeats, order, batches, element type and a new instance change nothing."""
+    ours = ShapiqGame(edge_game, normalize=False)
+    rng = np.random.default_rng(0)
+    rows = rng.random((20, ours.n_players)) < 0.5
+    first = ours(rows)
+    assert first.shape == (20,) and first.dtype == np.float64
+    one_by_one = np.concatenate([ours(row) for row in rows])
+    others = (ours(rows), ours(rows[::-1])[::-1], ours(rows.astype(int)), ours(rows.astype(float)), one_by_one)
+    for other in (*others, ShapiqGame(edge_game, normalize=False)(rows)):
+        assert np.allclose(first, other, rtol=1e-12, atol=1e-14)
+    assert not np.allclose(first, ours(~rows), rtol=1e-3)
+    second = ShapiqGame(edge_game, head=1, normalize=False)
+    assert not np.allclose(first, second(rows), rtol=1e-3)
+    assert np.allclose(second(rows), edge_game(torch.from_numpy(rows))[:, 1], rtol=1e-12)
+    assert ShapiqGame(edge_game)(np.zeros(ours.n_players, dtype=bool))[0] == 0
+    with pytest.raises(ArgumentError, match="head: got 'nobody'"):
+        ShapiqGame(edge_game, head="nobody")
+
+
+def test_exact_computer_of_shapiq_agrees(game):
+    theirs = shapiq.ExactComputer(ShapiqGame(game, n=N, normalize=False), n_players=N)("SII", 2)
+    ours = exact_interactions(game, n=N, progress=False)
+    for pair, value in zip(ours.pairs.tolist(), ours.sii):
+        assert theirs[tuple(pair)] == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["KernelSHAPIQ", "SVARMIQ", "SHAPIQ", "PermutationSamplingSII"])
+def test_estimators_of_shapiq_run_on_our_game(game, name):
+    ours = ShapiqGame(game, n=N)
+    options = {"index": "SII", "max_order": 2, "n": N, "random_state": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = getattr(shapiq, name)(**options).approximate(300, ours)
+        plain = getattr(shapiq, name)(**options).approximate(300, as_numpy(game))
+    for pair in itertools.combinations(range(N), 2):
+        assert np.isfinite(found[pair])
+        if name != "SHAPIQ":  # that one depends on the value of the empty coalition
+            assert found[pair] == pytest.approx(plain[pair], abs=1e-9)
+
+
+@pytest.mark.parametrize("index", ["SII", "k-SII", "STII", "FSII", "BII", "SV", "BV"])
+def test_our_approximator(game, index):
+    """Right to within its standard errors, never over budget, in shapiq's own container."""
+    asked = []
+
+    def counting(coalitions):
+        asked.append(len(np.atleast_2d(coalitions)))
+        return game(torch.as_tensor(np.atleast_2d(coalitions))).numpy()
+
+    order = 1 if index in ("SV", "BV") else 2
+    approximator = ShapiqApproximator(N, order, index, random_state=3)
+    found = approximator.approximate(40_000, counting)
+    assert isinstance(found, shapiq.InteractionValues) and found.index == index
+    assert sum(asked) == found.estimation_budget <= 40_000
+    truth = shapiq.ExactComputer(as_numpy(game), N)(index, order)
+    error, size = [], []
+    for k in range(1, order + 1):
+        for members in itertools.combinations(range(N), k):
+            error.append(found[members] - truth[members])
+            size.append(truth[members])
+    assert np.sum(np.square(error)) < 0.1 * np.sum(np.square(size))
+    # Another index is not mistaken for this one.
+    other = {"SII": "BII", "k-SII": "FSII", "STII": "SII", "FSII": "BII", "BII": "STII", "SV": "BV", "BV": "SV"}[index]
+    wrong = shapiq.ExactComputer(as_numpy(game), N)(other, order)
+    worse = [found[m] - wrong[m] for k in range(1, order + 1) for m in itertools.combinations(range(N), k)]
+    assert np.sum(np.square(worse)) > 2 * np.sum(np.square(error))
+
+
+def test_our_approximator_in_explainers_of_shapiq():
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(60, 5))
+
+    def model(x):
+        return x[:, 0] * x[:, 1] + x[:, 2]
+
+    point = np.array([2.0, 1.5, 1.0, 0.0, 0.0])
+    ours, theirs = (
+        shapiq.TabularExplainer(
+            model, data, imputer="baseline", index="k-SII", max_order=2, approximator=approximator, random_state=0
+        ).explain(point, budget=budget, random_state=0)
+        for approximator, budget in ((ShapiqApproximator(5, 2, "k-SII", random_state=0), 400), ("regression", 32))
+    )
+    for members in [(0,), (2,), (0, 1), (0, 2), (3, 4)]:  # theirs enumerates; a game of order two is exact in ours
+        assert ours[members] == pytest.approx(theirs[members], abs=1e-6)
+    game = ShapiqGame(lambda z: (z[:, 0] & z[:, 1]).double() + z[:, 2], n=4)
+    explainer = shapiq.AgnosticExplainer(game, index="SII", max_order=2, approximator=ShapiqApproximator(4))
+    found = explainer.explain(budget=200, random_state=5)
+    assert found[(0, 1)] == pytest.approx(1.0) and found[(2,)] == pytest.approx(1.0) and found[(2, 3)] == 0
+
+
+def test_approximator_refuses_and_advances(game):
+    call = as_numpy(game)
+    approximator = ShapiqApproximator(N, random_state=1)
+    first, second = (approximator.approximate(200, call)[(0, 1)] for _ in range(2))
+    approximator.set_random_state(1)
+    assert first != second and approximator.approximate(200, call)[(0, 1)] == first
+    with pytest.raises(ArgumentError, match="budget: got 19, expected at least 22"):
+        approximator.approximate(20, call)
+    with pytest.raises(ArgumentError, match="index: got 'SV'"):
+        ShapiqApproximator(N, 2, "SV")
+    with pytest.raises(ArgumentError, match="pairs: got some pairs"):
+        ShapiqApproximator(N, 2, "k-SII", pairs=[(0, 1)])
+
+
+def test_to_shapiq(game):
+    result = interactions(game, n=N, pairs=[(3, 1), (0, 2)], contexts=8, also=("SV", "STII"), progress=False)
+    found = result.to_shapiq()
+    assert found[(1, 3)] == result.sii[0] and found[(0, 2)] == result.sii[1] and found.min_order == 1
+    assert found[(1,)] == result.index("SV", 1)["value"][1]
+    assert result.to_shapiq("STII")[(1, 3)] == result.index("STII")["value"][0]
+    with pytest.raises(ArgumentError, match="index: got 'FSII'"):
+        result.to_shapiq("FSII")
+
+
+def test_from_shapiq_is_the_same_game(game):
+    there_and_back = from_shapiq(ShapiqGame(game, n=N, normalize=False))
+    z = torch.rand(9, N) < 0.5
+    assert torch.equal(there_and_back(z), game(z))
+    with pytest.raises(ArgumentError, match="n: got None"):
+        from_shapiq(lambda z: z)
+
+
+# ---- indices
+
+
+def test_indices_against_the_exact_computer(values, game):
+    """All coalitions as contexts, weighted by the law: every index is exact, and they differ from one another."""
+    computer = shapiq.ExactComputer(as_numpy(game), N)
+    result = interactions(game, n=N, contexts=3000, also=tuple(ORDERS), progress=False)
+    for (name, _), estimate in result.also.items():
+        truth = computer(name, 1 if name in ("SV", "BV") else 2)
+        true = np.array([truth[tuple(members)] for members in estimate.members.tolist()])
+        assert np.abs((estimate.values - true) / estimate.stderr).max() < 4.5
+        assert np.abs((estimate.values + 0.3 - true) / estimate.stderr).max() > 4.5
+    player = player_values(game, n=N, contexts=3000, progress=False)
+    truth = computer("SV", 1)
+    assert np.abs((player.values - [truth[(i,)] for i in range(N)]) / player.stderr).max() < 4.5
+    low, high = player.interval()
+    assert (low < player.values).all() and (player.values < high).all()
+
+
+# ---- captum
+
+
+@pytest.fixture
+def network():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("perturbations", [1, 32, 256])
+def test_attribute_equals_captum(network, perturbations):
+    """The same permutations, hence the same numbers, in fewer and fuller forward passes."""
+    inputs, baselines = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(1, 3, 4, dtype=torch.float64)
+    mask = torch.tensor([[[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]]])
+    calls, rows = [0, 0], [0, 0]
+
+    def counted(which):
+        def forward(x):
+            calls[which] += 1
+            rows[which] += len(x)
+            return network(x)
+
+        return forward
+
+    options = {"baselines": baselines, "target": torch.tensor([0, 2]), "feature_mask": mask, "n_samples": 40}
+    options["perturbations_per_eval"] = perturbations
+    torch.manual_seed(5)
+    theirs = captum.attr.ShapleyValueSampling(counted(0)).attribute(inputs, **options)
+    torch.manual_seed(5)
+    ours = ShapleyInteractions(counted(1)).attribute(inputs, **options)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-6)  # captum adds up in float32
+    assert rows[1] < 0.6 * rows[0] and calls[1] <= calls[0]
+    torch.manual_seed(6)
+    assert not torch.allclose(ShapleyInteractions(network).attribute(inputs, **options), theirs, rtol=0, atol=1e-4)
+
+
+def test_attribute_of_tuples_outputs_and_arguments():
+    """Two inputs that share a feature, an argument passed along, several outputs, a default mask."""
+
+    def forward(a, b, scale, power):
+        return torch.stack([(a * b[:, :2]).sum(1) * scale, (a.sum(1) + b.prod(1)) ** power], 1)
+
+    a, b, scale = torch.randn(3, 2), torch.randn(3, 3), torch.rand(3)
+    masks = (torch.tensor([[0, 1]]), torch.tensor([[1, 2, 3]]))
+    for options in ({"target": 1, "feature_mask": masks}, {"target": 0}, {"target": [0, 1, 1]}, {}):
+        options = {"additional_forward_args": (scale, 2), "n_samples": 10, **options}
+        torch.manual_seed(1)
+        theirs = captum.attr.ShapleyValueSampling(forward).attribute((a, b), **options)
+        torch.manual_seed(1)
+        ours = ShapleyInteractions(forward).attribute((a, b), **options, perturbations_per_eval=7)
+        for one, other in zip(ours, theirs):
+            assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_one_number_a_batch_is_left_to_captum():
+    inputs = torch.randn(2, 3)
+    torch.manual_seed(1)
+    theirs = captum.attr.ShapleyValueSampling(lambda x: x.prod(1).sum()).attribute(inputs)
+    torch.manual_seed(1)
+    ours = ShapleyInteractions(lambda x: x.prod(1).sum()).attribute(inputs)
+    assert torch.allclose(ours, theirs)
+
+
+def test_pairs_of_features(network):
+    inputs = torch.randn(2, 3, 4, dtype=torch.float64)
+    mask = torch.tensor([[[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]]])
+    found = ShapleyInteractions(network).interactions(
+        inputs, target=torch.tensor([0, 2]), feature_mask=mask, contexts=400, perturbations_per_eval=64
+    )
+    for b, target in enumerate((0, 2)):
+
+        def value(z, b=b, target=target):
+            return network(torch.where(z[:, mask[0]], inputs[b], 0.0))[:, target]
+
+        truth = exact_interactions(value, n=6, progress=False)
+        assert np.abs((found[b].sii - truth.sii) / found[b].sii_stderr).max() < 4.5
+    assert not np.allclose(found[0].sii, found[1].sii, atol=1e-3)
+
+
+# ---- shap
+
+
+def test_shap_explainers_on_our_game(values, game, edge_game):
+    model, masker = shap_pair(game, N)
+    found = shap.explainers.Exact(model, masker)(masker.everyone)
+    truth = shapiq.ExactComputer(as_numpy(game), N)("SV", 1)
+    assert np.allclose(found.values[0], [truth[(i,)] for i in range(N)], rtol=0, atol=1e-9)
+    assert float(np.ravel(found.base_values)[0]) == pytest.approx(float(values[0]))
+    pairs = shap.explainers.Exact(model, masker)(masker.everyone, interactions=2).values[0]
+    theirs = shapiq.ExactComputer(as_numpy(game), N)("STII", 2)
+    assert 2 * pairs[0, 1] == pytest.approx(theirs[(0, 1)], abs=1e-9)  # they report half the Shapley-Taylor index
+    permutation = shap.explainers.Permutation(model, masker, seed=0)(masker.everyone, max_evals=400)
+    assert np.abs(permutation.values[0] - found.values[0]).max() < 0.5
+
+    model, masker = shap_pair(edge_game, clustered=True)
+    partition = shap.explainers.Partition(model, masker)(masker.everyone, max_evals=100)
+    ones, zeros = torch.ones(1, edge_game.n).bool(), torch.zeros(1, edge_game.n).bool()
+    total = edge_game(ones) - edge_game(zeros)
+    assert partition.values.shape == (1, edge_game.n, len(edge_game.heads))
+    assert np.allclose(partition.values.sum(1), total, rtol=0, atol=1e-9)
+
+
+def test_to_shap(game):
+    result = interactions(game, n=N, contexts=16, also=("SV",), progress=False)
+    found = result.to_shap()
+    assert found.values.shape == (N, N) and np.allclose(found.values, found.values.T)
+    assert np.allclose(found.values.sum(1), result.also["SV", 1].values)
+    pair = result.pairs[3]
+    assert 2 * found.values[tuple(pair)] == pytest.approx(result.sii[3])
+    some = interactions(game, n=N, pairs=[(0, 1)], contexts=16, progress=False).to_shap()
+    assert np.isnan(some.values).sum() == N * N - 2
+
+
+# ---- extras that are not installed
+
+
+@pytest.mark.parametrize("extra", ["shapiq", "captum", "shap", "pyarrow"])
+def test_a_missing_extra_says_what_to_install(extra):
+    module = {"pyarrow": "scale.dataset"}.get(extra, f"adapters.{extra}")
+    start = f"import sys; sys.modules[{extra!r}] = None\nimport flmoe_fast\n"
+    body = f"import flmoe_fast.{module} as m\n" + ("m.require('pyarrow', 'parquet')\n" if extra == "pyarrow" else "")
+    found = subprocess.run([sys.executable, "-c", start + body], capture_output=True, text=True, timeout=120)
+    name = {"pyarrow": "parquet"}.get(extra, extra)
+    assert found.stderr.strip().splitlines()[-1] == (
+        f"flmoe_fast.environment.MissingExtra: {extra} is not installed: pip install 'flmoe-fast[{name}]'"
+    )
+    # Everything else works without it.
+    rest = "flmoe_fast.interactions(lambda z: z.double().sum(1), n=3, contexts=4, progress=False)"
+    assert subprocess.run([sys.executable, "-c", start + rest], timeout=120).returncode == 0
