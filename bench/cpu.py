@@ -23,7 +23,7 @@ from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
 from flmoe_fast.data.digits import two_view_digits
-from flmoe_fast.engines.cpu_engine import CpuEngine, levels
+from flmoe_fast.engines.cpu_engine import CpuEngine, levels, model_reason
 from flmoe_fast.engines.problem import Logits
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.encoders import ProjectionEncoder
@@ -35,9 +35,13 @@ GEMM = 1536
 
 
 def counted_flops(shape: Shape) -> float:
-    """What one coalition needs that differs from every other coalition's, all experts: 22 L H^2 + 4 L^2 H each."""
+    """What one coalition needs that differs from every other coalition's, all experts: 22 L H^2 + 4 L^2 H each.
+
+    A sparse first layer multiplies its share of 8 L H^2 by the networks that a token uses.
+    """
     length, hidden = sum(shape.tokens), shape.hidden
-    return (len(shape.tokens) + 2) * (22.0 * length * hidden**2 + 4.0 * length**2 * hidden)
+    slots = {None: 1, "switch": 1}.get(shape.gate, 2)
+    return (len(shape.tokens) + 2) * ((14.0 + 8.0 * slots) * length * hidden**2 + 4.0 * length**2 * hidden)
 
 
 def gemm(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -84,7 +88,7 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, tuple[int, float, Call
         program = torch.compile(BatchedSDPA(game), mode=mode, dynamic=False)
         runs[f"batched SDPA fp32, torch.compile {mode}"] = (len(many), 4.0, lambda p=program: p(many))
     engines = {"torch engine fp32": TorchEngine(game.problem)}
-    for level in usable_levels():
+    for level in usable_levels() if not model_reason(game.problem.model.config) else ():
         engines[f"native {level} {levels()[level][0]}"] = CpuEngine(game.problem, level=level)
     for name, engine in engines.items():
         count = len(contexts) * corners.evaluations

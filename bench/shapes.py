@@ -22,6 +22,8 @@ class Shape:
     layers: int
     classes: int
     task: str
+    gate: str | None = None
+    ffn_experts: int | None = None
 
     def model(self, seed: int = 0) -> FLI2MoE:
         """A float32 model with random weights, in eval mode."""
@@ -34,6 +36,8 @@ class Shape:
             classes=self.classes,
             task=self.task,
             temperature=2.0,
+            gate=self.gate,
+            ffn_experts=self.ffn_experts,
         )
         model = FLI2MoE(config).eval()
         # Experts start as copies of each other; different weights keep any sharing between them honest.
@@ -66,6 +70,7 @@ SHAPES = {
     for shape in (
         Shape("mmimdb", ("language", "img"), (320, 196), 256, 4, 2, 23, "multilabel"),
         Shape("enrico", ("screenshot", "wireframe"), (196, 196), 256, 4, 2, 20, "multiclass"),
+        Shape("enrico-gshard", ("screenshot", "wireframe"), (196, 196), 256, 4, 2, 20, "multiclass", "gshard", 4),
         Shape("mimic", ("lab", "note", "code"), (64, 256, 128), 128, 4, 2, 2, "multiclass"),
         Shape("digits", ("left", "right"), (8, 8), 64, 4, 2, 10, "multiclass"),
     )

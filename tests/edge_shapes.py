@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,10 @@ class Edge:
     generation: str = "fl"
     task: str = "multiclass"
     reweight_layers: int = 2
+    fusion: str = "transformer"
+    gate: str | None = None
+    ffn_experts: int | None = None
+    capacity: str = "none"
 
     def model(self, scale: float = 0.3) -> FLI2MoE:
         """A float64 model whose experts all differ; ``scale`` moves its weights away from their initialisation."""
@@ -38,6 +42,10 @@ class Edge:
             reweight_hidden=12,
             reweight_layers=self.reweight_layers,
             temperature=0.7,
+            fusion=self.fusion,
+            gate=self.gate,
+            ffn_experts=self.ffn_experts,
+            capacity=self.capacity,
         )
         with torch.random.fork_rng():
             torch.manual_seed(7)
@@ -90,4 +98,29 @@ EDGES = [
     Edge("original", (4, 4), None, generation="original"),
     Edge("original, four modalities", (3, 3, 3, 3), None, generation="original"),
     Edge("original, one head, one layer", (4, 4, 4), None, generation="original", heads=1, layers=1),
+]
+
+
+def sparse(edge: Edge, gate: str, networks: int, capacity: str) -> Edge:
+    """The same shape with sparse feed-forward blocks."""
+    name = f"{edge.name}, {gate} of {networks}, capacity {capacity}"
+    return replace(edge, name=name, gate=gate, ffn_experts=networks, capacity=capacity)
+
+
+#: Every shape with a capacity that binds (each of many networks has room for very few tokens), and with one more gate.
+SPARSE_EDGES = [sparse(edge, "switch", 12, "reference") for edge in EDGES]
+SPARSE_EDGES += [sparse(edge, "gshard", 10, "reference") for edge in EDGES[::2]]
+SPARSE_EDGES += [sparse(edge, "naive", 4, "none") for edge in EDGES[1::4]]
+SPARSE_EDGES += [sparse(edge, "noisy", 3, "none") for edge in EDGES[3::4]]
+SPARSE_EDGES += [
+    replace(EDGES[2], name="gshard, no capacity", gate="gshard", ffn_experts=16),
+    replace(EDGES[2], name="switch, no capacity", gate="switch", ffn_experts=16),
+    replace(EDGES[2], name="gshard, capacity of none", gate="gshard", ffn_experts=60, capacity="reference"),
+    replace(EDGES[2], name="gshard of 4, capacity", gate="gshard", ffn_experts=4, capacity="reference"),
+]
+BACKEND_EDGES = [
+    Edge("MoE++", (4, 4), None, generation="original", fusion="moepp", ffn_experts=6, layers=2),
+    Edge("MoE++, three modalities", (3, 3, 3), None, generation="original", fusion="moepp", ffn_experts=5, layers=1),
+    Edge("InterpretCC", (1, 1), None, generation="original", fusion="interpretcc"),
+    Edge("InterpretCC, four modalities", (1, 1, 1, 1), None, generation="original", fusion="interpretcc"),
 ]

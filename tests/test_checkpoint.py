@@ -232,9 +232,9 @@ EXPERT = "interaction_experts.1.fusion_model."
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (_sparse, "sparse mixture-of-experts"),
-        (lambda s: s.update({EXPERT + "modality_gates.0.0.weight": torch.zeros(1)}), "InterpretCC"),
-        (lambda s: s.update({EXPERT + "layers.0.mlp.moe.gate.gate_map.weight": torch.zeros(1)}), r"MoE\+\+"),
+        (_sparse, "1 unexpected keys"),
+        (lambda s: s.update({EXPERT + "modality_gates.0.0.weight": torch.zeros(1)}), "1 unexpected keys"),
+        (lambda s: s.update({EXPERT + "layers.0.mlp.moe.gate.gate_map.weight": torch.zeros(1)}), "1 unexpected keys"),
         (_rename("interaction_experts.", "experts."), "ablation without interaction losses"),
         (lambda s: s.update({"reweight.weights": torch.zeros(4)}), "learned global average"),
         (lambda s: s.update({"interaction_expert.fusion_model.x": torch.zeros(4)}), "single expert"),
@@ -271,7 +271,7 @@ def test_wrong_contents(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     (
-        (lambda c: {"fusion_model": c["ensemble_model"], "encoder_dict": {}}, "single sparse fusion transformer"),
+        (lambda c: {"fusion_model": c["ensemble_model"], "encoder_dict": {}}, "fusion_model: found keys reweight"),
         (lambda c: c["ensemble_model"], "a bare state dict"),
         (lambda c: {"model": {}}, "keys model"),
         (lambda c: torch.zeros(3), "found a Tensor"),

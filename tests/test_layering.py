@@ -14,7 +14,7 @@ PACKAGE = Path(flmoe_fast.__path__[0])
 # Lowest first; names of one rung may import each other.
 LAYERS = (
     ("_C",),
-    ("checks", "coalitions", "environment"),
+    ("checks", "coalitions", "environment", "files"),
     ("model",),
     ("engines",),
     ("games",),

@@ -450,7 +450,7 @@ def test_names_and_dict_round_trip():
         ("layers", 0),
         ("classes", 0),
         ("generation", "new"),
-        ("task", "regression"),
+        ("task", "ranking"),
         ("num_tokens", (3,)),
         ("num_tokens[1]", (3, 0)),
         ("ffn_multiple", 0),

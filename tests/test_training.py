@@ -100,7 +100,8 @@ def test_number_and_order_of_passes(count):
             noises.extend(arguments[0][i] for i in changed)
 
         expert.register_forward_pre_hook(record)
-    training_forward(model, features, masks, targets, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    training_forward(model, features, masks, targets, generator=generator, passes="sequential")
     assert calls == [(e, [i] if i >= 0 else []) for e in range(count + 2) for i in range(-1, count)]
     assert len(calls) == {2: 12, 3: 20, 4: 30}[count]
     for a, b in itertools.combinations(noises, 2):

@@ -23,6 +23,7 @@ from flmoe_fast import coalitions as words
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.torch_engine import TorchEngine
+from flmoe_fast.model.config import FLI2MoEConfig
 
 #: Forces an instruction level: amx, avx512, avx2 or portable.
 LEVEL_VARIABLE = "FLMOE_CPU_LEVEL"
@@ -65,8 +66,20 @@ def _usable_level(argument: str, name: str) -> str:
     return name
 
 
-def why_not(dtype: torch.dtype, device: torch.device) -> str:
-    """What keeps this engine from running games of that dtype on that device; empty if nothing does."""
+def model_reason(config: FLI2MoEConfig) -> str:
+    """What about a model keeps this engine from running it; empty if nothing does."""
+    if config.gate is not None:
+        return f"the model's feed-forward blocks are sparse (gate {config.gate!r}), and the engine's are dense"
+    if config.fusion != "transformer":
+        return f"the model's experts are no transformers (fusion {config.fusion!r})"
+    return ""
+
+
+def why_not(dtype: torch.dtype, device: torch.device, config: FLI2MoEConfig) -> str:
+    """What keeps this engine from running games of that dtype, device and model; empty if nothing does."""
+    reason = model_reason(config)
+    if reason:
+        return reason
     extension, missing = words.extension()
     if extension is None:
         return missing
@@ -128,9 +141,10 @@ class CpuEngine(TorchEngine):
         level: str | None = None,
     ):
         device = torch.device(device)
-        reason = why_not(dtype, device)
+        reason = why_not(dtype, device, problem.model.config)
         if reason:
-            raise ArgumentError("backend", f"'cpu', but {reason}", "the extension, a CPU device and torch.float32")
+            expected = "the extension, a CPU device, torch.float32 and a dense transformer"
+            raise ArgumentError("backend", f"'cpu', but {reason}", expected)
         self.level = best_level() if level is None else _usable_level("level", level)
         self.arithmetic = levels()[self.level][0]
         super().__init__(problem, dtype=dtype, device=device, memory=integer("memory", memory, least=1))

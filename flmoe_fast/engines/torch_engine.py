@@ -11,6 +11,8 @@ What coalitions of one sample have in common, and where it is used:
 * The last layer's down-projection is linear, so it is applied after the mean over tokens, on M rows instead of L.
 * Routing reads mean features, which are affine in the coalition.
 * Padding is never attended to nor pooled, so it is left out and no mask remains in any attention.
+* A sparse feed-forward block is as linear in its down-projections as a dense one: in the last layer they too are
+  applied after pooling, once per network, modality and coalition instead of once per token.
 
 From the layer-1 output projection on, every token of every coalition is different; that part is only batched.
 """
@@ -23,8 +25,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.engines.packed import PackedLayer, PackedModel
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.dispatch import Dispatch, choose, combine, dispatch, grouped_matmul, pool
+from flmoe_fast.engines.packed import PackedLayer, PackedModel, PackedNetworks
 from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.model.sparse import slots_per_network
 
 #: Largest number of bytes the table of per-key attention terms may take before coalitions are attended one by one.
 SHARED_TABLE_BYTES = 1 << 28
@@ -68,6 +73,22 @@ class SharedAttention:
     varying: torch.Tensor  # (J,) index into valid
 
 
+def why_not(problem: TokenProblem) -> str:
+    """What keeps this engine from evaluating a problem exactly; empty if nothing does."""
+    config = problem.model.config
+    if config.fusion == "interpretcc":
+        return "InterpretCC has no token sequence"
+    if not config.slots_limit:
+        return ""
+    # Padding behind a modality's last valid token only counts; before one it would take that token's place.
+    start = 0
+    for length, (first, last) in zip(problem.padded_lengths, problem.segments):
+        if last > first and int(problem.valid[last - 1]) - start != last - first - 1:
+            return "the capacity of sparse feed-forward blocks is limited, and padding precedes valid tokens"
+        start += length
+    return ""
+
+
 class TorchEngine:
     """Evaluates coalitions of one :class:`TokenProblem` in chunks of bounded memory.
 
@@ -80,6 +101,11 @@ class TorchEngine:
     memory : int
         Bytes that one chunk's activations may take. Results depend on it by rounding only: matrix products of
         different heights may add in a different order (relative 1e-5 in float32, 1e-12 in float64).
+
+    Raises
+    ------
+    ArgumentError
+        The problem is one that :func:`why_not` names.
     """
 
     name = "torch"
@@ -92,7 +118,11 @@ class TorchEngine:
         device: torch.device | str = "cpu",
         memory: int = 1 << 27,
     ):
+        reason = why_not(problem)
+        if reason:
+            raise ArgumentError("backend", f"{self.name!r}, but {reason}", "backend='auto' or 'reference'")
         self.problem = problem
+        self.config = problem.model.config  # as it is now: FLI2MoE.set_capacity gives a model another one
         self.dtype = dtype
         self.device = torch.device(device)
         self.memory = memory
@@ -267,8 +297,12 @@ class TorchEngine:
     @property
     def chunk(self) -> int:
         """Coalitions evaluated together: as many as keep the largest live activations within ``memory`` bytes."""
-        experts, hidden, wide = self.packed.layers[0].up.shape
+        experts, hidden, wide = self.packed.layers[-1].up.shape
         per_token = 4 * hidden + max(2 * wide, 4 * hidden)
+        networks = self.packed.layers[0].networks
+        if networks is not None:  # every slot has its own row, hidden activations and result
+            wide, choices = networks.up.shape[2], self.config.ffn_experts
+            per_token = max(per_token, 5 * hidden + self.packed.slots * (2 * hidden + wide) + 4 * choices)
         return max(1, self.memory // (experts * self.problem.length * per_token * self.states.q.element_size()))
 
     def _tokens(self, coalitions: torch.Tensor) -> torch.Tensor:
@@ -287,10 +321,45 @@ class TorchEngine:
         stream = stream.flatten(1, 2)
         stream.baddbmm_(attended.reshape(experts, -1, hidden), layers[0].out)
         for layer, following in zip(layers, layers[1:]):
-            stream.baddbmm_(self._expand(stream, layer), layer.down)
-            stream += layer.down_bias
+            self._feed_forward(stream, layer, count)
             self._attend(stream, following, count)
         return self._pool_and_classify(stream, count)
+
+    def _feed_forward(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> None:
+        """Feed-forward sub-block of any layer but the last, in place on ``stream`` (E, C L, H)."""
+        if layer.networks is None:
+            stream.baddbmm_(self._expand(stream, layer), layer.down)
+            stream += layer.down_bias
+            return
+        networks = layer.networks
+        sent, scores, wide = self._expand_sparse(stream, networks, count)
+        rows = self._buffer("rows", len(wide), stream.shape[2])
+        grouped_matmul(wide, networks.down, networks.down_bias, sent.bounds, rows)
+        stream += combine(rows, sent, scores).view_as(stream)
+
+    def _expand_sparse(
+        self, stream: torch.Tensor, networks: PackedNetworks, count: int
+    ) -> tuple[Dispatch, torch.Tensor, torch.Tensor]:
+        """Where the tokens of ``stream`` (E, C L, H) go, scores (E, C L, k), and hidden activations (A, F)."""
+        config, segments = self.config, self.problem.segments
+        normalised = F.layer_norm(stream, stream.shape[-1:])
+        logits = torch.baddbmm(networks.gate_bias, normalised, networks.gate)
+        chosen, scores = choose(logits, config.gate, self.packed.slots)
+        modality = torch.repeat_interleave(
+            torch.arange(len(segments), device=self.device),
+            torch.tensor([stop - start for start, stop in segments], device=self.device),
+        )
+        block = torch.arange(count, device=self.device)[:, None] * len(segments) + modality
+        room = None
+        if config.slots_limit:
+            room = [slots_per_network(config.gate, t, config.ffn_experts, False) for t in self.problem.padded_lengths]
+            room = torch.tensor(room, device=self.device).repeat(count)
+        sent = dispatch(chosen, config.ffn_experts, block.flatten(), count * len(segments), room)
+        rows = self._buffer("rows", len(sent.slot), stream.shape[2])
+        torch.index_select(normalised.flatten(0, 1), 0, sent.slot // self.packed.slots, out=rows)
+        wide = self._buffer("wide", len(rows), networks.up.shape[2])
+        grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)
+        return sent, scores, torch.ops.aten.gelu_(wide)
 
     def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
         """Hidden activations (E, C L, F) of the feed-forward block."""
@@ -321,18 +390,31 @@ class TorchEngine:
     def _pool_and_classify(self, stream: torch.Tensor, count: int) -> torch.Tensor:
         """Last feed-forward block with its down-projection moved behind the pooling, then the classifier."""
         packed, layer = self.packed, self.packed.layers[-1]
-        wide = self._expand(stream, layer)
-        mean_wide, mean_stream = (  # (E, C M, F), (E, C M, H)
-            torch.stack([self._mean(part, m, count) for m in range(len(self.problem.segments))], dim=2).flatten(1, 2)
-            for part in (wide, stream)
-        )
-        latents = mean_stream + torch.bmm(mean_wide, layer.down)
-        # The shift is pooled too, except where there is nothing to pool.
-        occupied = [float(stop > start) for start, stop in self.problem.segments]
-        latents = latents.unflatten(1, (count, -1)) + layer.down_bias[:, None] * latents.new_tensor(occupied)[:, None]
+        latents = self._pooled(stream, count)
+        if layer.networks is None:
+            latents = latents + torch.bmm(self._pooled(self._expand(stream, layer), count), layer.down)
+            # The shift is pooled too, except where there is nothing to pool.
+            occupied = [float(stop > start) for start, stop in self.problem.segments]
+            shift = layer.down_bias[:, None] * latents.new_tensor(occupied)[:, None]
+            latents = latents.unflatten(1, (count, -1)) + shift
+        else:
+            latents = (latents + self._pooled_sparse(stream, layer.networks, count)).unflatten(1, (count, -1))
         latents = latents.flatten(2)  # (E, C, M*H)
         logits = torch.baddbmm(packed.head_bias, latents, packed.head)
         return logits.transpose(0, 1).to(torch.float64)
+
+    def _pooled_sparse(self, stream: torch.Tensor, networks: PackedNetworks, count: int) -> torch.Tensor:
+        """A sparse block's mean output (E, C M, H) over each modality's tokens."""
+        sent, scores, wide = self._expand_sparse(stream, networks, count)
+        sums, totals = pool(wide, sent, scores)
+        sums = torch.bmm(sums, networks.down) + totals * networks.down_bias
+        sizes = sums.new_tensor([max(stop - start, 1) for start, stop in self.problem.segments]).repeat(count)
+        return sums.unflatten(0, (len(stream), -1)).sum(1) / sizes[:, None]
+
+    def _pooled(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Means (E, C M, X) of ``rows`` (E, C L, X) over each modality's valid tokens."""
+        means = [self._mean(rows, m, count) for m in range(len(self.problem.segments))]
+        return torch.stack(means, dim=2).flatten(1, 2)
 
     def _mean(self, rows: torch.Tensor, modality: int, count: int) -> torch.Tensor:
         """Mean (E, C, X) of ``rows`` (E, C L, X) over a modality's valid tokens; zero if it has none."""

@@ -62,7 +62,7 @@ def predicted_target(mixture: torch.Tensor, task: str) -> int | torch.Tensor:
 
     The largest logit; for multilabel models all classes with probability at least one half, or the largest if none.
     """
-    if task == "multiclass":
+    if task != "multilabel":
         return int(mixture.argmax())
     positive = mixture.sigmoid() >= 0.5
     if not bool(positive.any()):

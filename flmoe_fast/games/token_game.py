@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
-from flmoe_fast.engines.cpu_engine import CpuEngine, why_not
+from flmoe_fast.engines import cpu_engine, torch_engine
+from flmoe_fast.engines.cpu_engine import CpuEngine
+from flmoe_fast.engines.gated_engine import GatedEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
@@ -51,11 +53,13 @@ class TokenGame(Game):
         Class whose value is explained (several only for multilabel models). None: what the model predicts from the
         full input.
     value : "prob" or "logit"
+        The output of a regression model has no probability; it is its own value either way.
     heads : subset of ("mixture", "experts", "weighted")
     backend : "auto", "cpu", "torch" or "reference"
-        "cpu" is the native engine: float32 on the CPU, with the compiled extension. "auto" takes it where it can run,
-        else "torch"; :func:`flmoe_fast.environment.backends` shows what is missing. Asked for by name, a backend
-        that cannot run is an error.
+        "cpu" is the native engine: dense transformers in float32 on the CPU, with the compiled extension. "auto" takes
+        it where it can run, else "torch", else "reference"; :meth:`about` says why where the model is the reason, and
+        :func:`flmoe_fast.environment.backends` what is missing on a machine. Asked for by name, a backend that cannot
+        run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
     device : optional
@@ -98,15 +102,14 @@ class TokenGame(Game):
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
-        if backend == "auto":
-            backend = "torch" if why_not(self.dtype, self.device) else "cpu"
-        self.backend = backend
+        self.backend, self.reason = self._choose(backend)
         self.block = max(1, BLOCK_TOKENS // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         self.more_exact = "dtype=torch.float64"
         if isinstance(self.engine, CpuEngine) and self.engine.arithmetic != "fp32":
             self.more_exact = "backend='torch', or dtype=torch.float64"
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
+        value = "logit" if model.config.task == "regression" else value
         self._heads = Heads(groups, value, self._target(target))
         self.heads = self._heads.names(model.config.expert_names)
         self.groups, self.player_names, self.positions = _name_players(self.problem)
@@ -133,18 +136,27 @@ class TokenGame(Game):
         return self._heads.values(self.engine.evaluate(coalitions.bool())).cpu()
 
     @torch.no_grad()
+    def outputs(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (C, O), and the mixture's logits (C, K)."""
+        shape("coalitions", coalitions, (None, self.n), "(C, n)")
+        logits = self.engine.evaluate(coalitions.bool())
+        mixture = (logits.weights[:, :, None] * logits.experts).sum(1)
+        return self._heads.values(logits).cpu(), mixture.cpu()
+
+    @torch.no_grad()
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
         logits = self.engine.evaluate_toggles(contexts, toggled)
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
     def precise(self) -> TokenGame | None:
-        """This game in float64 on the torch engine; None if it already is."""
+        """This game in float64 on the torch engine, or the reference where that cannot run; None if it already is."""
         if self.dtype == torch.float64:
             return None
         twin = object.__new__(TokenGame)
         twin.__dict__.update(self.__dict__)
-        twin.dtype, twin.backend = torch.float64, "torch"
-        twin.engine = twin._make_engine("torch", torch.float64)
+        twin.dtype = torch.float64
+        twin.backend, twin.reason = twin._choose("auto")
+        twin.engine = twin._make_engine(twin.backend, torch.float64)
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -153,12 +165,27 @@ class TokenGame(Game):
         about = {"target": target, "value": self.value, "dtype": dtype, "device": str(self.device)}
         if isinstance(self.engine, CpuEngine):
             about |= {"level": self.engine.level, "arithmetic": self.engine.arithmetic}
+        if self.reason:
+            about |= {"backend": self.backend, "reason": self.reason}
         return about
 
-    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | ReferenceEngine:
+    def _choose(self, backend: str) -> tuple[str, str]:
+        """The backend to use, and what about the model, not the machine, keeps a faster one from it."""
+        if backend != "auto":
+            return backend, ""
+        config = self.problem.model.config
+        if not cpu_engine.why_not(self.dtype, self.device, config):
+            return "cpu", ""
+        if config.fusion != "interpretcc" and torch_engine.why_not(self.problem):
+            return "reference", torch_engine.why_not(self.problem)
+        return "torch", cpu_engine.model_reason(config)
+
+    def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | GatedEngine | ReferenceEngine:
         if backend == "reference":
             return ReferenceEngine(self.problem, dtype=dtype, device=self.device)
         engine = CpuEngine if backend == "cpu" else TorchEngine
+        if backend == "torch" and self.problem.model.config.fusion == "interpretcc":
+            engine = GatedEngine
         return engine(self.problem, dtype=dtype, device=self.device, memory=self.memory)
 
     @torch.no_grad()
@@ -167,7 +194,7 @@ class TokenGame(Game):
         if target is None:
             logits = self.engine.evaluate(torch.ones(1, self.n, dtype=torch.bool))
             return predicted_target((logits.weights[0, :, None] * logits.experts[0]).sum(0), config.task)
-        if config.task == "multiclass":
+        if config.task != "multilabel":
             return integer("target", target, least=0, most=config.classes - 1)
         chosen = [target] if isinstance(target, int) else list(target)
         if not chosen:

@@ -5,6 +5,8 @@ Two layouts:
 * ``.pth`` / ``.pt``: ``torch.save({"ensemble_model": state_dict, "encoder_dict": {name: state_dict}})``, as the
   published code of I2MoE and FL-I2MoE writes it. Files written here add ``"config"``, a plain dict, and where the
   model has them ``"feature_means"``, one tensor (H,) per modality name.
+  The published baseline, one (sparse) fusion transformer on its own, is under ``"fusion_model"``; it is read as a
+  mixture of that one expert.
 * ``.safetensors``: the same tensors as ``ensemble_model.<key>``, ``encoder_dict.<name>.<key>`` and
   ``feature_means.<name>``, with the configuration as JSON under ``config`` in the metadata.
 """
@@ -15,7 +17,6 @@ import json
 import os
 import pickle
 import re
-import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_fast.checks import ArgumentError, finite
-from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.files import replacing
+from flmoe_fast.model.config import DENSE, FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
 
@@ -37,9 +39,6 @@ _SAFETENSORS_SUFFIX = ".safetensors"
 
 # What tells the layouts that are not read here apart: a pattern of one of their keys, and what to call them.
 _OTHER_LAYOUTS = (
-    (r"\.mlp\.(experts|gate|all_gates)\.", "a sparse mixture-of-experts transformer (mlp.experts.*, mlp.gate.*)"),
-    (r"\.modality_gates\.", "experts of the InterpretCC back-end (modality_gates.*)"),
-    (r"\.layers\.\d+\.mlp\.moe\.", "experts of the MoE++ back-end (layers.*.mlp.moe.*)"),
     (r"^experts\.\d+\.", "the ablation without interaction losses (experts.*)"),
     (r"^reweight\.weights$", "the ablation with a learned global average (reweight.weights)"),
     (r"^interaction_expert\.", "the ablation with a single expert (interaction_expert.*)"),
@@ -80,23 +79,16 @@ def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
     encoders = {name: _stored(encoder.state_dict()) for name, encoder in model.encoders.items()}
     config = model.config.to_dict()
     means = _stored(dict(zip(model.config.modalities, model.feature_means or [])))
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            if path.suffix == _SAFETENSORS_SUFFIX:
-                tensors = {f"ensemble_model.{key}": tensor for key, tensor in ensemble.items()}
-                for name, state in encoders.items():
-                    tensors.update({f"encoder_dict.{name}.{key}": tensor for key, tensor in state.items()})
-                tensors.update({f"feature_means.{name}": mean for name, mean in means.items()})
-                file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)}))
-            else:
-                content = {"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}
-                torch.save(content | ({"feature_means": means} if means else {}), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        if path.suffix == _SAFETENSORS_SUFFIX:
+            tensors = {f"ensemble_model.{key}": tensor for key, tensor in ensemble.items()}
+            for name, state in encoders.items():
+                tensors.update({f"encoder_dict.{name}.{key}": tensor for key, tensor in state.items()})
+            tensors.update({f"feature_means.{name}": mean for name, mean in means.items()})
+            file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)}))
+        else:
+            content = {"ensemble_model": ensemble, "encoder_dict": encoders, "config": config}
+            torch.save(content | ({"feature_means": means} if means else {}), file)
 
 
 def load_checkpoint(
@@ -107,12 +99,18 @@ def load_checkpoint(
     heads: int | None = None,
     temperature: float | None = None,
     task: str | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
+    capacity: str | None = None,
+    gumbel_temperature: float | None = None,
+    gate_threshold: float | None = None,
 ) -> FLI2MoE:
     """Read a model on the CPU, in eval mode, in the dtype of the file.
 
     Everything that the tensors show is taken from them: the number of modalities, H, layers, classes, the shape of
     the reweighting MLP, the feed-forward multiple, the generation (position embeddings mean ``"original"``) and its
-    number of tokens. The rest comes from the arguments, else from the configuration stored in the file.
+    number of tokens, the back-end and the number of networks in sparse blocks. The rest comes from the arguments, else
+    from the configuration stored in the file.
 
     Args:
         path: ``.safetensors``, or any other name for a file of ``torch.save``. Such a file is unpickled with
@@ -122,6 +120,10 @@ def load_checkpoint(
         heads: attention heads.
         temperature: of the routing softmax.
         task: ``"multiclass"`` or ``"multilabel"``.
+        gate: ``"naive"``, ``"gshard"`` or ``"switch"``, which look the same in a file with sparse blocks.
+        top_k: networks a token uses, for ``"naive"`` and ``"noisy"`` gates.
+        capacity: see :class:`FLI2MoEConfig`; ``"none"`` unless the file or this says otherwise.
+        gumbel_temperature, gate_threshold: of InterpretCC gates.
 
     Returns:
         A model with encoders when the file has a readable one for each modality: ``proj.*`` becomes a
@@ -135,6 +137,8 @@ def load_checkpoint(
         ArgumentError: something that the file does not tell has to be passed; the message names it.
     """
     given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    given |= {"gate": gate, "top_k": top_k, "capacity": capacity}
+    given |= {"gumbel_temperature": gumbel_temperature, "gate_threshold": gate_threshold}
     given = {name: value for name, value in given.items() if value is not None}
     if config is not None and not isinstance(config, FLI2MoEConfig):
         raise ArgumentError("config", type(config).__name__, "an FLI2MoEConfig")
@@ -147,31 +151,31 @@ def load_checkpoint(
     return _build(path, read(path), config, given)
 
 
-def model_from_state(
-    state: Mapping[str, Tensor], source: str, *, modalities: Sequence[str], heads: int, temperature: float, task: str
-) -> FLI2MoE:
+def model_from_state(state: Mapping[str, Tensor], source: str, **given: Any) -> FLI2MoE:
     """A model with copies of the weights of an ensemble's state dict, on the CPU, in eval mode, without encoders.
 
     Args:
         state: with the keys of :meth:`FLI2MoE.ensemble_state_dict`.
         source: what the state dict is of, for messages.
-        modalities, heads, temperature, task: as for :func:`load_checkpoint`.
+        **given: what the state dict does not tell, as for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: another layout, missing or unexpected keys, wrong shapes, mixed dtypes, non-finite weights.
         ArgumentError: a bad argument.
     """
-    given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
     return _build(Path(source), _States(dict(state), {}, None, {}), None, given)
 
 
 def _build(path: Path, states: _States, config: FLI2MoEConfig | None, given: Mapping[str, Any]) -> FLI2MoE:
     """The model of what a file holds."""
-    ensemble, encoder_states, stored, means = states
+    ensemble, encoder_states, stored, means, single = states
+    if single:
+        given = {"temperature": 1.0, **given, "roles": (DENSE,), "routing": "average"}
     _refuse_other_layouts(path, ensemble)
     derived = _derive(path, ensemble)
     config = config or _complete(path, derived, stored, given, encoder_states)
     _compare(path, derived, config)
+    ensemble = _first_router(path, ensemble)
 
     encoders, states = _encoders(path, config, encoder_states)
     with torch.device("meta"):  # shapes only: nothing is initialised, and no random numbers are drawn
@@ -214,6 +218,7 @@ class _States(NamedTuple):
     encoders: dict[str, dict[str, Tensor]]
     config: Any
     feature_means: dict[str, Tensor]
+    single: bool = False
 
 
 def _read_torch(path: Path) -> _States:
@@ -229,20 +234,33 @@ def _read_torch(path: Path) -> _States:
         raise CheckpointError(path, "file", found, "a complete file of torch.save") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "file", f"a {type(content).__name__}", "a dict with the key ensemble_model")
-    if "ensemble_model" not in content:
+    single = "fusion_model" in content and "ensemble_model" not in content
+    if "ensemble_model" not in content and not single:
         found = f"keys {_some(content)}"
-        if "fusion_model" in content:
-            found = "the layout of a single sparse fusion transformer (fusion_model)"
-        elif any(str(key).startswith(("reweight.", "interaction_experts.")) for key in content):
+        if any(str(key).startswith(("reweight.", "interaction_experts.")) for key in content):
             found = "a bare state dict"
         raise CheckpointError(path, "file", found, 'a dict {"ensemble_model": ..., "encoder_dict": ...}')
-    ensemble = _state(path, "ensemble_model", content["ensemble_model"])
+    if single:
+        ensemble = _alone(path, _state(path, "fusion_model", content["fusion_model"]))
+    else:
+        ensemble = _state(path, "ensemble_model", content["ensemble_model"])
     encoders = content.get("encoder_dict", {})
     if not isinstance(encoders, Mapping):
         raise CheckpointError(path, "encoder_dict", f"a {type(encoders).__name__}", "a dict of state dicts")
     encoders = {str(name): _state(path, f"encoder_dict.{name}", state) for name, state in encoders.items()}
     means = _state(path, "feature_means", content.get("feature_means", {}))
-    return _States(ensemble, encoders, content.get("config"), means)
+    return _States(ensemble, encoders, content.get("config"), means, single)
+
+
+def _alone(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A fusion transformer on its own as the only expert of a mixture."""
+    heads = [key for key in state if re.fullmatch(r"network\.\d+\.fc\.weight", key)]
+    if len(heads) != 1:
+        raise CheckpointError(path, "fusion_model", f"keys {_some(state)}", "a fusion transformer (network.*)")
+    weight = _tensor(path, state, heads[0], 2)
+    routing = {"weight": weight.new_zeros(1, weight.shape[1]), "bias": weight.new_zeros(1)}
+    ensemble = {f"reweight.mlp.network.0.{name}": tensor for name, tensor in routing.items()}
+    return ensemble | {f"interaction_experts.0.fusion_model.{key}": tensor for key, tensor in state.items()}
 
 
 def _state(path: Path, key: str, state: object) -> dict[str, Tensor]:
@@ -287,7 +305,7 @@ def _read_safetensors(path: Path) -> _States:
 
 
 def _refuse_other_layouts(path: Path, ensemble: Mapping[str, Tensor]) -> None:
-    expected = "reweight.mlp.* and interaction_experts.{e}.fusion_model.* of dense transformers"
+    expected = "reweight.mlp.* and interaction_experts.{e}.fusion_model.*"
     for pattern, name in _OTHER_LAYOUTS:
         for key in ensemble:
             if re.search(pattern, key):
@@ -297,51 +315,69 @@ def _refuse_other_layouts(path: Path, ensemble: Mapping[str, Tensor]) -> None:
 def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the shape of the model off the tensors; the keys are then compared one by one with a model so built."""
     prefix = "interaction_experts.0.fusion_model."
-    hidden = _tensor(path, ensemble, prefix + "network.0.norm1.weight", 1).shape[0]
+    fusion = "transformer"
+    if any(key.startswith(prefix + "modality_gates.") for key in ensemble):
+        fusion = "interpretcc"
+    elif any(key.startswith(prefix + "layers.") for key in ensemble):
+        fusion = "moepp"
+    first = {"interpretcc": "modality_gates.0.0.bias", "moepp": "layers.0.norm1.weight"}
+    hidden = _tensor(path, ensemble, prefix + first.get(fusion, "network.0.norm1.weight"), 1).shape[0]
     routing = _tensor(path, ensemble, "reweight.mlp.network.0.weight", 2)
     if hidden == 0 or routing.shape[1] == 0 or routing.shape[1] % hidden:
         found = f"shape {tuple(routing.shape)}"
         raise CheckpointError(path, "reweight.mlp.network.0.weight", found, f"a multiple of H = {hidden} columns")
     count = routing.shape[1] // hidden
     experts = _indices(path, ensemble, r"^interaction_experts\.(\d+)\.", "interaction_experts")
-    if experts != count + 2:
-        found = f"{experts} experts"
-        if experts == 2:
-            found += ", the layout of the ablation with synergy and redundancy only"
-        raise CheckpointError(path, "interaction_experts", found, f"M + 2 = {count + 2} for the {count} modalities")
-    # The classification head is the last entry of the network.
-    layers = _indices(path, ensemble, "^" + re.escape(prefix) + r"network\.(\d+)\.", prefix + "network") - 1
     matches = (re.fullmatch(r"reweight\.mlp\.network\.(\d+)\.weight", key) for key in ensemble)
     linears = sorted(int(match[1]) for match in matches if match)
     if linears != list(range(0, 3 * len(linears), 3)):
         raise CheckpointError(path, "reweight.mlp.network", f"linear layers at {linears}", "layers at 0, 3, 6, ...")
-    widened = _tensor(path, ensemble, prefix + "network.0.mlp.network.0.weight", 2)
-    if widened.shape[0] == 0 or widened.shape[0] % hidden:
-        key = prefix + "network.0.mlp.network.0.weight"
-        raise CheckpointError(path, key, f"shape {tuple(widened.shape)}", f"a multiple of H = {hidden} rows")
-    derived = {
-        "modalities": count,
-        "hidden": hidden,
-        "layers": layers,
-        "classes": _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0],
-        "ffn_multiple": widened.shape[0] // hidden,
-        "reweight_layers": len(linears),
-        "generation": "original" if any(key.endswith(".pos_embed") for key in ensemble) else "fl",
-    }
+    derived = {"modalities": count, "experts": experts, "fusion": fusion, "hidden": hidden}
+    derived["reweight_layers"] = len(linears)
     if len(linears) > 1:
         derived["reweight_hidden"] = routing.shape[0]
+    if fusion == "interpretcc":
+        classes = _tensor(path, ensemble, prefix + "classifier.2.weight", 2).shape[0]
+        return derived | {"classes": classes, "generation": "original", "num_tokens": (1,) * count}
+    derived["generation"] = "original" if any(key.endswith(".pos_embed") for key in ensemble) else "fl"
     if derived["generation"] == "original":
         positions = _tensor(path, ensemble, prefix + "pos_embed", 3).shape[1]
         if positions == 0 or positions % count:
             found = f"{positions} positions"
             raise CheckpointError(path, prefix + "pos_embed", found, f"the same number for each of {count} modalities")
         derived["num_tokens"] = (positions // count,) * count
-    return derived
+    shape_of = _derive_moepp if fusion == "moepp" else _derive_transformer
+    return derived | shape_of(path, ensemble, prefix, hidden)
+
+
+def _derive_moepp(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidden: int) -> dict[str, Any]:
+    return {
+        "layers": _indices(path, ensemble, "^" + re.escape(prefix) + r"layers\.(\d+)\.", prefix + "layers"),
+        "classes": _tensor(path, ensemble, prefix + "classification_head.fc.weight", 2).shape[0],
+        "ffn_experts": _tensor(path, ensemble, prefix + "layers.0.mlp.moe.gate.gate_map.weight", 2).shape[0],
+    }
+
+
+def _derive_transformer(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidden: int) -> dict[str, Any]:
+    # The classification head is the last entry of the network.
+    layers = _indices(path, ensemble, "^" + re.escape(prefix) + r"network\.(\d+)\.", prefix + "network") - 1
+    derived = {"layers": layers, "classes": _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0]}
+    key, axis = prefix + "network.0.mlp.network.0.weight", 0
+    if key not in ensemble and any(name.startswith(prefix + "network.0.mlp.experts.") for name in ensemble):
+        key, axis = prefix + "network.0.mlp.experts.htoh4.weight", 1
+    widened = _tensor(path, ensemble, key, 2 + axis).shape
+    if axis:
+        derived["ffn_experts"] = widened[0]
+        if prefix + "network.0.mlp.gate.w_gate" in ensemble:
+            derived["gate"] = "noisy"
+    if widened[axis] == 0 or widened[axis] % hidden:
+        raise CheckpointError(path, key, f"shape {tuple(widened)}", f"a multiple of H = {hidden} rows")
+    return derived | {"ffn_multiple": widened[axis] // hidden}
 
 
 def _tensor(path: Path, ensemble: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
     if key not in ensemble:
-        raise CheckpointError(path, key, f"no such key (but {_some(ensemble)})", "a dense transformer checkpoint")
+        raise CheckpointError(path, key, f"no such key (but {_some(ensemble)})", "a checkpoint of experts")
     if ensemble[key].dim() != dimensions:
         raise CheckpointError(path, key, f"shape {tuple(ensemble[key].shape)}", f"{dimensions} dimensions")
     return ensemble[key]
@@ -368,7 +404,20 @@ def _complete(
         except ArgumentError as error:
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
         return FLI2MoEConfig.from_dict({**fields, **given})
-    missing = [name for name in ("modalities", "heads", "temperature", "task") if name not in given]
+    count, experts = derived["modalities"], derived["experts"]
+    if experts != count + 2 and "roles" not in given:
+        found = f"{experts} experts"
+        if experts == 2:
+            found += ", the layout of the ablation with synergy and redundancy only"
+        expected = f"M + 2 = {count + 2} for the {count} modalities, or a configuration that says which they are"
+        raise CheckpointError(path, "interaction_experts", found, expected)
+    needed = ["modalities", "heads", "temperature", "task"]
+    if derived["fusion"] == "interpretcc":
+        needed[1:2] = ["gumbel_temperature", "gate_threshold"]
+    elif derived["fusion"] == "transformer" and "ffn_experts" in derived:
+        needed += ["gate"] if "gate" not in derived else []
+        needed += ["top_k"] if given.get("gate", derived.get("gate")) in ("naive", "noisy") else []
+    missing = [name for name in needed if name not in given]
     if missing:
         got = f"nothing for {', '.join(missing)}, and {path} stores no configuration"
         names = f"; its encoders are named {sorted(encoder_states)}" if encoder_states else ""
@@ -376,7 +425,9 @@ def _complete(
     names = given["modalities"]
     if isinstance(names, str) or len(names) != derived["modalities"]:
         raise ArgumentError("modalities", repr(names), f"{derived['modalities']} names, as {path} has that many")
-    return FLI2MoEConfig(**{**derived, **given, "modalities": tuple(names)})
+    # InterpretCC has neither heads nor layers; a configuration has to have some.
+    fields = {"heads": 1, "layers": 1} | {name: value for name, value in derived.items() if name != "experts"}
+    return FLI2MoEConfig(**{**fields, **given, "modalities": tuple(names)})
 
 
 def _compare(path: Path, derived: Mapping[str, Any], config: FLI2MoEConfig) -> None:
@@ -384,6 +435,24 @@ def _compare(path: Path, derived: Mapping[str, Any], config: FLI2MoEConfig) -> N
         wanted = len(config.modalities) if name == "modalities" else getattr(config, name)
         if found != wanted:
             raise CheckpointError(path, name, f"{found!r} in the tensors", f"{wanted!r} from the configuration")
+
+
+def _first_router(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of routers that never route.
+
+    A sparse block lists its router twice, as ``gate`` and as the first of ``all_gates``, whose others are not used.
+    """
+    kept = {}
+    for key, tensor in ensemble.items():
+        match = re.fullmatch(r"(.*\.mlp\.)all_gates\.(\d+)\.(.*)", key)
+        if match and match[2] != "0":
+            continue
+        twin = ensemble.get(f"{match[1]}gate.{match[3]}", tensor) if match else tensor
+        # Wrong shapes and values that are not finite are told apart later.
+        if tensor.shape == twin.shape and not torch.equal(tensor.nan_to_num(), twin.nan_to_num()):
+            raise CheckpointError(path, key, "other values than in mlp.gate", "the same router under both names")
+        kept[key] = tensor
+    return kept
 
 
 def _encoders(

@@ -11,7 +11,13 @@ from typing import Any
 from flmoe_fast.checks import ArgumentError, integer, one_of
 
 GENERATIONS = ("fl", "original")
-TASKS = ("multiclass", "multilabel")
+TASKS = ("multiclass", "multilabel", "regression")
+FUSIONS = ("transformer", "interpretcc", "moepp")
+GATES = (None, "naive", "gshard", "switch", "noisy")
+CAPACITIES = ("none", "reference")
+ROUTINGS = ("features", "average")
+#: Role of an expert without an interaction loss: alone, it makes the model a plain dense transformer.
+DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,8 @@ class FLI2MoEConfig:
         generation: ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual
             blocks, interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches
             per modality, learned positions, no masks, no residual around attention, losses on logits).
-        task: ``"multiclass"`` (softmax, cross entropy) or ``"multilabel"`` (sigmoid, binary cross entropy).
+        task: ``"multiclass"`` (softmax, cross entropy), ``"multilabel"`` (sigmoid, binary cross entropy) or
+            ``"regression"`` (the outputs themselves, smooth L1).
         num_tokens: tokens per modality, in order. ``"original"`` needs it, with all numbers equal. For ``"fl"`` it
             is optional; where given, inputs must have exactly these (padded) lengths.
         ffn_multiple: feed-forward width as a multiple of H.
@@ -37,6 +44,28 @@ class FLI2MoEConfig:
         dropout: probability of every dropout in training, 0 <= p < 1.
         interaction_weight: factor of the mean interaction loss in the total loss, >= 0.
         class_weights: C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
+        roles: the experts there are: ``None`` for all M + 2, or some of their names (:attr:`expert_names`), each once;
+            ``"dense"`` is an expert without an interaction loss, and ``("dense",)`` a plain fusion transformer, the
+            baseline that mixtures are compared with.
+        routing: ``"features"`` (weights from the sample's mean features) or ``"average"`` (one learned weight per
+            expert, the same for every sample, all equal at the start).
+        fusion: what an expert is. ``"transformer"``; or, for generation ``"original"``, ``"interpretcc"`` (one vector
+            per modality, switched on or off by a gate, then an MLP; ``num_tokens`` all 1) or ``"moepp"`` (MoE++, whose
+            published code lets only its last layer's attention reach the output).
+        gate: ``None`` for dense feed-forward blocks. Otherwise the blocks of layers 0, 2, 4, ... hold ``ffn_experts``
+            small feed-forward networks of which each token uses ``top_k``: ``"naive"`` (largest logits), ``"gshard"``
+            (the same two with a balancing loss and a capacity), ``"switch"`` (one, weighted by its probability) or
+            ``"noisy"`` (largest logits, with learned noise in training).
+        ffn_experts: number X of networks in a sparse block, or in a MoE++ block. ``None`` without such blocks.
+        top_k: networks a token uses; ``None`` means 1 for ``"switch"`` and 2 otherwise.
+        capacity: ``"none"``: a token always reaches its networks. ``"reference"``: as in the published code, a network
+            takes only so many tokens of a (batch, modality), padding included, and the rest go without. Only
+            ``"gshard"`` and ``"switch"`` have a capacity.
+        random_routing: in training, drop second choices at random (``"gshard"`` only).
+        gate_weight: factor of the load-balancing loss in the total loss, >= 0.
+        gumbel_temperature: of the InterpretCC gates, > 0.
+        gate_threshold: above which an InterpretCC gate is on, between 0 and 1.
+        hard_gates: whether InterpretCC gates are on or off, or pass their probability.
 
     Raises:
         ArgumentError: a field is out of its range; the message names the field.
@@ -57,6 +86,18 @@ class FLI2MoEConfig:
     dropout: float = 0.5
     interaction_weight: float = 0.5
     class_weights: tuple[float, ...] | None = None
+    roles: tuple[str, ...] | None = None
+    routing: str = "features"
+    fusion: str = "transformer"
+    gate: str | None = None
+    ffn_experts: int | None = None
+    top_k: int | None = None
+    capacity: str = "none"
+    random_routing: bool = False
+    gate_weight: float = 0.01
+    gumbel_temperature: float = 1.0
+    gate_threshold: float = 0.5
+    hard_gates: bool = True
 
     def __post_init__(self) -> None:
         settle = self._settle
@@ -74,6 +115,50 @@ class FLI2MoEConfig:
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
         settle("interaction_weight", _number("interaction_weight", self.interaction_weight, least=0.0))
         settle("class_weights", self._weights())
+        settle("roles", self._roles())
+        one_of("routing", self.routing, ROUTINGS)
+        if self.routing == "average" and self.reweight_layers != 1:
+            raise ArgumentError("reweight_layers", self.reweight_layers, "1 for routing 'average'")
+        self._check_fusion()
+        settle("ffn_experts", self._sparse_experts())
+        settle("top_k", self._choices())
+        one_of("capacity", self.capacity, CAPACITIES)
+        for name in ("random_routing", "hard_gates"):
+            settle(name, bool(one_of(name, getattr(self, name), (False, True))))
+        if self.random_routing and self.gate != "gshard":
+            raise ArgumentError("random_routing", True, "False, because the gate is not 'gshard'")
+        settle("gate_weight", _number("gate_weight", self.gate_weight, least=0.0))
+        settle("gumbel_temperature", _number("gumbel_temperature", self.gumbel_temperature, above=0.0))
+        settle("gate_threshold", _number("gate_threshold", self.gate_threshold, above=0.0, below=1.0))
+
+    def _check_fusion(self) -> None:
+        one_of("fusion", self.fusion, FUSIONS)
+        one_of("gate", self.gate, GATES)
+        if self.fusion == "transformer":
+            return
+        if self.generation != "original":
+            raise ArgumentError("fusion", repr(self.fusion), "'transformer', because the generation is not 'original'")
+        if self.gate is not None:
+            raise ArgumentError("gate", repr(self.gate), f"None, because the fusion is {self.fusion!r}")
+        if self.fusion == "interpretcc" and set(self.num_tokens) != {1}:
+            raise ArgumentError("num_tokens", self.num_tokens, "1 for each modality, because the fusion is InterpretCC")
+
+    def _sparse_experts(self) -> int | None:
+        # MoE++ has two constant experts, one that copies and one that gives zero beside its networks.
+        least = {"moepp": 5}.get(self.fusion, 2)
+        if self.gate is not None or self.fusion == "moepp":
+            return integer("ffn_experts", self.ffn_experts, least=least)
+        if self.ffn_experts is not None:
+            raise ArgumentError("ffn_experts", self.ffn_experts, "None, because the feed-forward blocks are dense")
+        return None
+
+    def _choices(self) -> int | None:
+        fixed = {None: None, "switch": 1, "gshard": 2}
+        if self.top_k is None:
+            return fixed.get(self.gate, 2)
+        if self.gate in fixed and self.top_k != fixed[self.gate]:
+            raise ArgumentError("top_k", repr(self.top_k), f"{fixed[self.gate]} for gate {self.gate!r}")
+        return integer("top_k", self.top_k, least=1, most=self.ffn_experts)
 
     def _settle(self, name: str, value: object) -> None:
         # The dataclass is frozen for its users; normalising a field on construction has to go round that.
@@ -103,15 +188,47 @@ class FLI2MoEConfig:
         weights = _tuple("class_weights", self.class_weights, self.classes, "one number per class")
         return tuple(_number(f"class_weights[{i}]", weight, above=0.0) for i, weight in enumerate(weights))
 
+    def _roles(self) -> tuple[str, ...] | None:
+        if self.roles is None:
+            return None
+        known = (*self._all_names, DENSE)
+        expected = f"None, or a tuple of distinct names out of {', '.join(map(repr, known))}"
+        if isinstance(self.roles, str) or not isinstance(self.roles, (tuple, list)) or not self.roles:
+            raise ArgumentError("roles", repr(self.roles), expected)
+        if any(name not in known for name in self.roles) or len(set(self.roles)) < len(self.roles):
+            raise ArgumentError("roles", repr(self.roles), expected)
+        return None if tuple(self.roles) == self._all_names else tuple(self.roles)
+
+    @property
+    def _all_names(self) -> tuple[str, ...]:
+        return (*(f"uniqueness: {name}" for name in self.modalities), "synergy", "redundancy")
+
     @property
     def experts(self) -> int:
-        """Number E = M + 2 of experts."""
-        return len(self.modalities) + 2
+        """Number E of experts: M + 2 unless ``roles`` says otherwise."""
+        return len(self.expert_names)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the encoder layers whose feed-forward block is sparse."""
+        return () if self.gate is None else tuple(range(0, self.layers, 2))
+
+    @property
+    def slots_limit(self) -> bool:
+        """Whether a token's result can depend on the other tokens of its batch, because they compete for capacity."""
+        return self.capacity == "reference" and self.gate in ("gshard", "switch")
 
     @property
     def expert_names(self) -> tuple[str, ...]:
         """Names in expert order: ``"uniqueness: <modality>"`` for each modality, ``"synergy"``, ``"redundancy"``."""
-        return (*(f"uniqueness: {name}" for name in self.modalities), "synergy", "redundancy")
+        return self._all_names if self.roles is None else self.roles
+
+    @property
+    def interactions(self) -> tuple[int | None, ...]:
+        """Interaction that each expert is trained for: m < M for uniqueness of modality m, M synergy, M + 1
+        redundancy, ``None`` for a dense expert."""
+        numbers = {name: number for number, name in enumerate(self._all_names)}
+        return tuple(numbers.get(name) for name in self.expert_names)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict of plain JSON types (lists for tuples)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flmoe_fast.checks import ArgumentError, finite, integer, shape
+from flmoe_fast.model.blocks import MLP, Attention, ClassificationHead
 from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.interpretcc import InterpretCC
+from flmoe_fast.model.moepp import MoEPlusPlus
+from flmoe_fast.model.sparse import LinearGate, SparseMLP
 
 
 class FLI2MoEOutput(NamedTuple):
@@ -78,50 +82,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class MLP(nn.Module):
-    """``sizes[0] -> ... -> sizes[-1]`` with an activation and a dropout after every linear layer but the last."""
-
-    def __init__(self, sizes: Sequence[int], activation: type[nn.Module], dropout: float):
-        super().__init__()
-        steps: list[nn.Module] = []
-        for before, after in itertools.pairwise(sizes[:-1]):
-            steps += [nn.Linear(before, after), activation(), nn.Dropout(dropout)]
-        self.network = nn.Sequential(*steps, nn.Linear(sizes[-2], sizes[-1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with softmax(q k' / sqrt(d)) written out."""
-
-    def __init__(self, hidden: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(hidden, hidden, bias=False)
-        self.kv = nn.Linear(hidden, 2 * hidden, bias=False)  # rows 0..H-1 make keys, rows H..2H-1 values
-        self.proj = nn.Linear(hidden, hidden)
-        self.attention_dropout = nn.Dropout(dropout)
-        self.projection_dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, H) and a key mask (B, L) -> output (B, L, H) and the softmax (B, h, L, L) before dropout."""
-        batch, length, hidden = x.shape
-        key, value = self.kv(x).chunk(2, dim=-1)
-        query, key, value = (
-            part.reshape(batch, length, self.heads, hidden // self.heads).transpose(1, 2)
-            for part in (self.q(x), key, value)
-        )
-        scores = query @ key.transpose(-2, -1) * (hidden // self.heads) ** -0.5
-        if key_mask is not None:
-            # Keys are hidden from every query; padded queries are computed too, but nothing ever reads them.
-            scores = scores.masked_fill(~key_mask.bool()[:, None, None, :], float("-inf"))
-        attention = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(x.dtype)
-        mixed = self.attention_dropout(attention) @ value
-        mixed = mixed.transpose(1, 2).reshape(batch, length, hidden)
-        return self.projection_dropout(self.proj(mixed)), attention
-
-
 class EncoderLayer(nn.Module):
     """Attention and feed-forward block.
 
@@ -130,33 +90,45 @@ class EncoderLayer(nn.Module):
     ``a = attn(norm1(x))``, that is ``2 a`` in eval mode. Both then add ``mlp(norm2(y))`` to ``y``.
     """
 
-    def __init__(self, hidden: int, heads: int, ffn_multiple: int, dropout: float, input_residual: bool):
+    def __init__(self, config: FLI2MoEConfig, layer: int):
         super().__init__()
-        self.input_residual = input_residual
+        hidden, wide, dropout = config.hidden, config.ffn_multiple * config.hidden, config.dropout
+        self.input_residual = config.generation == "fl"
         self.norm1 = nn.LayerNorm(hidden, eps=1e-5)
         self.norm2 = nn.LayerNorm(hidden, eps=1e-5)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.attn = Attention(hidden, heads, dropout)
-        self.mlp = MLP((hidden, ffn_multiple * hidden, hidden), nn.GELU, dropout)  # nn.GELU() is the exact erf form
+        self.attn = Attention(hidden, config.heads, dropout)
+        if layer in config.sparse_layers:
+            self.mlp = SparseMLP(config)
+        else:
+            self.mlp = MLP((hidden, wide, hidden), nn.GELU, dropout)  # nn.GELU() is the exact erf form
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, H) -> (B, L, H) and the attention (B, h, L, L)."""
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        lengths: Sequence[int] | None = None,
+        balance: list | None = None,
+        passes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, H) -> (B, L, H) and the attention (B, h, L, L). Only sparse blocks read the other arguments."""
         attended, attention = self.attn(self.norm1(x), key_mask)
         x = (x if self.input_residual else attended) + self.dropout1(attended)
-        # One shared feed-forward for all modalities acts on each token by itself, so no split is needed.
-        return x + self.dropout2(self.mlp(self.norm2(x))), attention
+        return x + self.dropout2(self.feed_forward(self.norm2(x), lengths, balance, passes)), attention
 
-
-class ClassificationHead(nn.Module):
-    """One linear layer from the pooled representation to the logits."""
-
-    def __init__(self, features: int, classes: int):
-        super().__init__()
-        self.fc = nn.Linear(features, classes)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.fc(latent)
+    def feed_forward(self, x: Tensor, lengths: Sequence[int] | None, balance: list | None, passes: int) -> Tensor:
+        """The feed-forward block alone, on normalised tokens (B, L, H)."""
+        if not isinstance(self.mlp, SparseMLP):
+            # One shared feed-forward for all modalities acts on each token by itself, so no split is needed.
+            return self.mlp(x)
+        # Tokens compete and are balanced within their modality, so here the split matters.
+        parts = [self.mlp(part, passes) for part in x.split(list(lengths or x.shape[1:2]), dim=1)]
+        if balance is not None:
+            # A linear gate keeps the loss of its last call only; a noisy gate adds up.
+            losses = [loss for _, loss in parts]
+            balance.append(torch.stack(losses).sum(dim=0) if self.mlp.adds_losses else losses[-1])
+        return torch.cat([part for part, _ in parts], dim=1)
 
 
 class FusionTransformer(nn.Module):
@@ -167,17 +139,19 @@ class FusionTransformer(nn.Module):
         self.generation = config.generation
         if config.generation == "original":
             self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens), config.hidden))
-        residual = config.generation == "fl"
-        self.network = nn.ModuleList(
-            EncoderLayer(config.hidden, config.heads, config.ffn_multiple, config.dropout, residual)
-            for _ in range(config.layers)
-        )
+        self.network = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
         self.network.append(ClassificationHead(len(config.modalities) * config.hidden, config.classes))
 
     def forward(
-        self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None, attention: list | None = None
+        self,
+        features: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+        attention: list | None = None,
+        balance: list | None = None,
+        passes: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`InteractionExpert.forward`."""
+        lengths = [f.shape[1] for f in features]
         x = torch.cat(tuple(features), dim=1)
         # A token's position counts the padding before it, so it depends on how far earlier modalities are padded.
         if self.generation == "original":
@@ -190,37 +164,50 @@ class FusionTransformer(nn.Module):
             x = x.masked_fill(~key_mask[:, :, None], 0.0)
         *layers, head = self.network
         for layer in layers:
-            x, softmax = layer(x, key_mask)
+            x, softmax = layer(x, key_mask, lengths, balance, passes)
             if attention is not None:
                 attention.append(softmax)
-        segments = x.split([f.shape[1] for f in features], dim=1)
+        segments = x.split(lengths, dim=1)
         pooled = [masked_mean(segment, None if masks is None else masks[m]) for m, segment in enumerate(segments)]
         latent = torch.cat(pooled, dim=-1)
         return head(latent), latent
 
 
-class InteractionExpert(nn.Module):
-    """One expert: its own copy of the fusion transformer."""
+#: What an expert is made of, by the configuration's ``fusion``.
+FUSION_MODELS = {"transformer": FusionTransformer, "interpretcc": InterpretCC, "moepp": MoEPlusPlus}
 
-    def __init__(self, fusion_model: FusionTransformer):
+
+class InteractionExpert(nn.Module):
+    """One expert: its own copy of the fusion model."""
+
+    def __init__(self, fusion_model: nn.Module):
         super().__init__()
         self.fusion_model = fusion_model
 
     def forward(
-        self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None, attention: list | None = None
+        self,
+        features: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+        attention: list | None = None,
+        balance: list | None = None,
+        passes: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Run this expert alone.
 
         Args:
             features: M tensors (B, T_m, H).
             masks: M masks (B, T_m), nonzero for valid tokens, or ``None``.
-            attention: a list to which every layer appends its softmax (B, h, L, L), part of the graph.
+            attention: a list to which every layer appends its softmax (B, h, L, L), part of the graph. Only the last
+                layer of a MoE++ expert, and none of an InterpretCC expert.
+            balance: a list to which every sparse layer appends its load-balancing losses (P,), part of the graph.
+            passes: P, where the batch is that many batches one after another. Tokens of different passes neither
+                compete for capacity nor are balanced together; nothing else depends on it.
 
         Returns:
             Logits (B, C) and the pooled latent (B, M*H). Inputs are not checked here but in
             :meth:`FLI2MoE.check_inputs`; the attention of a sample whose keys are all masked is NaN.
         """
-        return self.fusion_model(features, masks, attention)
+        return self.fusion_model(features, masks, attention, balance, passes)
 
 
 class Reweighting(nn.Module):
@@ -231,6 +218,11 @@ class Reweighting(nn.Module):
         self.temperature = config.temperature
         hidden = (config.reweight_hidden,) * (config.reweight_layers - 1)
         self.mlp = MLP((len(config.modalities) * config.hidden, *hidden, config.experts), nn.ReLU, config.dropout)
+        if config.routing == "average":
+            # A layer that ignores its input leaves its bias: the softmax of E free numbers, and one kind of network.
+            (linear,) = self.mlp.network
+            nn.init.zeros_(linear.weight).requires_grad_(False)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
         """(B, T_m, H) features without position encoding, and masks (B, T_m) or ``None`` -> weights (B, E).
@@ -247,7 +239,7 @@ class Reweighting(nn.Module):
 class FLI2MoE(nn.Module):
     """Interaction mixture of experts over token sequences: M uniqueness experts, one synergy, one redundancy expert.
 
-    All experts start as copies of one fusion transformer. Without the encoders, the names and the order of
+    All experts start as copies of one fusion model. Without the encoders, the names and the order of
     ``state_dict()`` are those of the published checkpoints (see :meth:`ensemble_state_dict`).
 
     Args:
@@ -263,7 +255,7 @@ class FLI2MoE(nn.Module):
         if not isinstance(config, FLI2MoEConfig):
             raise ArgumentError("config", type(config).__name__, "an FLI2MoEConfig")
         self.config = config
-        fusion = FusionTransformer(config)
+        fusion = FUSION_MODELS[config.fusion](config)
         self.reweight = Reweighting(config)
         self.interaction_experts = nn.ModuleList(
             InteractionExpert(copy.deepcopy(fusion)) for _ in range(config.experts)
@@ -274,6 +266,17 @@ class FLI2MoE(nn.Module):
     def ensemble_state_dict(self) -> dict[str, Tensor]:
         """State dict without the encoders: ``reweight.*`` first, then ``interaction_experts.{e}.*``."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoders.")}
+
+    def set_capacity(self, capacity: str) -> None:
+        """Change ``config.capacity``: whether the gates of sparse feed-forward blocks limit how many tokens they serve.
+
+        With ``"reference"`` the result for a sample depends on the other samples of its batch, as in the published
+        code; probes evaluate every coalition as a batch of one.
+        """
+        self.config = dataclasses.replace(self.config, capacity=capacity)
+        for module in self.modules():
+            if isinstance(module, LinearGate):
+                module.limited = self.config.slots_limit
 
     def encode(self, inputs: Sequence | Mapping) -> list[Tensor]:
         """Apply the encoders.
@@ -350,7 +353,9 @@ class FLI2MoE(nn.Module):
     def _tokens(self, m: int) -> int | None:
         return None if self.config.num_tokens is None else self.config.num_tokens[m]
 
-    def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> FLI2MoEOutput:
+    def forward(
+        self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None, passes: int = 1
+    ) -> FLI2MoEOutput:
         """Run all experts and mix them.
 
         Args:
@@ -358,6 +363,8 @@ class FLI2MoE(nn.Module):
                 modality further moves the tokens of the modalities after it.
             masks: M masks (B, T_m) of any dtype with 1 for valid tokens and 0 for padding, or ``None`` (generation
                 ``"original"`` takes only ``None``). What the features hold at padded tokens has no effect.
+            passes: how many batches, one after another, B stands for: 1 for one batch, B for samples on their own. It
+                matters where tokens compete for capacity, see :attr:`FLI2MoEConfig.slots_limit`, and nowhere else.
 
         Returns:
             :class:`FLI2MoEOutput`.
@@ -367,7 +374,10 @@ class FLI2MoE(nn.Module):
                 other than 0 and 1, or a sample without any valid token.
         """
         self.check_inputs(features, masks)
-        runs = [expert(features, masks) for expert in self.interaction_experts]
+        integer("passes", passes, least=1)
+        if features[0].shape[0] % passes:
+            raise ArgumentError("passes", passes, f"a divisor of the {features[0].shape[0]} samples")
+        runs = [expert(features, masks, passes=passes) for expert in self.interaction_experts]
         expert_logits = torch.stack([logits for logits, _ in runs], dim=1)
         latents = torch.stack([latent for _, latent in runs], dim=1)
         weights = self.reweight(features, masks)

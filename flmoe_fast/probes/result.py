@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
+from flmoe_fast.files import replacing
 
 if TYPE_CHECKING:
     import pandas
@@ -161,10 +162,8 @@ class InteractionResult:
             raise ArgumentError("path", str(path), "a name ending in .npz")
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> InteractionResult:

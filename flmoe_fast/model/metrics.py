@@ -1,0 +1,36 @@
+"""Scores of predictions: accuracy and F1, or errors of a regression."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+
+
+def predicted_labels(logits: Tensor, task: str) -> np.ndarray:
+    """Classes (N,) of logits (N, C), or for ``"multilabel"`` zeros and ones (N, C) at a probability of one half."""
+    return (logits >= 0).long().cpu().numpy() if task == "multilabel" else logits.argmax(-1).cpu().numpy()
+
+
+def score(logits: Tensor, targets: Tensor, task: str) -> dict[str, float]:
+    """Scores of predictions.
+
+    Args:
+        logits: (N, C).
+        targets: (N,) classes, (N, C) zeros and ones for ``"multilabel"``, (N, C) or (N,) numbers for ``"regression"``.
+        task: ``"multiclass"``, ``"multilabel"`` or ``"regression"``.
+
+    Returns:
+        ``accuracy`` (for ``"multilabel"`` the share of samples with every label right, for ``"regression"`` of
+        outputs with the right sign), and ``micro_f1`` and ``macro_f1``, or ``mae`` for a regression.
+    """
+    if task == "regression":
+        found, wanted = logits.double(), targets.double().reshape(logits.shape)
+        right = (found >= 0) == (wanted >= 0)
+        return {"accuracy": float(right.double().mean()), "mae": float((found - wanted).abs().mean())}
+    found, wanted = predicted_labels(logits, task), targets.cpu().numpy()
+    return {
+        "accuracy": float(accuracy_score(wanted, found)),
+        "micro_f1": float(f1_score(wanted, found, average="micro", zero_division=0.0)),
+        "macro_f1": float(f1_score(wanted, found, average="macro", zero_division=0.0)),
+    }

@@ -1,0 +1,268 @@
+"""Sparse models and other back-ends on the torch engine, against the reference: one coalition at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from edge_shapes import BACKEND_EDGES, SPARSE_EDGES, Edge
+from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
+
+from flmoe_fast import ArgumentError, TokenGame, backends, exact_interactions, explain, interactions
+from flmoe_fast.engines import dispatch, torch_engine
+from flmoe_fast.engines.dispatch import choose, combine, pool
+from flmoe_fast.pipeline.importance import batch_importance
+
+FP64 = 1e-10  # promised relative difference of values in float64
+
+
+def named(name: str) -> Edge:
+    return next(edge for edge in (*SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
+
+
+SWITCH = named("padded, switch of 12, capacity reference")
+GSHARD = named("padded, gshard of 10, capacity reference")
+DEEP = named("three layers, gshard of 10, capacity reference")
+
+
+def both(engine, edge: Edge) -> torch.Tensor:
+    """Plain coalitions, and the corners of some contexts."""
+    coalitions, _ = truth(edge)
+    corners = engine.evaluate_toggles(coalitions[CONTEXTS], toggles(engine.problem.n))
+    return torch.cat([flat(engine.evaluate(coalitions)), flat(corners)])
+
+
+@pytest.mark.parametrize("edge", (*SPARSE_EDGES, *BACKEND_EDGES), ids=lambda e: e.name)
+def test_values_equal_the_reference(edge: Edge):
+    game = edge.game()
+    assert game.backend == "torch"
+    assert relative(both(game.engine, edge), flat(truth(edge)[1])) <= FP64
+
+
+@pytest.mark.parametrize("limit", (0, 1 << 40), ids=("direct", "shared"))
+@pytest.mark.parametrize("edge", (SWITCH, DEEP), ids=lambda e: e.name)
+def test_layer_1_attention_is_shared_or_not(edge: Edge, limit: int, monkeypatch):
+    monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", limit)
+    engine = edge.game().engine
+    used = []
+    monkeypatch.setattr(engine, "_attend_shared", lambda *a: used.append(1) or type(engine)._attend_shared(engine, *a))
+    assert relative(both(engine, edge), flat(truth(edge)[1])) <= FP64
+    assert bool(used) == bool(limit)
+
+
+@pytest.mark.parametrize("edge", (SWITCH, *BACKEND_EDGES[::2]), ids=lambda e: e.name)
+def test_float32_is_as_exact_as_its_arithmetic(edge: Edge):
+    game = edge.game(dtype=torch.float32, backend="torch")
+    error = (both(game.engine, edge) - flat(truth(edge)[1])).abs().max()
+    assert float(error) <= tolerance(edge, "fp32")
+
+
+@pytest.mark.parametrize("edge", (SWITCH, GSHARD, DEEP), ids=lambda e: e.name)
+def test_the_capacity_of_these_shapes_binds(edge: Edge):
+    """Otherwise the parity above would say nothing about it."""
+    free = dataclasses.replace(edge, capacity="none")
+    assert relative(flat(truth(edge)[1]), flat(truth(free)[1])) > 1e-3
+
+
+def forget_room(monkeypatch, engine):
+    """No capacity."""
+    free = dispatch.dispatch
+    monkeypatch.setattr(torch_engine, "dispatch", lambda c, x, block, blocks, room: free(c, x, block, blocks, None))
+
+
+def share_room(monkeypatch, engine):
+    """Modalities compete for the same slots."""
+    real = dispatch.dispatch
+
+    def merged(chosen, networks, block, blocks, room):
+        return real(chosen, networks, block // 2, blocks // 2, room[::2])
+
+    monkeypatch.setattr(torch_engine, "dispatch", merged)
+
+
+def forget_padding(monkeypatch, engine):
+    """Capacity from the valid tokens only."""
+    lengths = tuple(stop - start for start, stop in engine.problem.segments)
+    engine.problem = dataclasses.replace(engine.problem, padded_lengths=lengths)
+
+
+def last_come(monkeypatch, engine):
+    """Later tokens win."""
+    real = dispatch.dispatch
+
+    def backwards(chosen, networks, block, blocks, room):
+        sent = real(chosen.flip(1), networks, block.flip(0), blocks, room)
+        rows = chosen.shape[1] * chosen.shape[2]
+        row, slot = (sent.slot % rows) // chosen.shape[2], sent.slot % chosen.shape[2]
+        turned = (chosen.shape[1] - 1 - row) * chosen.shape[2] + slot
+        return dataclasses.replace(sent, slot=sent.slot - sent.slot % rows + turned)
+
+    monkeypatch.setattr(torch_engine, "dispatch", backwards)
+
+
+def rescale(monkeypatch, engine):
+    """Scores of a switch gate sum to one."""
+    monkeypatch.setattr(
+        torch_engine, "choose", lambda logits, gate, k: (choose(logits, gate, k)[0], torch.ones_like(logits[..., :k]))
+    )
+
+
+def swap_networks(monkeypatch, engine):
+    """Networks are confused."""
+    first = engine.packed.layers[0]
+    first = dataclasses.replace(first, networks=dataclasses.replace(first.networks, up=first.networks.up.roll(1, 0)))
+    engine.packed = dataclasses.replace(engine.packed, layers=(first, *engine.packed.layers[1:]))
+
+
+def forget_bias(monkeypatch, engine):
+    """Gates have no bias."""
+    first = engine.packed.layers[0]
+    networks = dataclasses.replace(first.networks, gate_bias=torch.zeros_like(first.networks.gate_bias))
+    first = dataclasses.replace(first, networks=networks)
+    engine.packed = dataclasses.replace(engine.packed, layers=(first, *engine.packed.layers[1:]))
+
+
+@pytest.mark.parametrize(
+    "mistake", (forget_room, share_room, forget_padding, last_come, rescale, swap_networks, forget_bias)
+)
+def test_a_mistake_is_seen(mistake, monkeypatch):
+    """Negative control: each planted mistake moves values far beyond the tolerance."""
+    engine = SWITCH.game().engine
+    mistake(monkeypatch, engine)
+    assert relative(both(engine, SWITCH), flat(truth(SWITCH)[1])) > 1e4 * FP64
+
+
+@pytest.mark.parametrize("name", ("gshard, capacity of none", DEEP.name))
+def test_dropped_tokens_get_zeros_not_what_memory_holds(name, monkeypatch):
+    edge = named(name)
+    engine = edge.game().engine
+    monkeypatch.setattr(engine, "_buffer", lambda name, *shape: torch.full(shape, float("nan"), dtype=torch.float64))
+    assert relative(both(engine, edge), flat(truth(edge)[1])) <= FP64
+
+
+def test_dispatch_is_a_partition():
+    """Every slot is served once, in order, or was dropped because its queue was full."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(2, 30, 5, generator=generator).argsort(-1)[..., :2]  # (E, R, k)
+    block = torch.arange(30) // 10
+    free = dispatch.dispatch(chosen, 5, block, 3, None)
+    assert free.slot.sort().values.equal(torch.arange(120))
+    assert free.bounds[0] == 0 and free.bounds[-1] == 120 == int(free.lengths.sum())
+    room = torch.tensor([3, 0, 100])
+    sent = dispatch.dispatch(chosen, 5, block, 3, room)
+    served = set(sent.slot.tolist())
+    used: dict = {}
+    for slot, network in enumerate(chosen.flatten().tolist()):
+        expert, row = slot // 60, slot % 60 // 2
+        run = used.setdefault((expert, network, int(block[row])), [])
+        run.append(slot)
+        assert (slot in served) == (len(run) <= int(room[block[row]]))
+    for group, (start, stop) in enumerate(zip(sent.bounds, sent.bounds[1:])):
+        members = sent.slot[start:stop]
+        assert bool((members // 60 == group // 5).all()) and bool((chosen.flatten()[members] == group % 5).all())
+    scores = torch.rand(2, 30, 2, generator=generator, dtype=torch.float64)
+    rows = torch.randn(len(sent.slot), 4, generator=generator, dtype=torch.float64)
+    by_token, by_run = torch.zeros(60, 4, dtype=torch.float64), torch.zeros(30, 4, dtype=torch.float64)
+    for row, slot in zip(rows, sent.slot.tolist()):
+        by_token[slot // 2] += scores.flatten()[slot] * row
+        network = int(chosen.flatten()[slot])
+        by_run[(slot // 60 * 5 + network) * 3 + int(block[slot % 60 // 2])] += scores.flatten()[slot] * row
+    torch.testing.assert_close(combine(rows, sent, scores), by_token, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pool(rows, sent, scores)[0].flatten(0, 1), by_run, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_and_order_do_not_matter():
+    game, tiny = SWITCH.game(), SWITCH.game(memory=1)
+    coalitions = SWITCH.coalitions(game.n, count=17)
+    values = game(coalitions)
+    assert tiny.engine.chunk == 1 and game.engine.chunk >= 17
+    assert relative(tiny(coalitions), values) <= 1e-12
+    order = torch.randperm(17)
+    assert relative(game(coalitions[order]), values[order]) <= 1e-12
+
+
+def sample(edge: Edge):
+    features, masks, fills = edge.sample()
+    return edge.model(), [f.float() for f in features], masks, [f.float() for f in fills]
+
+
+def test_auto_says_why_the_native_engine_does_not_run():
+    model, features, masks, fills = sample(SWITCH)
+    game = TokenGame(model.float(), features, masks=masks, fill=fills, target=1)
+    assert game.backend == "torch" and game.about()["backend"] == "torch"
+    assert "sparse (gate 'switch')" in game.about()["reason"]
+    assert "dense transformers" in backends()["cpu"].details
+    with pytest.raises(ArgumentError, match="backend: got 'cpu', but the model's feed-forward blocks are sparse"):
+        TokenGame(model, features, masks=masks, fill=fills, target=1, backend="cpu")
+    dense = dataclasses.replace(SWITCH, gate=None, ffn_experts=None)
+    assert "reason" not in dense.game().about()
+
+
+def test_padding_before_valid_tokens_is_left_to_the_reference():
+    """With a capacity it takes slots, and the torch engine leaves padding out."""
+    model, features, masks, fills = sample(SWITCH)
+    masks[0] = masks[0].flip(0)
+    features[0] = features[0].flip(0)
+    options = {"masks": masks, "fill": [f.double() for f in fills], "target": 1}
+    features = [f.double() for f in features]
+    game = TokenGame(model, features, **options)
+    assert game.backend == "reference" and "padding precedes" in game.about()["reason"]
+    with pytest.raises(ArgumentError, match="padding precedes valid tokens, expected backend='auto'"):
+        TokenGame(model, features, **options, backend="torch")
+    assert TokenGame(model.float(), features, **options).precise().backend == "reference"
+    model = model.double()
+    model.set_capacity("none")
+    assert TokenGame(model, features, **options).backend == "torch"
+
+
+def test_probes_of_a_sparse_model():
+    """Estimates agree with enumeration; explain() runs and knows its noise."""
+    edge = named("gshard of 4, capacity")
+    game = edge.game(heads=("mixture",))
+    exact = exact_interactions(game, progress=False)
+    found = interactions(game, contexts=48, progress=False)
+    low, high = found.interval(0.95)
+    order = [exact.pairs.tolist().index(pair) for pair in found.pairs.tolist()]
+    truth_ = exact.sii[order, 0]
+    assert ((low <= truth_) & (truth_ <= high)).mean() > 0.8
+    model, features, masks, fills = sample(SWITCH)
+    result = explain(model.float(), features, masks=masks, fill=fills, candidates=2, contexts=8, progress=False)
+    assert result.interactions.about["reason"] and result.interactions.check_evaluations > 0
+
+
+def test_interpretcc_players_are_modalities():
+    edge = named("InterpretCC, four modalities")
+    game = edge.game(heads=("mixture",))
+    assert game.n == 4
+    exact = exact_interactions(game, progress=False)
+    slow = exact_interactions(edge.game(heads=("mixture",), backend="reference"), progress=False)
+    assert abs(exact.sii - slow.sii).max() <= FP64
+    features, _, fills = edge.sample()
+    with pytest.raises(ArgumentError, match="'ig' for InterpretCC"):
+        explain(edge.model(), features, fill=fills, progress=False)
+    found = explain(edge.model(), features, fill=fills, importance="ig", contexts=4, progress=False)
+    assert len(found.interactions.pairs) == 6
+
+
+def test_a_game_keeps_the_capacity_it_was_made_with():
+    model = SWITCH.model()
+    games = [SWITCH.game(model), SWITCH.game(model, backend="reference")]
+    model.set_capacity("none")
+    coalitions, expected = truth(SWITCH)
+    for game in games:
+        assert relative(flat(game.engine.evaluate(coalitions)), flat(expected)[: len(coalitions)]) <= FP64
+
+
+def test_importance_of_a_batch_is_that_of_its_samples():
+    """Samples do not compete for capacity."""
+    model = SWITCH.model()
+    features, masks, _ = SWITCH.sample()
+    features = [torch.cat([f[None], torch.randn(2, *f.shape, dtype=f.dtype)]) for f in features]
+    masks = [m.expand(3, -1) for m in masks]
+    for method in ("attnXgrad", "ig"):
+        whole = batch_importance(model, features, masks, method=method)
+        for b in range(3):
+            own = [[part[b : b + 1] for part in parts] for parts in (features, masks)]
+            one = batch_importance(model, *own, method=method)
+            torch.testing.assert_close(whole.experts[b], one.experts[0], rtol=1e-10, atol=1e-12)
