@@ -62,6 +62,11 @@ def vit() -> nn.Module:
     return ready(hf.ViTForImageClassification(hf.ViTConfig(**IMAGE)))
 
 
+def deit() -> nn.Module:
+    config = hf.DeiTConfig(**IMAGE, layer_norm_eps=1e-3)
+    return ready(hf.DeiTForImageClassificationWithTeacher(config))
+
+
 def dinov2() -> nn.Module:
     return ready(hf.Dinov2ForImageClassification(hf.Dinov2Config(**IMAGE)))
 

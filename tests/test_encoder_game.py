@@ -15,10 +15,12 @@ from encoders import CLS, IDS, MASK, VALID, patches, pixels, text_inputs, words
 from torch import nn
 
 from flmoe_fast import ArgumentError, accelerate, exact_interactions, image_players, interactions, text_players
+from flmoe_fast.adapt import native_stack
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.remember import Remembered
+from flmoe_fast.engines.cpu_engine import LEVEL_VARIABLE, levels
 from flmoe_fast.pipeline.masking import mask_pairs
 
 FP64 = 1e-10
@@ -57,6 +59,17 @@ def by_hand(model: nn.Module, z: torch.Tensor, text: int | str | None, image: fl
             output = model(**given)
         rows.append(output if isinstance(output, torch.Tensor) else output.logits)
     return torch.cat(rows)
+
+
+def by_single(model: nn.Module, z: torch.Tensor, text: int | str | None, image: float | None) -> torch.Tensor:
+    """The same with a model in float32."""
+    forward = model.forward
+
+    def single(**given):
+        return forward(**{name: v.float() if v.is_floating_point() else v for name, v in given.items()})
+
+    model.forward = single
+    return by_hand(model, z, text, image)
 
 
 MODELS = {
@@ -239,6 +252,62 @@ def test_float32_is_as_exact_as_the_model_in_float32(make):
     assert 0 < float((game(z) - exact).abs().max()) <= limit
 
 
+NATIVE = {
+    "vit, eps 1e-12": (encoders.vit, None, 0.0),
+    "deit, two class tokens, eps 1e-3": (encoders.deit, None, 0.5),
+    "vilt, padding inside": (encoders.vilt, MASK, 0.25),
+}
+
+
+@pytest.mark.parametrize("level", [name for name, (_, missing) in levels().items() if not missing])
+@pytest.mark.parametrize(("make", "text", "image"), NATIVE.values(), ids=NATIVE)
+def test_the_native_engine_is_as_exact_as_its_arithmetic(make, text, image, level, monkeypatch):
+    """Twice the model's own error in float32, plus one rounding; two bfloat16 terms hold 8 bits less of an operand."""
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
+    model = make()
+    inputs = {**(text_inputs() if text else {}), "pixel_values": pixels()}
+    both = [*([words(text)] if text else []), patches(image)]
+    game = EncoderGame(model, inputs, both, target=1, value="logit", dtype=torch.float32, backend="cpu")
+    z = coalitions(game.n, 20)
+    exact = by_hand(model, z, text, image)[:, 1]
+    plain = by_single(copy.deepcopy(model).float(), z, text, image)[:, 1].double()
+    limit = 2 * float((plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
+    arithmetic = game.about()["arithmetic"]
+    if arithmetic != "fp32":
+        limit *= 2**8
+    assert game.about()["level"] == level and 0 < float((game(z) - exact).abs().max()) <= limit
+    assert game.more_exact.startswith("dtype" if arithmetic == "fp32" else "backend='torch'")
+    precise = game.precise()  # of the weights in float32
+    assert precise.about().get("level") is None and relative(precise(z), exact) <= 1e-5
+    if level == "portable":  # negative control: another scale of the stream is another epsilon
+        monkeypatch.setattr(native_stack, "EPSILON", 1e-14)
+        monkeypatch.setattr("flmoe_fast.adapt.encoder_game.check_with_model", lambda tower: None)
+        wrong = EncoderGame(model, inputs, both, target=1, value="logit", dtype=torch.float32, backend="cpu")
+        assert float((wrong(z) - exact).abs().max()) > 10 * limit
+
+
+@pytest.mark.skipif(not levels(), reason="built without the C++ extension")
+@pytest.mark.parametrize(
+    ("make", "text", "image", "reason"),
+    [
+        (encoders.bert, MASK, None, "its LayerNorms come after the sub-blocks"),
+        (encoders.clip_tower, None, 0.0, "its activation is not the exact GELU"),
+        (encoders.dinov2, None, 0.0, "the model's head reads 10 tokens"),
+        (encoders.prelayernorm, "remove", None, "absent tokens are not all replaced"),
+    ],
+)
+def test_why_not_the_native_engine(make, text, image, reason):
+    inputs = {**(text_inputs() if text else {}), **({"pixel_values": pixels()} if image is not None else {})}
+    both = words(text) if text else patches(image)
+    with pytest.raises(ArgumentError, match=f"backend: got 'cpu', but .*{reason}"):
+        EncoderGame(make(), inputs, both, dtype=torch.float32, value=first_logits, backend="cpu")
+    assert EncoderGame(make(), inputs, both, dtype=torch.float32, value=first_logits).about().get("level") is None
+
+
+def first_logits(output):
+    return (output if isinstance(output, torch.Tensor) else output.logits)[:, 0]
+
+
 def test_half_precision_models_are_taken_in_float32():
     model = encoders.bert().to(torch.bfloat16)
     game = EncoderGame(model, text_inputs(), words(), target=1, value="logit")
@@ -263,6 +332,22 @@ def test_values_of_ones_own():
     states.load_state_dict(model.bert.state_dict(), strict=False)
     norm = EncoderGame(states, text_inputs(), words(), value=lambda output: output.last_hidden_state[:, 2, :3])
     assert norm.tower.problem.reads.tolist() == [2] and norm(z).shape == (8, 3)
+
+
+def test_probabilities_of_other_tasks():
+    model = encoders.bert()
+    z = coalitions(4)
+    logits = by_hand(model, z, MASK, None)
+    model.config.problem_type = "multi_label_classification"
+    for path in ("engine", "module"):
+        game = accelerate(model).game(text_inputs(), words(), target=2, path=path)
+        assert relative(game(z), logits[:, 2].sigmoid()) <= FP64
+    model.config.problem_type = "regression"
+    with pytest.raises(ArgumentError, match="value: got 'prob' of a regression model, expected 'logit'"):
+        accelerate(model).game(text_inputs(), words())
+    single = encoders.ready(hf.BertForSequenceClassification(hf.BertConfig(**{**encoders.TEXT, "num_labels": 1})))
+    game = EncoderGame(single, text_inputs(), words())
+    assert relative(game(z), by_hand(single, z, MASK, None)[:, 0].sigmoid()) <= FP64
 
 
 # ---- planted mistakes ------------------------------------------------------------------------------------------------

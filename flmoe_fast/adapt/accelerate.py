@@ -109,6 +109,7 @@ class AcceleratedModel:
         value: str | Callable[[object], torch.Tensor] | None = None,
         heads: Sequence[str] | None = None,
         path: str = "auto",
+        backend: str = "auto",
         dtype: torch.dtype | None = None,
         memory: int = 1 << 28,
         batch: int = 32,
@@ -126,8 +127,8 @@ class AcceleratedModel:
             of the predicted class, or the similarity of image and text.
         path : "auto", "engine" or "module"
             "auto" takes the engine where it can, else the module in batches, and then warns and says why.
-        dtype, memory
-            Of the engine.
+        backend, dtype, memory
+            Of the engine, see :class:`EncoderGame`.
         batch : int
             Coalitions a forward pass of the module.
 
@@ -146,7 +147,7 @@ class AcceleratedModel:
         if path != "module":
             try:
                 self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
-                options = {"dtype": dtype, "memory": memory, "stacks": self._stacks}
+                options = {"backend": backend, "dtype": dtype, "memory": memory, "stacks": self._stacks}
                 if dual:
                     scored = {"target": target or 0, "value": value or "logit"}
                     return DualEncoderGame(self.model, inputs, players, **scored, **options)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_dtype
+from flmoe_fast.adapt.encoder_game import BACKENDS, MODEL_TOLERANCE, check_with_model, in_dtype, more_exact
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
@@ -52,7 +52,7 @@ class DualEncoderGame(Game):
     value : "logit" or "prob"
         The scaled similarity; or its probability: softmax over the texts, or for models that score every pair by
         itself (with a ``logit_bias``) the sigmoid.
-    dtype, memory, stacks
+    backend, dtype, memory, stacks
         As for :class:`EncoderGame`.
     """
 
@@ -68,11 +68,13 @@ class DualEncoderGame(Game):
         *,
         target: int = 0,
         value: str = "logit",
+        backend: str = "auto",
         dtype: torch.dtype | None = None,
         memory: int = 1 << 28,
         stacks: list[Stack] | None = None,
     ):
         one_of("value", value, VALUES)
+        self._backend = one_of("backend", backend, BACKENDS)
         self.value, self.memory = value, integer("memory", memory, least=1)
         self.model, inputs, self.dtype = in_dtype(model, inputs, dtype)
         self._stacks = stacks if self.model is model else None
@@ -89,9 +91,10 @@ class DualEncoderGame(Game):
         self.players = PlayerMap(players, self._sample())
         name_players(self, self.players)
         self._make_towers()
-        for _, tower in self._towers.values():
-            if tower is not None:
-                check_with_model(tower)
+        towers = [tower for _, tower in self._towers.values() if tower is not None]
+        for tower in towers:
+            check_with_model(tower)
+        self.more_exact = more_exact(*towers)
         self._compare()
 
     @property
@@ -126,7 +129,7 @@ class DualEncoderGame(Game):
             return None
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
-        twin._stacks = None
+        twin._stacks, twin._backend = None, "auto"
         twin._make_towers(like=self._towers)
         return twin
 
@@ -184,7 +187,7 @@ class DualEncoderGame(Game):
                 continue
             columns = torch.cat([torch.arange(self.n)[self.players.columns[p]] for p in mine])
             part = PlayerMap.of_parts([self.players.parts[p] for p in mine])
-            known = {"stacks": self._stacks, "like": None if like is None else like[side][1]}
+            known = {"stacks": self._stacks, "like": None if like is None else like[side][1], "backend": self._backend}
             tower = Tower(self.model, run, _pooled, inputs, part, self.dtype, self.memory, **known)
             self._towers[side] = (columns, tower)
             self._encoders[side] = Remembered(functools.partial(_unit_features, tower))

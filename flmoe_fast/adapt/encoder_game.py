@@ -11,12 +11,14 @@ from torch import nn
 
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import Score, doubled, floating, name_players
+from flmoe_fast.adapt.native_stack import NativeStackEngine
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.game import Game
 
+BACKENDS = ("auto", "cpu", "torch")
 #: Tokens that are worth asking for at a time.
 BLOCK_TOKENS = 1 << 16
 #: Largest difference between the engine and the model on the coalitions that are checked when a game is made,
@@ -42,6 +44,9 @@ class EncoderGame(Game):
         See :func:`text_players` and :func:`image_players`.
     target, value, heads
         As for :class:`ModuleGame`.
+    backend : "auto", "cpu" or "torch"
+        "cpu" is the native engine: pre-norm stacks with exact GELU and a head that reads a token or two (ViT, DeiT,
+        ViLT), in float32, with absent tokens replaced. "auto" takes it where it can run.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic; the model's own by default.
     memory : int
@@ -68,6 +73,7 @@ class EncoderGame(Game):
         target: int | None = None,
         value: str | Callable[[object], torch.Tensor] = "prob",
         heads: Sequence[str] | None = None,
+        backend: str = "auto",
         dtype: torch.dtype | None = None,
         memory: int = 1 << 28,
         stacks: list[Stack] | None = None,
@@ -76,8 +82,9 @@ class EncoderGame(Game):
         self.memory = integer("memory", memory, least=1)
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
-        self.score = Score(target, value, heads)
-        self._make_tower(stacks=stacks if self.model is model else None)
+        self.score = Score(self.model, target, value, heads)
+        one_of("backend", backend, BACKENDS)
+        self._make_tower(stacks=stacks if self.model is model else None, backend=backend)
         check_with_model(self.tower)
         self.score.settle(self.tower.full)
         self.heads = self.score.heads
@@ -110,13 +117,28 @@ class EncoderGame(Game):
             "dtype": str(self.dtype).removeprefix("torch."),
             "places": [list(place) for place in self.places],
             "path": f"engine: {len(engine.layers)} layers of {self.tower.stack.name}, {engine.length} tokens",
+            **arithmetic(self.tower),
         }
 
     def _make_tower(self, **known: object) -> None:
         run, read = self.model.__call__, self.score.read
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower
+        self.more_exact = more_exact(tower)
         self._values = Remembered(lambda coalitions: self.score.values(tower.encode(coalitions)))
+
+
+def arithmetic(tower: Tower) -> dict[str, str]:
+    """What multiplies, where it is the native engine."""
+    engine = tower.engine
+    return {"level": engine.level, "arithmetic": engine.arithmetic} if isinstance(engine, NativeStackEngine) else {}
+
+
+def more_exact(*towers: Tower) -> str:
+    """How to get less rounding, for a person to read."""
+    if all(arithmetic(tower).get("arithmetic", "fp32") == "fp32" for tower in towers):
+        return "dtype=torch.float64"
+    return "backend='torch', or dtype=torch.float64"
 
 
 def in_dtype(

@@ -242,8 +242,16 @@ class PackedEncoderLayer:
             down_bias=cast(exact(parts.down[1])),
             norm2=None if parts.pre else tuple(cast(t) for t in norms[1]),
             eps2=parts.norm2[2],
-            activation=_activation(parts.activation),
+            activation=PackedEncoderLayer.activation_of(parts),
         )
+
+    @staticmethod
+    def activation_of(parts: LayerParts) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The layer's own activation function, or the same done in place where it is the exact GELU."""
+        probe = torch.linspace(-8, 8, 257, dtype=torch.float64)
+        with torch.no_grad():
+            exact = torch.equal(parts.activation(probe), F.gelu(probe))
+        return torch.ops.aten.gelu_ if exact else parts.activation
 
     @property
     def width(self) -> int:
@@ -269,12 +277,3 @@ class PackedEncoderLayer:
         x += self.down_bias
         x.addmm_(wide, self.down)
         return x if self.pre else F.layer_norm(x, x.shape[-1:], *self.norm2, eps=self.eps2)
-
-
-def _activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's own activation function, or the same done in place where it is the exact GELU."""
-    probe = torch.linspace(-8, 8, 257, dtype=torch.float64)
-    with torch.no_grad():
-        if torch.equal(function(probe), F.gelu(probe)):
-            return torch.ops.aten.gelu_
-    return function

@@ -31,8 +31,9 @@ class ModuleGame(Game):
     target : int, optional
         Class whose value is explained; by default what the module predicts for the full sample.
     value : "prob", "logit" or function
-        The softmax probability or the logit of the target; or a function from what the module returns to one value
-        (C,) or several (C, O) for each of the C samples in a batch.
+        The probability of the target (by softmax; by sigmoid for a single class, and for models of transformers whose
+        configuration says that they are multilabel) or its logit; or a function from what the module returns to one
+        value (C,) or several (C, O) for each of the C samples in a batch.
     heads : sequence of O str, optional
         Names of the values of such a function.
     batch : int
@@ -63,7 +64,7 @@ class ModuleGame(Game):
         self.batch, self.why = integer("batch", batch, least=1), why
         name_players(self, self.players)
         self.block = max(self.batch, 256)
-        self.score = Score(target, value, heads)
+        self.score = Score(module, target, value, heads)
         full, _ = (self._outputs(torch.full((1, self.n), present)) for present in (True, False))
         self.score.settle(self.score.read(full))
         self.heads = self.score.heads
@@ -112,6 +113,7 @@ class Score:
 
     def __init__(
         self,
+        model: nn.Module,
         target: int | None,
         value: str | Callable[[object], torch.Tensor],
         heads: Sequence[str] | None,
@@ -122,6 +124,10 @@ class Score:
             raise ArgumentError("target", target, "None, since value is a function")
         if heads is not None and not callable(value):
             raise ArgumentError("heads", heads, "None, unless value is a function with several values")
+        task = getattr(getattr(model, "config", None), "problem_type", None)
+        if task == "regression" and value == "prob":
+            raise ArgumentError("value", "'prob' of a regression model", "'logit', which is its output")
+        self.independent = task == "multi_label_classification"
         self.target = None if target is None else integer("target", target, least=0)
         self.value = value
         self.heads = None if heads is None else tuple(heads)
@@ -156,9 +162,10 @@ class Score:
     def values(self, numbers: torch.Tensor) -> torch.Tensor:
         """Values (C,) or (C, O), float64 on the CPU."""
         numbers = numbers.detach().to(torch.float64)
-        if not callable(self.value):
-            numbers = (numbers.softmax(1) if self.value == "prob" else numbers)[:, self.target]
-        return numbers.cpu()
+        if self.value == "prob":
+            alone = self.independent or numbers.shape[1] == 1
+            numbers = numbers.sigmoid() if alone else numbers.softmax(1)
+        return (numbers if callable(self.value) else numbers[:, self.target]).cpu()
 
     def nothing(self) -> torch.Tensor:
         """Values of no coalitions."""

@@ -64,7 +64,7 @@ class StackEngine:
     def __init__(self, problem: StackProblem, layers: tuple[PackedEncoderLayer, ...], memory: int):
         self.problem, self.layers, self.memory = problem, layers, memory
         self.dtype, self.device = layers[0].out.dtype, layers[0].out.device
-        self.kept = _reaching(problem.reads, problem.allowed, len(problem.owner)).to(self.device)  # (L',)
+        self.kept = reaching(problem.reads, problem.allowed, len(problem.owner)).to(self.device)  # (L',)
         self.owner = problem.owner.to(self.device)[self.kept]
         self.removed = problem.removed.to(self.device)[self.kept]
         reads = problem.reads.to(self.device)
@@ -189,7 +189,7 @@ class StackEngine:
         return (torch.arange(tokens, device=self.device) <= reads[..., None])[:, None]
 
 
-def _reaching(reads: torch.Tensor, allowed: torch.Tensor | None, length: int) -> torch.Tensor:
+def reaching(reads: torch.Tensor, allowed: torch.Tensor | None, length: int) -> torch.Tensor:
     """Tokens, ascending, from which information can reach the tokens that are read."""
     if allowed is None:
         return torch.arange(length)

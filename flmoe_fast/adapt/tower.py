@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from flmoe_fast.adapt import native_stack
 from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, read_layer
+from flmoe_fast.adapt.native_stack import NativeStackEngine
 from flmoe_fast.adapt.players import NOBODY, PlayerMap
 from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
+from flmoe_fast.checks import ArgumentError
 from flmoe_fast.model.network import eval_mode
 
 #: An additive mask below this hides a key; between it and zero it would be a bias, which no plain layer has.
@@ -109,6 +112,8 @@ class Tower:
         Those of the model, where it has been looked at before.
     like : Tower, optional
         The same tower in another arithmetic: what it found out about the model is taken over.
+    backend : "auto", "cpu" or "torch"
+        "cpu" is the native engine, which "auto" takes where it can.
 
     Attributes
     ----------
@@ -133,6 +138,7 @@ class Tower:
         *,
         stacks: list[Stack] | None = None,
         like: Tower | None = None,
+        backend: str = "auto",
     ):
         self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
         stacks = find_stacks(model) if stacks is None else stacks
@@ -158,7 +164,14 @@ class Tower:
             mixed = None if like.problem.mixed is None else self._mixed_states
             self.problem = replace(like.problem, present=states, absent=absent, mixed=mixed)
         device = next(model.parameters()).device
-        self.engine = StackEngine(self.problem, self.stack.packed(dtype, device), memory)
+        layers = self.stack.packed(dtype, device)
+        reason = native_stack.why_not(self.problem, self.stack.parts, dtype, device)
+        if backend == "cpu" and reason:
+            raise ArgumentError("backend", f"'cpu', but {reason}", "'torch', or 'auto' to use what there is")
+        if backend == "torch" or reason:
+            self.engine = StackEngine(self.problem, layers, memory)
+        else:
+            self.engine = NativeStackEngine(self.problem, layers, memory, self.stack.parts)
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
