@@ -127,6 +127,18 @@ def test_capacity_goes_to_the_first_in_the_order_token_then_slot():
     assert [sparse.slots_per_network("switch", n, 16, False) for n in (1, 100)] == [1, 15]
 
 
+def test_autocast_rounds_and_nothing_else():
+    block = SparseMLP(make_config("naive", top_k=4))  # every token uses every network: no choice can flip
+    x = torch.randn(2, 6, H)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = block(x)[0]
+    with torch.no_grad():
+        exact = block(x)[0]
+    assert rounded.dtype == torch.float32
+    # Five roundings on the way, each of the largest term: gate, two products, two sums with a bias.
+    assert 0 < (rounded - exact).abs().max() < 5 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
 def test_ties_go_to_the_lower_index():
     values = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0]] * 50)
     assert all(row == [1, 2, 4] for row in largest(values, 3)[1].tolist())
