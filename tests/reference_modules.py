@@ -8,6 +8,7 @@ list with one tensor a modality, and the attention is computed head by head.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -47,13 +48,91 @@ class SelfAttention(nn.Module):
         return self.proj_drop(self.proj(torch.cat(parts, -1)))
 
 
+class Router(nn.Module):
+    """Where tokens (N, H) go in evaluation: numbers (N, k), -1 for dropped, and scores (N, k)."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.gate, self.count, self.top_k = nn.Linear(width, count), count, 2
+
+    def fill(self, index, room):
+        used = [0] * self.count
+        kept = index.clone()
+        for n, row in enumerate(index.tolist()):
+            for slot, network in enumerate(row):
+                used[network] += 1
+                if used[network] > room:
+                    kept[n, slot] = -1
+        return kept
+
+
+class NaiveGate(Router):
+    def forward(self, x):
+        best = self.gate(x).topk(self.top_k, dim=1)
+        return best.indices, best.values.softmax(1)
+
+
+class GShardGate(NaiveGate):
+    random_routing = False
+
+    def forward(self, x):
+        index, scores = super().forward(x)
+        return self.fill(index, math.ceil(2.4 * len(x)) * 2 // self.count), scores
+
+
+class SwitchGate(Router):
+    def forward(self, x):
+        best = self.gate(x).softmax(1).max(1, keepdim=True)
+        return self.fill(best.indices, math.ceil(2.4 * len(x) / self.count)), best.values
+
+
+class Stacked(nn.Module):
+    def __init__(self, count: int, before: int, after: int):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(count, after, before) / 4),
+            nn.Parameter(torch.randn(count, after)),
+        )
+
+
+class Networks(nn.Module):
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.htoh4, self.h4toh = Stacked(count, width, 2 * width), Stacked(count, 2 * width, width)
+
+
+class SparsePerceptron(nn.Module):
+    """A router and small networks; the router is listed twice, as in the published modules."""
+
+    def __init__(self, width: int, count: int, gate: type[Router]):
+        super().__init__()
+        self.gate = gate(width, count)
+        self.experts = Networks(count, width)
+        self.all_gates = nn.ModuleDict({"0": self.gate})
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        index, scores = self.gate(tokens)
+        up, down, rows = self.experts.htoh4, self.experts.h4toh, []
+        for token, networks, weights in zip(tokens, index.tolist(), scores):
+            total = torch.zeros_like(token)
+            for e, weight in zip(networks, weights):
+                if e >= 0:
+                    wide = nn.functional.gelu(up.weight[e] @ token + up.bias[e])
+                    total = total + weight * (down.weight[e] @ wide + down.bias[e])
+            rows.append(total)
+        return torch.stack(rows).view_as(x)
+
+
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, residual: bool):
+    def __init__(self, width: int, heads: int, residual: bool, sparse: tuple[type[Router], int] | None = None):
         super().__init__()
         self.residual = residual
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = SelfAttention(width, heads)
         self.mlp = Perceptron([width, 2 * width, width], nn.GELU())
+        if sparse is not None:
+            self.mlp = SparsePerceptron(width, sparse[1], sparse[0])
         self.dropout1, self.dropout2 = nn.Dropout(0.5), nn.Dropout(0.5)
 
     def forward(self, x, masks=None):
@@ -75,11 +154,11 @@ class Output(nn.Module):
 
 
 class Fusion(nn.Module):
-    def __init__(self, modalities: int, width: int, heads: int, layers: int, classes: int, patches: int | None):
+    def __init__(self, modalities, width, heads, layers, classes, patches, sparse):
         super().__init__()
         residual = patches is None
         self.pos_embed = None if residual else nn.Parameter(torch.randn(1, patches * modalities, width))
-        blocks = [Block(width, heads, residual) for _ in range(layers)]
+        blocks = [Block(width, heads, residual, None if layer % 2 else sparse) for layer in range(layers)]
         self.network = nn.Sequential(*blocks, Output(modalities * width, classes))
 
     def forward(self, inputs, masks=None):
@@ -134,7 +213,10 @@ class Weights(nn.Module):
 
 
 class InteractionMoE(nn.Module):
-    """An ensemble in the published layout; ``patches`` makes it the original generation."""
+    """An ensemble in the published layout.
+
+    ``patches`` makes it the original generation; ``sparse`` is a gate and a number of networks for layers 0, 2, ...
+    """
 
     def __init__(
         self,
@@ -146,9 +228,10 @@ class InteractionMoE(nn.Module):
         routing_layers: int = 2,
         temperature: float = 0.7,
         patches: int | None = None,
+        sparse: tuple[type[Router], int] | None = None,
     ):
         super().__init__()
-        fusion = Fusion(modalities, width, heads, layers, classes, patches)
+        fusion = Fusion(modalities, width, heads, layers, classes, patches, sparse)
         self.reweight = Weights(modalities, width, routing_layers, temperature)
         self.interaction_experts = nn.ModuleList(Expert(copy.deepcopy(fusion)) for _ in range(modalities + 2))
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_modules import InteractionMoE
+from reference_modules import GShardGate, InteractionMoE, NaiveGate, Router, SparsePerceptron, SwitchGate
 from torch import nn
 
 import flmoe_fast
@@ -17,6 +17,11 @@ SHAPES = {
     "one head, one layer": {"heads": 1, "layers": 1},
     "four modalities, three layers": {"modalities": 4, "layers": 3, "routing_layers": 3},
     "original": {"patches": 3},
+    "sparse, naive gate": {"sparse": (NaiveGate, 3), "layers": 3},
+    "sparse, gshard gate": {"sparse": (GShardGate, 4)},
+    "sparse, gshard gate that drops": {"sparse": (GShardGate, 12)},
+    "sparse, switch gate that drops": {"sparse": (SwitchGate, 8)},
+    "original, sparse": {"patches": 3, "sparse": (SwitchGate, 4)},
     "original, three modalities, one head": {"patches": 2, "modalities": 3, "heads": 1},
 }
 
@@ -83,6 +88,24 @@ def test_coalitions_equal_a_loop_over_the_module(options):
     assert exact.backend in ("torch", "cpu") and len(exact.heads) == expected.shape[1]
 
 
+@pytest.mark.parametrize("gate", [GShardGate, SwitchGate])
+def test_capacity_in_inference_and_in_games(gate):
+    """``inference`` drops what the module drops; a game does not, unless it is asked to."""
+    module = InteractionMoE(sparse=(gate, 12), layers=1).double().eval()
+    inputs, masks = sample(module, batch=1)
+    whole = torch.ones(1, 7, dtype=torch.bool)
+    options = {"fill": "zero", "target": 0, "value": "logit", "heads": ("experts",), "players": [range(1), range(4)]}
+    masks = [torch.ones_like(mask) for mask in masks]
+    published = torch.stack([logits[0, 0] for logits in module.inference(inputs, masks)[0]]).detach()
+    fast, limited = accelerate(module), accelerate(module, capacity="reference")
+    assert fast.model.config.capacity == "none" and fast.model.config.gate == gate.__name__[:-4].lower()
+    assert relative(torch.stack(fast.inference(inputs, masks)[0])[:, 0, 0], published) <= FP64
+    full = whole[:, : limited.game(inputs, masks, **options).n]
+    assert relative(limited.game(inputs, masks, **options)(full)[0], published) <= FP64
+    assert relative(fast.game(inputs, masks, **options)(full)[0], published) > 1e-6
+    assert fast.model.config.capacity == "none"
+
+
 def test_a_training_module_becomes_an_eval_model_and_names_are_taken():
     module = InteractionMoE().double().train()
     fast = accelerate(module, modalities=("text", "image"), task="multilabel")
@@ -142,14 +165,25 @@ def other_mixture(module):
     module.inference = lambda *given: (*inference(*given)[:2], 2 * inference(*given)[2])
 
 
-def sparse(module):
+def random_choices(module):
     for expert in module.interaction_experts:
-        layer = expert.fusion_model.network[0]
-        layer.mlp = nn.Module()
-        layer.mlp.gate = nn.Module()
-        layer.mlp.gate.gate = nn.Linear(12, 4)
-        layer.mlp.experts = nn.Module()
-        layer.mlp.experts.htoh4 = nn.Linear(12, 24)
+        expert.fusion_model.network[0].mlp = SparsePerceptron(12, 4, GShardGate).double()
+    module.interaction_experts[1].fusion_model.network[0].mlp.gate.random_routing = True
+
+
+def unknown_gate(module):
+    for expert in module.interaction_experts:
+        expert.fusion_model.network[0].mlp = SparsePerceptron(12, 4, Router).double()
+
+
+def other_order(module):
+    for expert in module.interaction_experts:
+        expert.fusion_model.network[0].mlp = SparsePerceptron(12, 8, SwitchGate).double()
+        expert.fusion_model.network[0].mlp.gate.fill = lambda index, room: index
+
+
+def interpretcc(module):
+    module.interaction_experts[0].fusion_model.modality_gates = nn.ModuleList([nn.Linear(2, 2)])
 
 
 def extra(module):
@@ -181,7 +215,10 @@ def nan(module):
         (scaled_head, r"interaction_experts\.0\.fusion_model\.network\.2 \(Output\), whose output differs"),
         (other_routing, r"reweight \(Weights\), whose output differs"),
         (other_mixture, r"whose results differ by .* although its layers agree"),
-        (sparse, r"interaction_experts\.0\.fusion_model\.network\.0\.mlp\..*(sparse|gate)|sparse.*network\.0\.mlp"),
+        (random_choices, r"interaction_experts\.1\.fusion_model\.network\.0\.mlp\.gate with random_routing"),
+        (unknown_gate, r"gate: got None, expected the kind of the sparse blocks' gates, whose classes are Router"),
+        (other_order, r"network\.0 \(Block\), whose output differs .* as far as their capacity goes"),
+        (interpretcc, r"InterpretCC experts, whose gates draw random numbers in evaluation too"),
         (extra, r"unexpected keys: .*network\.1\.gain"),
         (uneven, r"different numbers of attention heads, 3 at .* and 4 at interaction_experts\.1"),
         (no_inference, "without an inference method"),

@@ -32,6 +32,9 @@ def accelerate(
     heads: int | None = None,
     temperature: float | None = None,
     task: str | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
+    capacity: str | None = None,
 ) -> AcceleratedMoE | AcceleratedModel:
     """Take a model as it is and make its coalition evaluations fast. The model itself is left alone.
 
@@ -51,6 +54,11 @@ def accelerate(
         checkpoints without a configuration.
     task : "multiclass" or "multilabel"
         By default what a checkpoint's configuration says, "multiclass" for a live module.
+    gate, top_k : optional
+        Of sparse blocks, where the module does not say them (by its gates' classes and ``top_k``); see
+        :class:`FLI2MoEConfig`.
+    capacity : "none" or "reference"
+        Whether tokens compete for the networks of sparse blocks in games, too; "none" by default.
 
     Raises
     ------
@@ -60,6 +68,7 @@ def accelerate(
         The same for a file.
     """
     given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    given |= {"gate": gate, "top_k": top_k, "capacity": capacity}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(module, (str, os.PathLike)):
         return AcceleratedMoE(load_checkpoint(Path(module), **given))

@@ -8,7 +8,8 @@ then shows up as the layer in which the two part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from flmoe_fast.model.network import FLI2MoE, eval_mode
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 #: What implementations call the number of heads of an attention module.
 _HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads")
+#: Gates of sparse blocks by the names of their published classes.
+_GATES = {"NaiveGate": "naive", "GShardGate": "gshard", "SwitchGate": "switch"}
 #: Tokens a modality, where a model leaves that open, in the inputs of the comparison.
 _TOKENS = (3, 2, 4)
 
@@ -35,6 +38,10 @@ def is_reference_layout(state: Iterable[str]) -> bool:
 
 class AcceleratedMoE:
     """An FL-I2MoE or I2MoE whose coalitions run on the engine.
+
+    Where sparse blocks have a limited capacity, ``inference`` respects it, as the module does, over the whole batch. In
+    a game every token reaches its networks, unless ``capacity="reference"`` was asked for: what coalitions are worth
+    should not depend on each other.
 
     Attributes
     ----------
@@ -73,7 +80,7 @@ class AcceleratedMoE:
         if isinstance(masks, Mapping) or (masks is not None and any(mask is None for mask in masks)):
             got = "a mapping" if isinstance(masks, Mapping) else "masks for some modalities only"
             raise ArgumentError("masks", got, "one mask for every modality, or None")
-        with eval_mode(self.model):
+        with eval_mode(self.model), _limited(self.model):
             output = self.model(list(inputs), None if masks is None else list(masks))
         return list(output.expert_logits.unbind(1)), output.weights, output.logits
 
@@ -82,45 +89,37 @@ class AcceleratedMoE:
         return TokenGame(self.model, inputs, masks=masks, **options)
 
 
-def accelerate_module(
-    module: nn.Module,
-    *,
-    modalities: Sequence[str] | None = None,
-    heads: int | None = None,
-    temperature: float | None = None,
-    task: str = "multiclass",
-) -> AcceleratedMoE:
+def accelerate_module(module: nn.Module, **given: object) -> AcceleratedMoE:
     """Take a live module in the reference layout, see :func:`flmoe_fast.accelerate`."""
     state = {key: value.detach() for key, value in module.state_dict().items()}
-    heads = _number_of_heads(module) if heads is None else heads
-    temperature = _temperature(module) if temperature is None else temperature
-    if modalities is None:
-        modalities = tuple(f"m{m}" for m in range(_modality_count(state)))
     try:
         model = model_from_state(
-            {key: value.cpu() for key, value in state.items()},
-            type(module).__name__,
-            modalities=modalities,
-            heads=heads,
-            temperature=temperature,
-            task=task,
+            {key: value.cpu() for key, value in state.items()}, type(module).__name__, **_facts(module, state, given)
         )
     except CheckpointError as problem:
         got = f"{type(module).__name__} with {problem.found} at {problem.key}"
         raise ArgumentError("module", got, problem.expected) from problem
-    parameter = next(module.parameters())
-    model = model.to(parameter.device)
+    model = model.to(next(module.parameters()).device)
     _compare(module, model)
     return AcceleratedMoE(model)
 
 
-def _modality_count(state: Mapping[str, torch.Tensor]) -> int:
-    """M as far as the state dict tells; the loader checks it properly, and says what is wrong."""
-    routing = state.get("reweight.mlp.network.0.weight")
-    norm = state.get("interaction_experts.0.fusion_model.network.0.norm1.weight")
-    if routing is None or norm is None or not len(norm):
-        return 2
-    return min(max(routing.shape[-1] // len(norm), 2), 8)
+def _facts(module: nn.Module, state: Mapping[str, torch.Tensor], given: Mapping[str, object]) -> dict[str, object]:
+    """What the state dict does not tell: given, or read off the module."""
+    facts = {"task": "multiclass", **given}
+    if any(".modality_gates." in key for key in state):
+        got = f"a {type(module).__name__} with InterpretCC experts, whose gates draw random numbers in evaluation too"
+        raise ArgumentError("module", got, "an inference that is a function of its inputs (its checkpoint does load)")
+    experts = {key.split(".")[1] for key in state if key.startswith("interaction_experts.")}
+    facts.setdefault("modalities", tuple(f"m{m}" for m in range(min(max(len(experts) - 2, 2), 8))))
+    if "heads" not in facts:
+        facts["heads"] = _number_of_heads(module)
+    if "temperature" not in facts:
+        facts["temperature"] = _temperature(module)
+    gates = {name: part for name, part in module.named_modules() if name.endswith(".mlp.gate")}
+    if any(".mlp.gate." in key for key in state):
+        facts.update({name: value for name, value in _gate(gates, state).items() if name not in facts})
+    return facts
 
 
 def _number_of_heads(module: nn.Module) -> int:
@@ -143,6 +142,38 @@ def _temperature(module: nn.Module) -> float:
     if value is None:
         raise ArgumentError("temperature", None, "the routing's temperature: the module has no reweight.temperature")
     return float(value)
+
+
+def _gate(gates: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    """Kind of the sparse blocks' gates, by the names of their classes, and how many networks a token uses."""
+    if any(key.endswith(".mlp.gate.w_gate") for key in state):
+        kinds = {"noisy"}
+    else:
+        kinds = {_GATES.get(type(gate).__name__, "") for gate in gates.values()}
+    if len(kinds) != 1 or "" in kinds:
+        names = ", ".join(sorted({type(gate).__name__ for gate in gates.values()}))
+        raise ArgumentError("gate", None, f"the kind of the sparse blocks' gates, whose classes are {names or 'none'}")
+    kind = kinds.pop()
+    for name, gate in gates.items():
+        if kind == "gshard" and getattr(gate, "random_routing", False):
+            got = f"{name} with random_routing, which drops second choices at random in evaluation too"
+            raise ArgumentError("module", got, "an inference that is a function of its inputs")
+    facts: dict[str, object] = {"gate": kind}
+    slots = {int(gate.top_k) for gate in gates.values() if isinstance(getattr(gate, "top_k", None), int)}
+    if kind in ("naive", "noisy") and len(slots) == 1:
+        facts["top_k"] = slots.pop()
+    return facts
+
+
+@contextlib.contextmanager
+def _limited(model: FLI2MoE) -> Iterator[None]:
+    """The capacity of sparse blocks as published, inside the ``with`` block."""
+    capacity = model.config.capacity
+    model.set_capacity("reference")
+    try:
+        yield
+    finally:
+        model.set_capacity(capacity)
 
 
 # ---- the module and its copy on the same inputs ----------------------------------------------------------------------
@@ -177,9 +208,10 @@ def _compare(module: nn.Module, model: FLI2MoE) -> None:
             raise ArgumentError("module", got, "(list of expert logits, routing weights, mixture logits)") from problem
         worst = max(_difference(a, b) for a, b in pairs)
         if not worst <= TOLERANCE[parameter.dtype]:
-            raise ArgumentError(
-                "module", _where(theirs, ours, worst, parameter.dtype, masks), _EXPECTED[config.generation]
-            )
+            expected = _EXPECTED[config.generation]
+            if config.gate in ("gshard", "switch"):
+                expected += "; sparse blocks that serve tokens in their order, as far as their capacity goes"
+            raise ArgumentError("module", _where(theirs, ours, worst, parameter.dtype, masks), expected)
 
 
 _EXPECTED = {
@@ -199,7 +231,8 @@ class _Trace:
     def __enter__(self) -> _Trace:
         for name, part in self.module.named_modules():
             stem, _, leaf = name.rpartition(".")
-            if name == "reweight" or (stem.endswith("fusion_model.network") and leaf.isdigit()):
+            layers = stem.endswith((".fusion_model.network", ".fusion_model.layers")) and leaf.isdigit()
+            if name == "reweight" or layers:
                 self._hooks.append(part.register_forward_hook(self._keep(name)))
         return self
 

@@ -151,21 +151,18 @@ def load_checkpoint(
     return _build(path, read(path), config, given)
 
 
-def model_from_state(
-    state: Mapping[str, Tensor], source: str, *, modalities: Sequence[str], heads: int, temperature: float, task: str
-) -> FLI2MoE:
+def model_from_state(state: Mapping[str, Tensor], source: str, **given: Any) -> FLI2MoE:
     """A model with copies of the weights of an ensemble's state dict, on the CPU, in eval mode, without encoders.
 
     Args:
         state: with the keys of :meth:`FLI2MoE.ensemble_state_dict`.
         source: what the state dict is of, for messages.
-        modalities, heads, temperature, task: as for :func:`load_checkpoint`.
+        **given: what the state dict does not tell, as for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: another layout, missing or unexpected keys, wrong shapes, mixed dtypes, non-finite weights.
         ArgumentError: a bad argument.
     """
-    given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
     return _build(Path(source), _States(dict(state), {}, None, {}), None, given)
 
 
