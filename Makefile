@@ -30,7 +30,7 @@ FLMOE := $(PY) -m flmoe_fast.cli
 endif
 EXTENSION := build/.extension
 
-.PHONY: demo test bench env extension lint host-test nvcc-check pytest clean
+.PHONY: demo test bench env extension lint host-test portable-check nvcc-check pytest clean
 
 demo: extension
 	$(FLMOE) demo --out $(OUT)
@@ -48,6 +48,10 @@ lint: $(INSTALLED)
 # The shared C++ core under AddressSanitizer and UBSan.
 host-test: $(INSTALLED)
 	$(PY) csrc/check.py host
+
+# The CPU engine's host test on emulated processors, Arm and older x86-64: minutes, so not part of `test`.
+portable-check: $(INSTALLED)
+	$(PY) csrc/check.py portable
 
 # Every CUDA source for every shipped architecture: no warnings, no spills. Says so and passes where there is no nvcc.
 nvcc-check: $(INSTALLED)

@@ -1,6 +1,8 @@
 """Checks of the C++ and CUDA sources that need no GPU.
 
 ``python csrc/check.py host`` builds host_test and cpu_test under sanitizers with CMake and runs them.
+``python csrc/check.py portable`` builds cpu_test for a 64-bit Arm and, with every level in one program, for x86-64, and
+runs both under QEMU: on Arm, and on x86-64 processors that lack the newer levels.
 ``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning and each
 register spill as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
 and succeeds.
@@ -21,6 +23,19 @@ CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 HOST_TESTS = ("host_test", "cpu_test")
 ARCHS = ("sm_80", "sm_90a")
+WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+LEVELS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": WIDE,
+    "amx": [*WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+#: Family, its compiler, its emulator, and the instruction levels it has beside the portable one.
+EMULATED = (
+    ("aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64", {}),
+    ("x86_64", "x86_64-linux-gnu-g++", "qemu-x86_64", LEVELS),
+)
+#: What QEMU is asked to be: from before AVX, and with AVX2.
+PROCESSORS = {"aarch64": [[]], "x86_64": [["-cpu", "Nehalem"], ["-cpu", "Haswell"]]}
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
 NVCC_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
 RESOURCES = re.compile(
@@ -56,6 +71,39 @@ def host() -> int:
         if status:
             return status
     return 0
+
+
+def portable() -> int:
+    """Run cpu_test on emulated processors: one build must run on all of a family. Returns an exit status."""
+    sources = [str(CSRC / "cpu" / name) for name in ("cpu_test.cpp", "dispatch.cpp", "level_portable.cpp")]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast", "-static", "-pthread"]
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for family, compiler, emulator, levels in EMULATED:
+            missing = [name for name in (compiler, emulator) if not shutil.which(name)]
+            if missing:
+                print(f"cpu_test for {family}: skipped, there is no {' and no '.join(missing)}")
+                continue
+            program, objects, defined = str(Path(scratch) / family), [], []
+            commands = []
+            for level, options in levels.items():
+                objects.append(f"{program}-{level}.o")
+                defined.append(f"-DFLMOE_WITH_{level.upper()}")
+                source = str(CSRC / "cpu" / f"level_{level}.cpp")
+                # GCC's own intrinsics headers use values they leave undefined.
+                quiet = [*flags, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+                commands.append([compiler, *quiet, *options, "-c", source, "-o", objects[-1]])
+            commands.append([compiler, *flags, *defined, *sources, *objects, "-o", program])
+            commands += [[emulator, *cpu, program] for cpu in PROCESSORS[family]]
+            for command in commands:
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                if result.returncode:
+                    print(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+                    failed = 1
+                    break
+                if command[0] == emulator:
+                    print(f"{' '.join([family, *command[2:-1]])}: {result.stdout.strip()}")
+    return failed
 
 
 def kernel_name(mangled: str) -> str:
@@ -97,7 +145,7 @@ def nvcc() -> int:
 
 
 if __name__ == "__main__":
-    checks = {"host": host, "nvcc": nvcc}
+    checks = {"host": host, "portable": portable, "nvcc": nvcc}
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         sys.exit(f"usage: python {Path(__file__).name} {'|'.join(checks)}")
     sys.exit(checks[sys.argv[1]]())

@@ -96,14 +96,20 @@ class SplitProducts(Products):
 ARITHMETIC = {"fp32": (InOrder, torch.finfo(torch.float32).eps), "bf16x3": (SplitProducts, SPLIT_ROUNDING)}
 
 
+def allowed(edge: Edge, arithmetic: str, coalitions: torch.Tensor, exact: torch.Tensor, **model) -> float:
+    """Largest error of any logit or weight that an engine of that arithmetic may show on these coalitions.
+
+    ``exact`` (C, ...) is what the reference says in float64.
+    """
+    products, rounding = ARITHMETIC[arithmetic]
+    with products():
+        found = flat(edge.game(backend="reference", dtype=torch.float32, **model).engine.evaluate(coalitions))
+    return float(2 * ((found - exact).abs().max() + rounding * exact.abs().max()))
+
+
 @functools.cache
 def tolerance(edge: Edge, arithmetic: str) -> float:
-    """Largest error of any logit or weight that an engine of that arithmetic may show on an edge shape."""
+    """:func:`allowed` on all coalitions of :func:`truth`."""
     coalitions, exact = truth(edge)
-    products, rounding = ARITHMETIC[arithmetic]
-    reference = edge.game(backend="reference", dtype=torch.float32)
-    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
-    with products():
-        found = flat(reference.engine.evaluate(torch.cat([coalitions, corners])))
-    exact = flat(exact)
-    return float(2 * ((found - exact).abs().max() + rounding * exact.abs().max()))
+    corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
+    return allowed(edge, arithmetic, torch.cat([coalitions, corners]), flat(exact))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edge_shapes import EDGES, Edge
-from parity import CONTEXTS, SPLIT_ROUNDING, SplitProducts, flat, toggles, tolerance, truth, two_terms
+from parity import CONTEXTS, SPLIT_ROUNDING, SplitProducts, allowed, flat, toggles, tolerance, truth, two_terms
 from test_engine import break_gain, break_queries, break_routing, break_scale, break_states, break_values
 
 from flmoe_fast import coalitions, interactions
@@ -172,16 +173,36 @@ def test_scores_that_spread_too_far_are_attended_directly():
         for expert in model.interaction_experts:
             expert.fusion_model.network[0].attn.q.weight *= 60
     samples = edge.coalitions(edge.game().n)
-    reference = edge.game(model, backend="reference")
-    plain = edge.game(model, backend="reference", dtype=torch.float32)
-    exact = flat(reference.engine.evaluate(samples))
-    error = (flat(plain.engine.evaluate(samples)) - exact).abs().max()
+    exact = flat(edge.game(model, backend="reference").engine.evaluate(samples))
     ours = CpuEngine(edge.game(model, dtype=torch.float32).problem, level="portable")
     ours._pattern_sums = lambda *a: seen.append(CpuEngine._pattern_sums(ours, *a)) or seen[-1]
     seen = []
-    allowed = 2 * (error + 1e-6 * exact.abs().max())
-    assert float((flat(ours.evaluate(samples)) - exact).abs().max()) <= float(allowed)
-    assert seen == [None] * len(seen)
+    error = (flat(ours.evaluate(samples)) - exact).abs().max()
+    assert float(error) <= allowed(edge, "fp32", samples, exact, model=model)
+    assert seen == [None]
+
+
+LONGEST = Edge("longest", (1500, 548), (1500, 548), hidden=8, heads=1)
+
+
+@functools.cache
+def longest(arithmetic: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One coalition of 2,048 tokens, what the reference says, and how far an arithmetic may be off."""
+    samples = LONGEST.coalitions(2048, count=3)[1:2]
+    exact = flat(LONGEST.game(backend="reference").engine.evaluate(samples))
+    return samples, exact, allowed(LONGEST, arithmetic, samples, exact)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_two_thousand_tokens(level: str):
+    """The longest sequences, both ways of doing layer-1 attention."""
+    samples, exact, most = longest(levels()[level][0])
+    ours = engine(LONGEST, level)
+    alone = flat(ours.evaluate(samples))
+    corners = flat(ours.evaluate_toggles(samples, toggles(2048)))
+    assert float((alone - exact).abs().max()) <= most
+    assert float((corners[:1] - exact).abs().max()) <= most
+    assert float((corners[3] - corners[0]).abs().max()) > 3 * most  # negative control: two tokens matter
 
 
 def test_no_coalitions_and_no_variation():

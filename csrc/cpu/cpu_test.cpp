@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -72,9 +73,43 @@ void test_functions(const Level& level) {
   }
 }
 
-bool is_split(const Level& level) { return level.arithmetic[0] == 'b'; }
+// How the plain computation rounds: not at all (double), or as a level does, so that a tolerance is twice the error that
+// the level's arithmetic makes in the plainest program, and no constant is chosen by hand.
+enum class Arithmetic { exact, fp32, bf16x3 };
+
+double rounded(Arithmetic arithmetic, double x) {
+  return arithmetic == Arithmetic::exact ? x : static_cast<double>(static_cast<float>(x));
+}
+
+// Nearest bfloat16.
+double short_term(double x) {
+  const float single = static_cast<float>(x);
+  std::uint32_t bits;
+  std::memcpy(&bits, &single, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float term;
+  std::memcpy(&term, &bits, sizeof term);
+  return term;
+}
+
+// total + a * b.
+double add_product(Arithmetic arithmetic, double total, double a, double b) {
+  if (arithmetic != Arithmetic::bf16x3) return rounded(arithmetic, total + a * b);
+  const double high_a = short_term(a), high_b = short_term(b);
+  const double low_a = short_term(a - high_a), low_b = short_term(b - high_b);
+  for (const double product : {low_a * high_b, high_a * low_b, high_a * high_b}) total = rounded(arithmetic, total + product);
+  return total;
+}
+
+// Relative error of one product: of rounding it, or of what two terms an operand (8 bits each) leave out.
+double rounding(Arithmetic arithmetic) { return arithmetic == Arithmetic::bf16x3 ? 3 * 0x1p-18 : 0x1p-23; }
+
+Arithmetic arithmetic_of(const Level& level) {
+  return level.arithmetic[0] == 'b' ? Arithmetic::bf16x3 : Arithmetic::fp32;
+}
 
 void test_products(const Level& level) {
+  const Arithmetic arithmetic = arithmetic_of(level);
   for (const int m : {1, 5, 14, 16, 17, 28, 33, 61}) {
     for (const int k : {32, 96}) {
       for (const int n : {32, 64}) {
@@ -86,10 +121,16 @@ void test_products(const Level& level) {
         level.matmul(a.data(), b.data(), c.data(), m, k, n, workspace.data());
         level.end(before);
         for (int i = 0; i < m * n; ++i) {
-          double exact = 0;
-          for (int j = 0; j < k; ++j) exact += static_cast<double>(a[i / n * k + j]) * b[j * n + i % n];
-          CHECK(std::abs(c[i] - exact) <= k * (is_split(level) ? 0x1p-16 : 0x1p-23), "%s: product %d x %d x %d, element %d",
-                level.name, m, k, n, i);
+          double exact = 0, size = 0;
+          for (int j = 0; j < k; ++j) {
+            const double product = static_cast<double>(a[i / n * k + j]) * b[j * n + i % n];
+            exact += product;
+            size += std::abs(product);
+          }
+          // Every addition rounds once; split operands take three products.
+          const int additions = arithmetic == Arithmetic::bf16x3 ? 3 * k : k;
+          CHECK(std::abs(c[i] - exact) <= (additions * 0x1p-23 + rounding(arithmetic)) * size,
+                "%s: product %d x %d x %d, element %d", level.name, m, k, n, i);
         }
       }
     }
@@ -153,29 +194,29 @@ struct Problem {
 
 using Rows = std::vector<std::vector<double>>;
 
-Rows times(const Rows& x, const float* w, const float* bias, int columns) {
+Rows times(Arithmetic arithmetic, const Rows& x, const float* w, const float* bias, int columns) {
   Rows y(x.size(), std::vector<double>(columns));
   for (std::size_t r = 0; r < x.size(); ++r) {
-    for (int j = 0; j < columns; ++j) y[r][j] = bias != nullptr ? bias[j] : 0.0f;
     for (std::size_t i = 0; i < x[r].size(); ++i) {
-      for (int j = 0; j < columns; ++j) y[r][j] += x[r][i] * w[i * columns + j];
+      for (int j = 0; j < columns; ++j) y[r][j] = add_product(arithmetic, y[r][j], x[r][i], w[i * columns + j]);
     }
+    for (int j = 0; bias != nullptr && j < columns; ++j) y[r][j] = rounded(arithmetic, y[r][j] + bias[j]);
   }
   return y;
 }
 
-Rows normalised(const Rows& x, int hidden) {
+Rows normalised(Arithmetic arithmetic, const Rows& x, int hidden) {
   Rows y = x;
   for (auto& row : y) {
     double mean = 0, square = 0;
     for (int j = 0; j < hidden; ++j) mean += row[j] / hidden;
     for (int j = 0; j < hidden; ++j) square += (row[j] - mean) * (row[j] - mean) / hidden;
-    for (int j = 0; j < hidden; ++j) row[j] = (row[j] - mean) / std::sqrt(square + 1e-5);
+    for (int j = 0; j < hidden; ++j) row[j] = rounded(arithmetic, (row[j] - mean) / std::sqrt(square + 1e-5));
   }
   return y;
 }
 
-Rows attended(const Rows& qkv, const Shape& shape) {
+Rows attended(Arithmetic arithmetic, const Rows& qkv, const Shape& shape) {
   const int width = shape.head_width(), all = shape.attended();
   Rows out(qkv.size(), std::vector<double>(all));
   for (int h = 0; h < shape.heads; ++h) {
@@ -183,18 +224,23 @@ Rows attended(const Rows& qkv, const Shape& shape) {
       double total = 0;
       for (const auto& key : qkv) {
         double score = 0;
-        for (int j = 0; j < width; ++j) score += qkv[r][h * width + j] * key[all + h * width + j];
-        const double weight = std::exp2(score);
-        total += weight;
-        for (int j = 0; j < width; ++j) out[r][h * width + j] += weight * key[2 * all + h * width + j];
+        for (int j = 0; j < width; ++j) {
+          score = add_product(arithmetic, score, qkv[r][h * width + j], key[all + h * width + j]);
+        }
+        const double weight = rounded(arithmetic, std::exp2(score));
+        total = rounded(arithmetic, total + weight);
+        for (int j = 0; j < width; ++j) {
+          double& sum = out[r][h * width + j];
+          sum = add_product(arithmetic, sum, weight, key[2 * all + h * width + j]);
+        }
       }
-      for (int j = 0; j < width; ++j) out[r][h * width + j] /= total;
+      for (int j = 0; j < width; ++j) out[r][h * width + j] = rounded(arithmetic, out[r][h * width + j] / total);
     }
   }
   return out;
 }
 
-std::vector<double> logits_of(Problem& p, int expert, std::int64_t coalition) {
+std::vector<double> logits_of(Arithmetic arithmetic, Problem& p, int expert, std::int64_t coalition) {
   const Shape& s = p.shape;
   Rows qkv(s.length), stream(s.length);
   for (int t = 0; t < s.length; ++t) {
@@ -204,12 +250,18 @@ std::vector<double> logits_of(Problem& p, int expert, std::int64_t coalition) {
   }
   std::vector<double> pooled(s.pooled());
   for (int l = 0; l < s.layers; ++l) {
-    const Rows branch = times(attended(qkv, s), p.matrix(expert, l, 2), l > 0 ? p.matrix(expert, l, 3) : nullptr, s.stream());
+    const float* bias = l > 0 ? p.matrix(expert, l, 3) : nullptr;
+    const Rows branch = times(arithmetic, attended(arithmetic, qkv, s), p.matrix(expert, l, 2), bias, s.stream());
     for (int t = 0; t < s.length; ++t) {
-      for (int j = 0; j < s.stream(); ++j) stream[t][j] = branch[t][j] + (l == 0 || s.residual ? stream[t][j] : 0.0);
+      for (int j = 0; j < s.stream(); ++j) {
+        stream[t][j] = rounded(arithmetic, branch[t][j] + (l == 0 || s.residual ? stream[t][j] : 0.0));
+      }
     }
-    Rows wide = times(normalised(stream, s.hidden), p.matrix(expert, l, 4), p.matrix(expert, l, 5), s.expanded());
-    for (auto& row : wide) std::transform(row.begin(), row.end(), row.begin(), gelu);
+    Rows wide = times(arithmetic, normalised(arithmetic, stream, s.hidden), p.matrix(expert, l, 4), p.matrix(expert, l, 5),
+                      s.expanded());
+    for (auto& row : wide) {
+      for (double& x : row) x = rounded(arithmetic, gelu(x));
+    }
     if (l + 1 == s.layers) {
       for (int t = 0; t < s.length; ++t) {
         double* to = pooled.data() + p.modality[t] * (s.expanded() + s.stream());
@@ -218,11 +270,12 @@ std::vector<double> logits_of(Problem& p, int expert, std::int64_t coalition) {
       }
       break;
     }
-    const Rows down = times(wide, p.matrix(expert, l, 6), p.matrix(expert, l, 7), s.stream());
+    const Rows down = times(arithmetic, wide, p.matrix(expert, l, 6), p.matrix(expert, l, 7), s.stream());
     for (int t = 0; t < s.length; ++t) {
-      for (int j = 0; j < s.stream(); ++j) stream[t][j] += down[t][j];
+      for (int j = 0; j < s.stream(); ++j) stream[t][j] = rounded(arithmetic, stream[t][j] + down[t][j]);
     }
-    qkv = times(normalised(stream, s.hidden), p.matrix(expert, l + 1, 0), p.matrix(expert, l + 1, 1), 3 * s.attended());
+    qkv = times(arithmetic, normalised(arithmetic, stream, s.hidden), p.matrix(expert, l + 1, 0),
+                p.matrix(expert, l + 1, 1), 3 * s.attended());
   }
   std::vector<double> logits(s.classes);
   for (int k = 0; k < s.classes; ++k) {
@@ -274,17 +327,25 @@ struct Table {
 void test_whole(const Shape& shape, std::int64_t coalitions) {
   Problem p(shape, coalitions);
   Table table(p);
-  std::vector<std::vector<double>> exact;
-  double size = 0;
+  std::vector<double> exact;
+  double size = 0, error_of[] = {0, 0, 0};  // of every arithmetic
   for (std::int64_t c = 0; c < coalitions; ++c) {
     for (int e = 0; e < shape.experts; ++e) {
-      exact.push_back(logits_of(p, e, c));
-      for (const double logit : exact.back()) size = std::max(size, std::abs(logit));
+      const std::vector<double> logits = logits_of(Arithmetic::exact, p, e, c);
+      for (const Arithmetic arithmetic : {Arithmetic::fp32, Arithmetic::bf16x3}) {
+        const std::vector<double> rough = logits_of(arithmetic, p, e, c);
+        double& worst = error_of[static_cast<int>(arithmetic)];
+        for (int k = 0; k < shape.classes; ++k) worst = std::max(worst, std::abs(rough[k] - logits[k]));
+      }
+      for (const double logit : logits) size = std::max(size, std::abs(logit));
+      exact.insert(exact.end(), logits.begin(), logits.end());
     }
   }
   for (const Support& support : levels()) {
     if (!support.missing.empty()) continue;
     const Level& level = *support.level;
+    const Arithmetic arithmetic = arithmetic_of(level);
+    const double allowed = 2 * (error_of[static_cast<int>(arithmetic)] + rounding(arithmetic) * size);
     std::vector<Block<float>> packed;
     std::vector<LayerWeights> layers;
     for (int e = 0; e < shape.experts; ++e) {
@@ -313,9 +374,9 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
                         logits.data(), coalitions};
         run(level, {shape, layers.data()}, call, threads, workspace.data(), stride);
         for (std::size_t i = 0; i < logits.size; ++i) {
-          const double error = std::abs(logits[i] - exact[i / shape.classes][i % shape.classes]);
-          CHECK(error <= (is_split(level) ? 1e-4 : 2e-5) * std::max(1.0, size), "%s: L %d, H %d, shared %d: error %g",
-                level.name, shape.length, shape.hidden, shared, error);
+          const double error = std::abs(logits[i] - exact[i]);
+          CHECK(error <= allowed, "%s: L %d, H %d, shared %d: error %g, allowed %g", level.name, shape.length,
+                shape.hidden, shared, error, allowed);
         }
         const std::vector<double> got(logits.data(), logits.data() + logits.size);
         if (threads == 1) one = got;

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from flmoe_fast import coalitions as words
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.engines.problem import Logits, TokenProblem
-from flmoe_fast.engines.torch_engine import SCORE_SPREAD, TorchEngine
+from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.config import FLI2MoEConfig
 
 #: Forces an instruction level: amx, avx512, avx2 or portable.
@@ -211,44 +211,27 @@ class CpuEngine(TorchEngine):
         return KEYS_PER_GROUP * len(patterns.groups) <= length and size <= SHARED_TABLE_BYTES
 
     def _pattern_sums(self, base: torch.Tensor, varying: torch.Tensor, patterns: Patterns) -> PatternSums | None:
-        """Sums for coalitions that equal ``base`` (L,) bool outside ``varying``.
-
-        None when scores spread so far that a coalition's largest score could underflow against the fixed maximum.
-        """
-        states = self.states
-        experts, heads, _, length, depth = states.q.shape
-        rest = torch.ones(length, dtype=torch.bool)
-        rest[varying] = False
-        rest = rest.nonzero()[:, 0]
-        state = base.long()
-        state[varying] = 1
-        queries = torch.cat(  # (E, h, Q, d)
-            [states.q[:, :, state, torch.arange(length)], states.q[:, :, 0, varying]], dim=2
-        )
-        values = F.pad(states.v, (0, 1), value=1.0)  # the denominator is one more column
-        key_vary = torch.cat([states.k[:, :, 0, varying], states.k[:, :, 1, varying]], dim=2)  # (E, h, 2J, d)
-        value_vary = torch.cat([values[:, :, 0, varying], values[:, :, 1, varying]], dim=2)
-        score_rest = queries @ states.k[:, :, state[rest], rest].transpose(-1, -2)  # (E, h, Q, L - J)
-        score_vary = queries @ key_vary.transpose(-1, -2)  # (E, h, Q, 2J)
-        top = torch.cat([score_rest, score_vary], dim=-1).amax(-1, keepdim=True)
-        # The smallest "largest score" any coalition can have: constant keys, and each varying key in its worse state.
-        surely = torch.cat([score_rest, torch.minimum(*score_vary.chunk(2, dim=-1))], dim=-1).amax(-1, keepdim=True)
-        if float((top - surely).max()) > SCORE_SPREAD[self.dtype]:
+        """Sums for coalitions that equal ``base`` (L,) bool outside ``varying``; None where scores spread too far."""
+        weights = self._first_weights(base, varying)
+        if weights is None:
             return None
-        weight_vary = (score_vary - top).exp_()
-        constant = score_rest.sub_(top).exp_() @ values[:, :, state[rest], rest]  # (E, h, Q, d + 1)
-        table = self._buffer("table", patterns.count, experts, heads, queries.shape[2], depth + 1)
+        experts, heads, queries, _ = weights.rest.shape
+        # The denominator is one more column of the values.
+        constant = weights.rest @ F.pad(weights.values_rest, (0, 1), value=1.0)  # (E, h, Q, d + 1)
+        values = F.pad(weights.values_vary, (0, 1), value=1.0)
+        table = self._buffer("table", patterns.count, experts, heads, queries, values.shape[-1])
         done = 0
         for members, shown in patterns.groups:
             columns = members + shown * len(varying)  # (P_g, g)
-            weights = weight_vary[..., columns].permute(3, 0, 1, 2, 4)  # (P_g, E, h, Q, g)
+            chosen = weights.vary[..., columns].permute(3, 0, 1, 2, 4)  # (P_g, E, h, Q, g)
             into = table[done : done + len(shown)]
-            torch.matmul(weights, value_vary[:, :, columns].permute(2, 0, 1, 3, 4), out=into)
+            torch.matmul(chosen, values[:, :, columns].permute(2, 0, 1, 3, 4), out=into)
             if not done:
                 into += constant
             done += len(shown)
+        length = len(base)
         absent_row = torch.full((length,), -1, dtype=torch.int32)
-        absent_row[varying] = torch.arange(length, length + len(varying), dtype=torch.int32)
+        absent_row[varying] = torch.arange(length, queries, dtype=torch.int32)
         return PatternSums(table, absent_row)
 
     # ---- the native part --------------------------------------------------------------------------------------------

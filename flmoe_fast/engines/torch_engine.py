@@ -48,15 +48,28 @@ class TwoStates:
 
 
 @dataclass(frozen=True)
+class FirstWeights:
+    """Layer-1 attention weights of J varying and L - J other tokens as keys, not divided by their sum.
+
+    The Q = L + J query rows are every token in its base state, the varying ones present, then the varying tokens once
+    more as they ask when absent. Keys and values of the varying tokens are first all absent, then all present.
+    """
+
+    rest: torch.Tensor  # (E, h, Q, L - J)
+    vary: torch.Tensor  # (E, h, Q, 2J)
+    values_rest: torch.Tensor  # (E, h, L - J, d)
+    values_vary: torch.Tensor  # (E, h, 2J, d)
+
+
+@dataclass(frozen=True)
 class SharedAttention:
     """Layer-1 attention of every coalition that agrees with ``base`` outside the J ``varying`` tokens.
 
     Row 0 of ``terms`` is the sum over the tokens that do not vary, rows 1..J the terms of the varying tokens when
-    present, rows J+1..2J when absent. Columns are Lq = L + J query rows (every token in its base state with varying
-    tokens present, then the varying tokens once more as absent queries), each with H numerators and h denominators.
+    absent, rows J+1..2J when present. Columns are the Q query rows, each with H numerators and h denominators.
     """
 
-    terms: torch.Tensor  # (E, 1 + 2J, Lq * (H + h))
+    terms: torch.Tensor  # (E, 1 + 2J, Q * (H + h))
     varying: torch.Tensor  # (J,) index into valid
 
 
@@ -188,46 +201,55 @@ class TorchEngine:
         columns = (length + varying) * (self.problem.features.shape[-1] + self.packed.heads)
         return experts * (1 + 2 * varying) * columns * self.states.q.element_size()
 
-    def _shared_attention(self, base: torch.Tensor, varying: torch.Tensor) -> SharedAttention | None:
-        """Terms of layer-1 attention for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
+    def _first_weights(self, base: torch.Tensor, varying: torch.Tensor) -> FirstWeights | None:
+        """Unnormalised layer-1 attention weights for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
 
         None when some query's scores spread so far that a coalition's largest score could underflow against the
-        fixed maximum; such samples are attended one coalition at a time.
+        fixed maximum.
         """
         states = self.states
-        experts, heads, _, length, depth = states.q.shape
+        length = states.q.shape[3]
         rest = torch.ones(length, dtype=torch.bool, device=self.device)
         rest[varying] = False
         rest = rest.nonzero()[:, 0]
-        state = base.long()
         # Index pairs (state, token) of the query and key rows.
-        query_state = state.clone()
-        query_state[varying] = 1
+        state = base.long()
+        state[varying] = 1
         queries = torch.cat(
-            [states.q[:, :, query_state, torch.arange(length, device=self.device)], states.q[:, :, 0, varying]], dim=2
-        )  # (E, h, Lq, d)
-        key_rest, value_rest = states.k[:, :, state[rest], rest], states.v[:, :, state[rest], rest]
-        key_vary = torch.cat([states.k[:, :, 1, varying], states.k[:, :, 0, varying]], dim=2)  # (E, h, 2J, d)
-        value_vary = torch.cat([states.v[:, :, 1, varying], states.v[:, :, 0, varying]], dim=2)
-
-        score_rest = queries @ key_rest.transpose(-1, -2)  # (E, h, Lq, L-J)
-        score_vary = queries @ key_vary.transpose(-1, -2)  # (E, h, Lq, 2J)
+            [states.q[:, :, state, torch.arange(length, device=self.device)], states.q[:, :, 0, varying]], dim=2
+        )  # (E, h, Q, d)
+        key_vary = torch.cat([states.k[:, :, 0, varying], states.k[:, :, 1, varying]], dim=2)  # (E, h, 2J, d)
+        value_vary = torch.cat([states.v[:, :, 0, varying], states.v[:, :, 1, varying]], dim=2)
+        score_rest = queries @ states.k[:, :, state[rest], rest].transpose(-1, -2)  # (E, h, Q, L - J)
+        score_vary = queries @ key_vary.transpose(-1, -2)  # (E, h, Q, 2J)
         top = torch.cat([score_rest, score_vary], dim=-1).amax(-1, keepdim=True)
         # The smallest "largest score" any coalition can have: constant keys, and each varying key in its worse state.
         surely = torch.cat([score_rest, torch.minimum(*score_vary.chunk(2, dim=-1))], dim=-1).amax(-1, keepdim=True)
         if float((top - surely).max()) > SCORE_SPREAD[self.dtype]:
             return None
-        weight_rest, weight_vary = (score_rest - top).exp(), (score_vary - top).exp()
+        return FirstWeights(
+            score_rest.sub_(top).exp_(), score_vary.sub_(top).exp_(), states.v[:, :, state[rest], rest], value_vary
+        )
 
-        terms = self._buffer("terms", experts, 1 + 2 * len(varying), queries.shape[2], heads * (depth + 1))
+    def _shared_attention(self, base: torch.Tensor, varying: torch.Tensor) -> SharedAttention | None:
+        """Terms of layer-1 attention for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
+
+        None where :meth:`_first_weights` has none; such samples are attended one coalition at a time.
+        """
+        weights = self._first_weights(base, varying)
+        if weights is None:
+            return None
+        experts, heads, rows, _ = weights.rest.shape
+        depth = weights.values_rest.shape[-1]
+        terms = self._buffer("terms", experts, 1 + 2 * len(varying), rows, heads * (depth + 1))
         numerators, denominators = (
             terms[..., : heads * depth].unflatten(-1, (heads, depth)),
             terms[..., heads * depth :],
         )
-        numerators[:, 0] = (weight_rest @ value_rest).transpose(1, 2)
-        denominators[:, 0] = weight_rest.sum(-1).transpose(1, 2)
-        denominators[:, 1:] = weight_vary.permute(0, 3, 2, 1)  # (E, 2J, Lq, h)
-        values = value_vary.permute(0, 2, 1, 3)[:, :, None]  # (E, 2J, 1, h, d)
+        numerators[:, 0] = (weights.rest @ weights.values_rest).transpose(1, 2)
+        denominators[:, 0] = weights.rest.sum(-1).transpose(1, 2)
+        denominators[:, 1:] = weights.vary.permute(0, 3, 2, 1)  # (E, 2J, Q, h)
+        values = weights.values_vary.permute(0, 2, 1, 3)[:, :, None]  # (E, 2J, 1, h, d)
         torch.mul(denominators[:, 1:, :, :, None], values, out=numerators[:, 1:])
         return SharedAttention(terms.flatten(2), varying)
 
@@ -236,10 +258,10 @@ class TorchEngine:
         experts, heads, _, length, depth = self.states.q.shape
         count, hidden = tokens.shape[0], heads * depth
         present = tokens[:, shared.varying]  # (C, J)
-        select = torch.cat([present.new_ones(count, 1), present, ~present], dim=1).to(self.dtype)
+        select = torch.cat([present.new_ones(count, 1), ~present, present], dim=1).to(self.dtype)
         sums = self._buffer("sums", experts, count, shared.terms.shape[2])
         torch.bmm(select.expand(experts, -1, -1), shared.terms, out=sums)
-        sums = sums.unflatten(2, (-1, hidden + heads))  # (E, C, Lq, H + h)
+        sums = sums.unflatten(2, (-1, hidden + heads))  # (E, C, Q, H + h)
         numerators, denominators = sums[..., :hidden].unflatten(-1, (heads, depth)), sums[..., hidden:, None]
         out = self._buffer("attended", experts, count, length, heads, depth)
         torch.div(numerators[:, :, :length], denominators[:, :, :length], out=out)
