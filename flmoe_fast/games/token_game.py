@@ -56,7 +56,7 @@ class TokenGame(Game):
         The output of a regression model has no probability; it is its own value either way.
     heads : subset of ("mixture", "experts", "weighted")
     backend : "auto", "cpu", "torch" or "reference"
-        "cpu" is the native engine: dense transformers in float32 on the CPU, with the compiled extension. "auto" takes
+        "cpu" is the native engine: transformers in float32 on the CPU, with the compiled extension. "auto" takes
         it where it can run, else "torch", else "reference"; :meth:`about` says why where the model is the reason, and
         :func:`flmoe_fast.environment.backends` what is missing on a machine. Asked for by name, a backend that cannot
         run is an error.
@@ -166,10 +166,10 @@ class TokenGame(Game):
         if backend != "auto":
             return backend, ""
         config = self.problem.model.config
-        if not cpu_engine.why_not(self.dtype, self.device, config):
-            return "cpu", ""
         if config.fusion != "interpretcc" and torch_engine.why_not(self.problem):
             return "reference", torch_engine.why_not(self.problem)
+        if not cpu_engine.why_not(self.dtype, self.device, config):
+            return "cpu", ""
         return "torch", cpu_engine.model_reason(config)
 
     def _make_engine(self, backend: str, dtype: torch.dtype) -> TorchEngine | GatedEngine | ReferenceEngine:
