@@ -41,8 +41,16 @@ inline void gate(const LayerWeights& weights, const float* plain, int width, int
   }
 }
 
+// Sum of exp(logit - top); what is behind the logits, up to a whole cell, is overwritten.
+inline float sum_of_exponentials(float* logits, int networks, float top) {
+  for (int i = networks; i < padded(networks); ++i) logits[i] = -1e30f;
+  Vec total = {};
+  for (int j = 0; j < networks; j += kLanes) total += exp2((load(logits + j) - top) * 1.44269504f);
+  return sum(total);
+}
+
 // The networks with the largest logits in falling order, ties to the lower index, and their probabilities.
-inline void choose(const Shape& shape, const float* logits, std::int32_t* chosen, float* scores) {
+inline void choose(const Shape& shape, float* logits, std::int32_t* chosen, float* scores) {
   const int slots = shape.slots;
   for (int network = 0, found = 0; network < shape.networks; ++network) {
     const float logit = logits[network];
@@ -58,10 +66,7 @@ inline void choose(const Shape& shape, const float* logits, std::int32_t* chosen
   const float top = scores[0];
   float total = 0;
   for (int j = 0; j < slots; ++j) total += scores[j] = __builtin_expf(scores[j] - top);
-  if (shape.among_all) {
-    total = 0;
-    for (int network = 0; network < shape.networks; ++network) total += __builtin_expf(logits[network] - top);
-  }
+  if (shape.among_all) total = sum_of_exponentials(logits, shape.networks, top);
   for (int j = 0; j < slots; ++j) scores[j] /= total;
 }
 
