@@ -48,5 +48,5 @@ class BatchedSDPA(nn.Module):
             q, (k, v) = layer.attn.q(rows), layer.attn.kv(rows).chunk(2, -1)
             q, k, v = (part.unflatten(-1, (layer.attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
             x = x + layer.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.norm2(x))
+            x = x + layer.feed_forward(layer.norm2(x), self.lengths, None, 1)
         return head(torch.cat([part.mean(1) for part in x.split(self.lengths, dim=1)], -1))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
+from flmoe_fast.probes.grid import CornerGrid
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Shape:
     layers: int
     classes: int
     task: str
+    gate: str | None = None
+    ffn_experts: int | None = None
 
     def model(self, seed: int = 0) -> FLI2MoE:
         """A float32 model with random weights, in eval mode."""
@@ -33,6 +36,8 @@ class Shape:
             classes=self.classes,
             task=self.task,
             temperature=2.0,
+            gate=self.gate,
+            ffn_experts=self.ffn_experts,
         )
         model = FLI2MoE(config).eval()
         # Experts start as copies of each other; different weights keep any sharing between them honest.
@@ -53,12 +58,19 @@ class Shape:
         players = [range(t) for t in self.tokens]
         return TokenGame(self.model(), features, masks=masks, fill="zero", players=players, target=0, **options)
 
+    def corners(self, side: int) -> CornerGrid:
+        """Corner grid of the first ``side`` tokens, or all there are, of the first two modalities."""
+        rows, cols = (min(side, count) for count in self.tokens[:2])
+        pairs = torch.cartesian_prod(torch.arange(rows), self.tokens[0] + torch.arange(cols))
+        return CornerGrid.of(pairs, sum(self.tokens))
+
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("mmimdb", ("language", "img"), (320, 196), 256, 4, 2, 23, "multilabel"),
         Shape("enrico", ("screenshot", "wireframe"), (196, 196), 256, 4, 2, 20, "multiclass"),
+        Shape("enrico-gshard", ("screenshot", "wireframe"), (196, 196), 256, 4, 2, 20, "multiclass", "gshard", 4),
         Shape("mimic", ("lab", "note", "code"), (64, 256, 128), 128, 4, 2, 2, "multiclass"),
         Shape("digits", ("left", "right"), (8, 8), 64, 4, 2, 10, "multiclass"),
     )

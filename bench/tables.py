@@ -33,25 +33,37 @@ def _range(values: dict, digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['q1']:.{digits}f}–{values['q3']:.{digits}f})"
 
 
-def engine() -> str:
-    """Speed of the engine against the naive loop and batched PyTorch."""
-    found = read("engine-cpu")
+def cpu() -> str:
+    """Speed on the CPU, and what rounding is worth, of every candidate."""
+    found = read("cpu-engine")
     if found is None:
         return "not measured"
     head, rows = found
+    noise = {row["candidate"]: row["noise_share"] for row in rows if "noise_share" in row}
+    rows = [row for row in rows if "ms_per_coalition" in row]
+    most = max(row["threads"] for row in rows)
     table = [
         [
             row["shape"],
             row["candidate"],
             _range(row["ms_per_coalition"], 2),
-            _range(row["ms_per_pair_sample"], 2),
             f"{row['times_naive']['median']:.1f}x",
-            f"{row['times_batched']['median']:.1f}x",
+            f"{row['times_naive_per_pair_sample']['median']:.1f}x",
+            f"{row['times_batched_fp32']['median']:.1f}x",
+            f"{row['scaling_from_one_thread']['median']:.2f}x" if row["scaling_from_one_thread"] else "",
+            f"{row['share_of_gemm_rate']['median']:.0%}" if "share_of_gemm_rate" in row else "",
+            f"{noise[row['candidate']]:.1e}" if row["candidate"] in noise else "",
         ]
         for row in rows
+        if row["threads"] == most
     ]
-    columns = ["shape", "", "ms per coalition", "ms per pair-sample", "against naive", "against batched"]
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} Medians and quartiles; ratios are per pair-sample."
+    columns = ["shape", "", "ms per coalition", "against naive", "the same per pair-sample", "against batched fp32"]
+    columns += [f"{most} threads against 1", "share of GEMM rate", "noise share"]
+    facts = next((row for row in found[1] if "noise_share" in row), None)
+    note = "Medians and quartiles. Products are counted as in the arithmetic used, against PyTorch's own GEMM."
+    if facts:
+        note += f" Noise: {facts['model']}, held-out accuracy {facts['accuracy']:.1%}."
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
 
 def accuracy() -> str:
@@ -113,7 +125,7 @@ def memory() -> str:
     return f"{_markdown(columns, [cells])}\n\n{_machine(head)}"
 
 
-TABLES = {"engine": engine, "accuracy": accuracy, "coverage": coverage, "memory": memory}
+TABLES = {"cpu": cpu, "accuracy": accuracy, "coverage": coverage, "memory": memory}
 
 
 def filled(text: str) -> str:

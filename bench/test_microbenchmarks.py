@@ -3,7 +3,7 @@
     python -m pytest bench --benchmark-only [--benchmark-group-by=group]
 
 Every case first checks that it computes what the others compute. For ratios with their spread, measured in turns,
-use ``python -m bench.engine``; these cases are for comparing one candidate with itself over time.
+use ``python -m bench.cpu``; these cases are for comparing one candidate with itself over time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench.baselines import BatchedSDPA
-from bench.engine import grid
 from bench.shapes import SHAPES
 from flmoe_fast import interactions
 from flmoe_fast.coalitions import sample_contexts
@@ -50,7 +49,7 @@ def test_batched_pytorch(benchmark, shape):
 
 def test_engine_grid(benchmark, shape):
     game = shape.game(heads=("experts",), value="logit")
-    corners = grid(shape, 4, 5)
+    corners = shape.corners(5)
     context = few(game.n, 1)
     plain = game((context[:, None] ^ corners.toggled).flatten(0, 1))
     assert torch.allclose(game.corner_values(context, corners.toggled)[0], plain, rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ from flmoe_fast.data.sample import load_sample
 from flmoe_fast.environment import doctor
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
-from flmoe_fast.model.config import TASKS
+from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
 from flmoe_fast.pipeline.report import report
 from flmoe_fast.probes.gap import GAPS
@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--heads", type=int, metavar="N", help="attention heads")
     stored.add_argument("--temperature", type=float, help="of the routing")
     stored.add_argument("--task", choices=TASKS)
+    stored.add_argument("--gate", choices=[g for g in GATES if g], help="of sparse feed-forward blocks")
+    stored.add_argument("--top-k", type=int, metavar="N", help="networks a token uses in sparse blocks")
+    stored.add_argument("--capacity", choices=CAPACITIES, help="whether a network's tokens are limited (none)")
+    stored.add_argument("--gumbel-temperature", type=float, help="of InterpretCC gates")
+    stored.add_argument("--gate-threshold", type=float, help="of InterpretCC gates")
     one.set_defaults(run=_explain)
 
     commands.add_parser("doctor", help="what can run here, and why not").set_defaults(run=lambda _: print(doctor()))
@@ -119,6 +124,11 @@ def _explain(arguments: argparse.Namespace) -> None:
         heads=arguments.heads,
         temperature=arguments.temperature,
         task=arguments.task,
+        gate=arguments.gate,
+        top_k=arguments.top_k,
+        capacity=arguments.capacity,
+        gumbel_temperature=arguments.gumbel_temperature,
+        gate_threshold=arguments.gate_threshold,
     )
     features, masks = load_sample(arguments.sample, model)
     target = arguments.target

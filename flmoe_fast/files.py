@@ -20,7 +20,9 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(part, mode.replace("w", "x"), **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with open(
+            part, mode.replace("w", "x"), **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -271,7 +271,7 @@ def test_wrong_contents(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     (
-        (lambda c: {"fusion_model": c["ensemble_model"], "encoder_dict": {}}, "single sparse fusion transformer"),
+        (lambda c: {"fusion_model": c["ensemble_model"], "encoder_dict": {}}, "fusion_model: found keys reweight"),
         (lambda c: c["ensemble_model"], "a bare state dict"),
         (lambda c: {"model": {}}, "keys model"),
         (lambda c: torch.zeros(3), "found a Tensor"),

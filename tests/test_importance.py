@@ -9,7 +9,13 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.pipeline.importance import normalize_importance, target_classes, token_importance
+from flmoe_fast.pipeline.importance import (
+    METHODS,
+    batch_importance,
+    normalize_importance,
+    target_classes,
+    token_importance,
+)
 
 LENGTHS = (4, 3)
 
@@ -198,7 +204,7 @@ def test_errors():
     model = make_model()
     features, masks = make_sample(model)
     for change, argument in (
-        ({"method": "ig"}, "method"),
+        ({"method": "lime"}, "method"),
         ({"target": 4}, "target"),
         ({"target": 1.0}, "target"),
         ({"target": torch.ones(4)}, "target"),
@@ -227,3 +233,75 @@ def test_normalize_importance():
     assert torch.equal(nothing, values)
     with pytest.raises(ArgumentError, match="candidates"):
         normalize_importance(values, segments, torch.ones(6))
+
+
+def several(model, count=3):
+    """Features and masks of a few samples with different padding."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = model.config.num_tokens or LENGTHS
+    features = [torch.randn(count, t, 8, generator=generator, dtype=torch.float64) for t in lengths]
+    if model.config.generation == "original":
+        return features, None
+    masks = [(torch.arange(t) < torch.randint(1, t + 1, (count, 1), generator=generator)).long() for t in lengths]
+    return [torch.where(m[:, :, None] > 0, f, 1e5) for f, m in zip(features, masks)], masks
+
+
+@pytest.mark.parametrize("generation", ("fl", "original"))
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_are_single_samples(generation, method):
+    model = make_model(generation)
+    features, masks = several(model)
+    whole = batch_importance(model, features, masks, targets=[0, 3, 1], method=method)
+    split = batch_importance(model, features, masks, targets=[0, 3, 1], method=method, memory=1)
+    assert whole.experts.shape == (3, 4, sum(f.shape[1] for f in features))
+    for row, target in enumerate((0, 3, 1)):
+        own = [f[row : row + 1] for f in features], None if masks is None else [m[row : row + 1] for m in masks]
+        alone = token_importance(model, *own, target=target, method=method)
+        for found in (whole, split):
+            torch.testing.assert_close(found.experts[row], alone.experts, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found.mixture[row], alone.mixture, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("generation", ("fl", "original"))
+@pytest.mark.parametrize("task", ("multiclass", "multilabel"))
+def test_integrated_gradients_agree_with_plain_recomputation(generation, task):
+    model = make_model(generation, task=task)
+    features, masks = several(model, 1)
+    target = torch.tensor([0, 1, 0, 1]) if task == "multilabel" else 2
+    wanted = [1, 3] if task == "multilabel" else [2]
+    found = token_importance(model, features, masks, target=target, method="ig", ig_steps=16)
+    clean = features if masks is None else [f * m[:, :, None] for f, m in zip(features, masks)]
+
+    def attribution(score, steps=16):
+        total = [torch.zeros_like(f) for f in clean]
+        for step in range(1, steps + 1):
+            leaves = [(f * step / steps).requires_grad_() for f in clean]
+            for kept, gradient in zip(total, torch.autograd.grad(score(leaves), leaves)):
+                kept += gradient / steps
+        return torch.cat([f * g for f, g in zip(clean, total)], dim=1)[0]
+
+    mixture = attribution(lambda leaves: model(leaves, masks).logits[0, wanted].mean())
+    torch.testing.assert_close(found.mixture, mixture.abs().mean(1), rtol=1e-9, atol=1e-11)
+    shares = []
+    for e in range(4):
+
+        def share(leaves, e=e):
+            out = model(leaves, masks)
+            return out.weights[0, e] * out.expert_logits[0, e, wanted].mean()
+
+        shares.append(attribution(share))
+        torch.testing.assert_close(found.experts[e], shares[-1].abs().mean(1), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(sum(shares), mixture, rtol=1e-9, atol=1e-11)
+    # The path's end is not enough, and neither are frozen routing weights.
+    one = token_importance(model, features, masks, target=target, method="ig", ig_steps=1)
+    assert (one.mixture - found.mixture).abs().max() > 1e-4
+
+    if generation == "original":
+        # Attributions add up to the change of the score along the path. (With masks, routing reads features scaled to
+        # unit length, which jump at zero.)
+        fine = token_importance(model, features, masks, target=target, method="ig", ig_steps=400)
+        shares = attribution(lambda leaves: model(leaves, masks).logits[0, wanted].mean(), steps=400)
+        torch.testing.assert_close(fine.mixture, shares.abs().mean(1), rtol=1e-9, atol=1e-11)
+        with torch.no_grad():
+            ends = [float(model(end, masks).logits[0, wanted].mean()) for end in (clean, [0 * f for f in clean])]
+        assert float(shares.sum()) == pytest.approx(ends[0] - ends[1], rel=0.05, abs=0.02)

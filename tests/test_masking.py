@@ -7,9 +7,11 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
+from flmoe_fast import TokenGame
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.games.game import Game
-from flmoe_fast.pipeline.masking import MaskedPairs, mask_pairs, masking_curve
+from flmoe_fast.pipeline.masking import MaskedPairs, mask_pairs, masking_curve, masking_scores
+from tests.edge_shapes import EDGES
 
 GROUPS = (("a", (0, 1, 2, 3, 4)), ("b", (5, 6, 7)), ("c", (8, 9)))
 PAIRS = [(0, 5), (5, 1), (8, 0), (3, 9)]  # 2, 3, 4 and 6 distinct players
@@ -68,6 +70,56 @@ def test_values_are_those_of_the_coalitions():
     masked = torch.tensor([[p in (0, 5) for p in range(10)], [p in (0, 1, 5, 8) for p in range(10)]])
     assert np.array_equal(found.top_drop, masked.double() @ WEIGHTS)
     assert np.array_equal(found.random_drop, found.full - found.random)
+
+
+def test_controls_among_the_candidates():
+    game = additive()
+    found = mask_pairs(game, PAIRS[:2], most=(1, 2), repeats=200, universe="candidates")
+    drawn = (~game.asked[0][1:]).any(0)
+    assert drawn.nonzero().flatten().tolist() == [0, 1, 5]
+    # Two of two candidates of the first modality, and the only one of the second: nothing is left to chance.
+    assert (found.random[1] == found.top[1]).all() and (found.random[0] != found.top[0]).any()
+    with pytest.raises(ArgumentError, match="universe"):
+        mask_pairs(game, PAIRS, most=(1,), universe="everything")
+
+
+def test_scores_of_masked_models():
+    edge = next(edge for edge in EDGES if edge.name == "padded")
+    model = edge.model()
+    samples, scores = [], {"top": [], "random": [[], [], []]}
+    rng = np.random.default_rng(0)
+    targets = torch.tensor(rng.integers(0, 5, 6))
+    features, masks, fills = edge.sample()
+    for seed in range(6):
+        own = [f + 0.8 * torch.randn(f.shape, dtype=f.dtype) for f in features]
+        game = TokenGame(model, own, masks=masks, fill=fills)
+        pairs = [(0, 3), (1, 4)]
+        samples.append(mask_pairs(game, pairs, most=(1, 2), repeats=3, seed=seed))
+
+        def logits(absent, own=own, game=game):
+            changed = [f.clone() for f in own]
+            for p in absent:
+                m, position = game.positions[p]
+                changed[m][position] = fills[m]
+            with torch.no_grad():
+                return model([f[None] for f in changed], [m[None] for m in masks]).logits[0]
+
+        np.testing.assert_allclose(samples[-1].top_logits[1], logits([0, 1, 3, 4]), atol=1e-10)
+        scores["top"].append(int(logits([0, 1, 3, 4]).argmax()))
+        for r in range(3):
+            scores["random"][r].append(int(samples[-1].random_logits[1, r].argmax()))
+    table = masking_scores(samples, targets, "multiclass")
+    assert table["pairs"].tolist() == [0, 1, 2]
+    wanted = targets.numpy()
+    assert table["accuracy_top"][2] == np.mean(np.array(scores["top"]) == wanted)
+    each = [np.mean(np.array(own) == wanted) for own in scores["random"]]
+    assert table["accuracy_random"][2] == pytest.approx(np.mean(each))
+    assert table["accuracy_random_std"][2] == pytest.approx(np.std(each, ddof=1))
+    assert table["macro_f1_top"][0] == table["macro_f1_random"][0]
+    with pytest.raises(ArgumentError, match="masked"):
+        masking_scores(samples, targets[:3], "multiclass")
+    with pytest.raises(ArgumentError, match="without a model"):
+        masking_scores([mask_pairs(additive(), PAIRS, most=(1,))], targets[:1], "multiclass")
 
 
 def test_controls_are_uniform_over_the_players_of_a_modality():

@@ -28,7 +28,7 @@ def test_examples(tmp_path, monkeypatch):
     save_sample("out/demo/sample.npz", inputs=dict(zip(MODALITIES, halves)), masks=dict(zip(MODALITIES, masks)))
 
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

@@ -14,6 +14,7 @@ from flmoe_fast.model import sparse
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.sparse import SparseMLP, first_come, largest
+from flmoe_fast.model.training import predict
 
 H = 8
 GATES = ("naive", "gshard", "switch", "noisy")
@@ -124,6 +125,18 @@ def test_capacity_goes_to_the_first_in_the_order_token_then_slot():
     assert [sparse.slots_per_network("gshard", n, 4, False) for n in (1, 4, 5)] == [1, 5, 6]
     assert [sparse.slots_per_network("gshard", n, 4, True) for n in (1, 4, 5)] == [1, 2, 3]
     assert [sparse.slots_per_network("switch", n, 16, False) for n in (1, 100)] == [1, 15]
+
+
+def test_autocast_rounds_and_nothing_else():
+    block = SparseMLP(make_config("naive", top_k=4))  # every token uses every network: no choice can flip
+    x = torch.randn(2, 6, H)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = block(x)[0]
+    with torch.no_grad():
+        exact = block(x)[0]
+    assert rounded.dtype == torch.float32
+    # Five roundings on the way, each of the largest term: gate, two products, two sums with a bias.
+    assert 0 < (rounded - exact).abs().max() < 5 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 def test_ties_go_to_the_lower_index():
@@ -244,6 +257,11 @@ def test_only_capacity_makes_samples_depend_on_their_batch():
         parts = [model([f[b : b + 1] for f in features], [m[b : b + 1] for m in masks]).logits for b in range(4)]
         change = (torch.cat(parts) - model(features, masks).logits).abs().max()
         assert (change > 1e-6) if depends else (change < 1e-12)
+        alone = model(features, masks, passes=4).logits
+        torch.testing.assert_close(torch.cat(parts), alone, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(predict(model, features, masks, batch_size=3).logits, alone, rtol=1e-12, atol=1e-12)
+        with pytest.raises(ArgumentError, match="passes: got 3, expected a divisor of the 4 samples"):
+            model(features, masks, passes=3)
         other = {"none": "reference", "reference": "none"}[capacity]
         model.set_capacity(other)
         assert model.config.capacity == other

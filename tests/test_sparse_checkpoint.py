@@ -7,7 +7,10 @@ import collections
 import pytest
 import torch
 
+from flmoe_fast import InteractionResult
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.cli import main
+from flmoe_fast.data.sample import save_sample
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
@@ -130,6 +133,31 @@ def test_published_files_need_only_what_tensors_do_not_tell(tmp_path, kind):
 
 
 FIRST = "interaction_experts.0.fusion_model."
+def test_a_published_transformer_on_its_own(tmp_path):
+    """The GShard baseline: one sparse transformer, without routing."""
+    model = make_model("gshard", capacity="none", roles=("dense",), routing="average", reweight_layers=1)
+    path = tmp_path / "m.pth"
+    state = model.interaction_experts[0].fusion_model.state_dict()
+    torch.save({"fusion_model": state, "encoder_dict": {}}, path)
+    given = {"modalities": ("a", "b"), "heads": 2, "task": "multiclass"}
+    loaded = load_checkpoint(path, **given, gate="gshard")
+    assert loaded.config.expert_names == ("dense",) and loaded.config.temperature == 1.0
+    assert torch.equal(forward(loaded), forward(model))
+    with pytest.raises(ArgumentError, match="all of gate"):
+        load_checkpoint(path, **given)
+    for change, message in (
+        (lambda s: s.pop("network.2.fc.weight"), "fusion_model: found keys"),
+        (lambda s: s.update({"network.2.fc.weight": torch.zeros(3)}), "expected 2 dimensions"),
+        (lambda s: s.update({"network.2.fc.weight": torch.zeros(3, 17)}), "a multiple of H = 8"),
+        (lambda s: s.pop("network.0.mlp.gate.gate.bias"), "no such key"),
+    ):
+        wrong = dict(state)
+        change(wrong)
+        torch.save({"fusion_model": wrong, "encoder_dict": {}}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path, **given, gate="gshard")
+
+
 SPARSE = "interaction_experts.1.fusion_model.network.0.mlp."
 
 
@@ -171,3 +199,18 @@ def test_a_configuration_that_contradicts_the_tensors(tmp_path):
         load_checkpoint(path, config=make_model("noisy", ffn_experts=4).config)
     with pytest.raises(CheckpointError, match="ffn_experts: found 4 in the tensors, expected None"):
         load_checkpoint(path, config=FLI2MoEConfig(("a", "b"), 8, 2, 2, 3, reweight_hidden=6))
+
+
+def test_command_line_takes_what_a_published_sparse_file_does_not_tell(tmp_path, capsys):
+    model = make_model("switch", generation="fl", num_tokens=None)
+    torch.save({"ensemble_model": model.ensemble_state_dict(), "encoder_dict": {}}, tmp_path / "m.pth")
+    features = {name: torch.randn(4, 8) for name in ("a", "b")}
+    save_sample(tmp_path / "s.npz", features=features)
+    command = ["explain", str(tmp_path / "m.pth"), str(tmp_path / "s.npz"), "--out", str(tmp_path / "out")]
+    command += ["--modalities", "a", "b", "--heads", "2", "--temperature", "2", "--task", "multiclass"]
+    command += ["--fill", "zero", "--contexts", "4", "--candidates", "2", "--no-progress"]
+    assert main(command) == 2
+    assert "gate: got nothing for gate" in capsys.readouterr().err
+    assert main([*command, "--gate", "switch", "--capacity", "reference"]) == 0
+    found = InteractionResult.load(tmp_path / "out" / "interactions.npz")
+    assert "sparse (gate 'switch')" in found.about["reason"]

@@ -12,6 +12,7 @@ from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 from flmoe_fast import ArgumentError, TokenGame, backends, exact_interactions, explain, interactions
 from flmoe_fast.engines import dispatch, torch_engine
 from flmoe_fast.engines.dispatch import choose, combine, pool
+from flmoe_fast.pipeline.importance import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
 
@@ -238,5 +239,30 @@ def test_interpretcc_players_are_modalities():
     slow = exact_interactions(edge.game(heads=("mixture",), backend="reference"), progress=False)
     assert abs(exact.sii - slow.sii).max() <= FP64
     features, _, fills = edge.sample()
-    with pytest.raises(ArgumentError, match="InterpretCC"):
+    with pytest.raises(ArgumentError, match="'ig' for InterpretCC"):
         explain(edge.model(), features, fill=fills, progress=False)
+    found = explain(edge.model(), features, fill=fills, importance="ig", contexts=4, progress=False)
+    assert len(found.interactions.pairs) == 6
+
+
+def test_a_game_keeps_the_capacity_it_was_made_with():
+    model = SWITCH.model()
+    games = [SWITCH.game(model), SWITCH.game(model, backend="reference")]
+    model.set_capacity("none")
+    coalitions, expected = truth(SWITCH)
+    for game in games:
+        assert relative(flat(game.engine.evaluate(coalitions)), flat(expected)[: len(coalitions)]) <= FP64
+
+
+def test_importance_of_a_batch_is_that_of_its_samples():
+    """Samples do not compete for capacity."""
+    model = SWITCH.model()
+    features, masks, _ = SWITCH.sample()
+    features = [torch.cat([f[None], torch.randn(2, *f.shape, dtype=f.dtype)]) for f in features]
+    masks = [m.expand(3, -1) for m in masks]
+    for method in ("attnXgrad", "ig"):
+        whole = batch_importance(model, features, masks, method=method)
+        for b in range(3):
+            own = [[part[b : b + 1] for part in parts] for parts in (features, masks)]
+            one = batch_importance(model, *own, method=method)
+            torch.testing.assert_close(whole.experts[b], one.experts[0], rtol=1e-10, atol=1e-12)

@@ -7,11 +7,16 @@ carries a bit of its own and none says anything alone (synergy).
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.data.splits import Part, Splits
+from flmoe_fast.data.errors import DataError, problem
+from flmoe_fast.data.pickles import read_pickle
+from flmoe_fast.data.splits import PARTS, Part, Splits
 
 #: Observed dimensions of the published files, by number of modalities.
 DIMENSIONS = {2: (200, 100), 3: (200, 100, 150), 4: (200, 100, 150, 100), 5: (200, 100, 150, 100, 150)}
@@ -21,7 +26,7 @@ SYNERGY_SPREAD = 2.0
 
 
 def settings(modalities: int) -> tuple[str, ...]:
-    """Names of the settings for M modalities: ``"redundancy"``, ``"synergy"``, ``"uniqueness0"`` ... and ``"random"``."""
+    """Settings for M modalities: ``"redundancy"``, ``"synergy"``, ``"uniqueness0"`` ... and ``"random"``."""
     return ("redundancy", "synergy", *(f"uniqueness{m}" for m in range(modalities)), "random")
 
 
@@ -71,6 +76,34 @@ def hd_xor(
         mixing = [random.uniform(-0.5, 0.5, (d, LATENT)) for d in dimensions]
         observed = [latent @ a.T for a, latent in zip(mixing, _latents(setting, count, bits, random))]
     return _split(f"VEC{count} XOR {setting}", [x.astype(np.float32) for x in observed], labels, seed)
+
+
+def read_hd_xor(path: str | os.PathLike) -> Splits:
+    """Read a published file ``VEC<M>XOR_DATA_<setting>.pickle``; nothing in it is executed.
+
+    It holds ``train``, ``valid`` and ``test``, each with lists of vectors under ``"0"``, ``"1"``, ... and ``label``.
+
+    Raises
+    ------
+    DataError
+        Another kind of file, or parts whose lengths do not match.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict) or set(content) != set(PARTS):
+        raise DataError([problem(path, None, "another content", f"a dict of {', '.join(PARTS)}")])
+    keys = sorted((key for key in content["train"] if key != "label"), key=int)
+    parts = []
+    for name in PARTS:
+        found = content[name]
+        if set(found) != {*keys, "label"}:
+            raise DataError([problem(path, None, f"{sorted(found)} under {name}", f"{[*keys, 'label']}")])
+        inputs = [torch.from_numpy(np.stack(found[key]).astype(np.float32)) for key in keys]
+        labels = torch.from_numpy(np.asarray(found["label"]).astype(np.int64))
+        if any(len(values) != len(labels) for values in inputs):
+            raise DataError([problem(path, None, f"vectors and labels of {name} of other lengths", "a label a vector")])
+        parts.append(Part(inputs, None, labels, tuple(f"{name}[{row}]" for row in range(len(labels)))))
+    names = tuple(f"m{key}" for key in keys)
+    return Splits(Path(path).stem, names, "multiclass", ("0", "1"), *parts)
 
 
 def _bits(setting: str, count: int, samples: int, random: np.random.Generator) -> np.ndarray:

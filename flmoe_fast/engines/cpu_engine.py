@@ -251,9 +251,8 @@ class _Native:
 
     def __init__(self, engine: CpuEngine):
         extension, _ = words.extension()
-        packed, problem = engine.packed, engine.problem
+        packed, problem, config = engine.packed, engine.problem, engine.config
         first = packed.layers[0]
-        config = problem.model.config
         self.experts, self.hidden, _ = first.up.shape
         self.heads, self.classes = packed.heads, packed.head.shape[2]
         sparse = config.gate is not None

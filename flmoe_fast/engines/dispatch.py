@@ -1,9 +1,9 @@
 """Sparse feed-forward blocks for many tokens at once: choose, rank, sort, multiply group by group, put back.
 
-No step loops over tokens and none depends on the order in which threads finish. Slots (a token's j-th choice) are sorted
-by expert, network, coalition and modality, stably, so that they stay in the order token, then slot within each of these:
-a slot's place in its run is its place in the queue for the network's capacity, the rows of a network are contiguous for
-one matrix product, and those of a modality are contiguous for pooling.
+No step loops over tokens and none depends on the order in which threads finish. Slots (a token's j-th choice) are
+sorted by expert, network, coalition and modality, stably, so that they stay in the order token, then slot within each
+of these: a slot's place in its run is its place in the queue for the network's capacity, the rows of a network are
+contiguous for one matrix product, and those of a modality are contiguous for pooling.
 """
 
 from __future__ import annotations

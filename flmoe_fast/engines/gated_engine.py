@@ -1,7 +1,7 @@
 """InterpretCC coalitions: every modality is one vector with two states, so everything up to the first sum is shared.
 
-A gated vector enters the fusion layer by its own columns. With the gate and those columns applied to both states once per
-sample, a coalition's fusion layer is a sum of M rows of a table of 2 M, and what is left is a small MLP.
+A gated vector enters the fusion layer by its own columns. With the gate and those columns applied to both states once
+per sample, a coalition's fusion layer is a sum of M rows of a table of 2 M, and what is left is a small MLP.
 """
 
 from __future__ import annotations

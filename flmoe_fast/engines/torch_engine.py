@@ -122,6 +122,7 @@ class TorchEngine:
         if reason:
             raise ArgumentError("backend", f"{self.name!r}, but {reason}", "backend='auto' or 'reference'")
         self.problem = problem
+        self.config = problem.model.config  # as it is now: FLI2MoE.set_capacity gives a model another one
         self.dtype = dtype
         self.device = torch.device(device)
         self.memory = memory
@@ -300,7 +301,7 @@ class TorchEngine:
         per_token = 4 * hidden + max(2 * wide, 4 * hidden)
         networks = self.packed.layers[0].networks
         if networks is not None:  # every slot has its own row, hidden activations and result
-            wide, choices = networks.up.shape[2], self.problem.model.config.ffn_experts
+            wide, choices = networks.up.shape[2], self.config.ffn_experts
             per_token = max(per_token, 5 * hidden + self.packed.slots * (2 * hidden + wide) + 4 * choices)
         return max(1, self.memory // (experts * self.problem.length * per_token * self.states.q.element_size()))
 
@@ -340,7 +341,7 @@ class TorchEngine:
         self, stream: torch.Tensor, networks: PackedNetworks, count: int
     ) -> tuple[Dispatch, torch.Tensor, torch.Tensor]:
         """Where the tokens of ``stream`` (E, C L, H) go, scores (E, C L, k), and hidden activations (A, F)."""
-        config, segments = self.problem.model.config, self.problem.segments
+        config, segments = self.config, self.problem.segments
         normalised = F.layer_norm(stream, stream.shape[-1:])
         logits = torch.baddbmm(networks.gate_bias, normalised, networks.gate)
         chosen, scores = choose(logits, config.gate, self.packed.slots)
@@ -357,11 +358,8 @@ class TorchEngine:
         rows = self._buffer("rows", len(sent.slot), stream.shape[2])
         torch.index_select(normalised.flatten(0, 1), 0, sent.slot // self.packed.slots, out=rows)
         wide = self._buffer("wide", len(rows), networks.up.shape[2])
-        return (
-            sent,
-            scores,
-            torch.ops.aten.gelu_(grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)),
-        )
+        grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)
+        return sent, scores, torch.ops.aten.gelu_(wide)
 
     def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
         """Hidden activations (E, C L, F) of the feed-forward block."""

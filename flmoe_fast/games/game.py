@@ -45,6 +45,10 @@ class Game:
         """Values of coalitions ``(C, n)`` bool: ``(C,)`` or ``(C, O)`` float64."""
         raise NotImplementedError
 
+    def outputs(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values as from a call, and from the same evaluations the model's logits (C, K) where there is a model."""
+        return self(coalitions), None
+
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
         """Values (K, G) or (K, G, O) of ``contexts[k] ^ toggled[g]``, for contexts (K, n) and toggles (G, n)."""
         values = self((contexts[:, None] ^ toggled).flatten(0, 1))

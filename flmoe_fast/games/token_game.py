@@ -136,6 +136,14 @@ class TokenGame(Game):
         return self._heads.values(self.engine.evaluate(coalitions.bool())).cpu()
 
     @torch.no_grad()
+    def outputs(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (C, O), and the mixture's logits (C, K)."""
+        shape("coalitions", coalitions, (None, self.n), "(C, n)")
+        logits = self.engine.evaluate(coalitions.bool())
+        mixture = (logits.weights[:, :, None] * logits.experts).sum(1)
+        return self._heads.values(logits).cpu(), mixture.cpu()
+
+    @torch.no_grad()
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
         logits = self.engine.evaluate_toggles(contexts, toggled)
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))

@@ -9,6 +9,9 @@ The same numbers as running expert after expert and pass after pass, to rounding
 
 With dropout the masks are other draws of the same law. On a CPU they are made of 16 random bits an element, in a
 fraction of the time that a Bernoulli draw takes, which is otherwise a third of a step.
+
+A sparse feed-forward block routes every expert's passes in one call, each pass by itself. Experts that are no
+transformers run one after the other, each with all its passes in one batch.
 """
 
 from __future__ import annotations
@@ -16,27 +19,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from flmoe_fast.model.blocks import MLP
 from flmoe_fast.model.network import (
-    MLP,
+    FUSION_MODELS,
     EncoderLayer,
     FLI2MoE,
     FusionTransformer,
     InteractionExpert,
     sinusoid,
 )
+from flmoe_fast.model.sparse import SparseMLP
 
 
 def can_batch(model: FLI2MoE) -> bool:
-    """Whether every expert is the dense transformer whose passes :func:`batched_passes` computes."""
-    return all(
-        type(expert) is InteractionExpert
-        and type(expert.fusion_model) is FusionTransformer
-        and all(type(layer) is EncoderLayer and type(layer.mlp) is MLP for layer in expert.fusion_model.network[:-1])
-        for expert in model.interaction_experts
-    )
+    """Whether every expert is one whose passes :func:`batched_passes` computes."""
+    return all(type(e) is InteractionExpert and _known(e.fusion_model) for e in model.interaction_experts)
+
+
+def _known(fusion: nn.Module) -> bool:
+    if type(fusion) is not FusionTransformer:
+        return type(fusion) in FUSION_MODELS.values()
+    return all(type(layer) is EncoderLayer and type(layer.mlp) in (MLP, SparseMLP) for layer in fusion.network[:-1])
 
 
 def batched_passes(
@@ -45,7 +51,7 @@ def batched_passes(
     replacements: Sequence[Sequence[Tensor]],
     replaced: Sequence[int],
     masks: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run every expert on the true features and, for every replaced modality, with that modality replaced.
 
     Args:
@@ -56,8 +62,11 @@ def batched_passes(
         masks: M masks (B, T_m) or ``None``.
 
     Returns:
-        Logits (E, 1 + P, B, C) and latents (E, 1 + P, B, M*H); pass 0 is the unperturbed one.
+        Logits (E, 1 + P, B, C), latents (E, 1 + P, B, M*H) and load-balancing losses (E, 1 + P), summed over layers
+        and 0 without sparse layers; pass 0 is the unperturbed one.
     """
+    if model.config.fusion != "transformer":
+        return _stacked_passes(model, features, replacements, replaced, masks)
     run = _Passes(model, features, masks)
     real = run.place(torch.cat(tuple(features), dim=1)[None])
     if not replaced:
@@ -67,6 +76,28 @@ def batched_passes(
         of = dict(zip(replaced, own, strict=True))
         noise.append(torch.cat([of[m].expand_as(f) if m in of else f for m, f in enumerate(features)], dim=1))
     return run.forward(real, run.place(torch.stack(noise)), replaced)
+
+
+def _stacked_passes(
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    replacements: Sequence[Sequence[Tensor]],
+    replaced: Sequence[int],
+    masks: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = 1 + len(replaced)
+    masks = masks and [mask.repeat(count, 1) for mask in masks]
+    logits, latents = [], []
+    for expert, own in zip(model.interaction_experts, replacements, strict=True):
+        of = dict(zip(replaced, own, strict=True))
+        versions = [
+            torch.cat([f, *(of[m].expand_as(f) if m == absent else f for absent in replaced)])
+            for m, f in enumerate(features)
+        ]
+        found = [part.unflatten(0, (count, -1)) for part in expert(versions, masks, passes=count)]
+        logits.append(found[0])
+        latents.append(found[1])
+    return torch.stack(logits), torch.stack(latents), features[0].new_zeros(len(logits), count)
 
 
 def _keep_mask(x: Tensor, drop: float) -> tuple[Tensor, float]:
@@ -114,19 +145,26 @@ class _Passes:
             x = x + sinusoid(x.shape[2], x.shape[3], dtype=x.dtype, device=x.device)
         return x if self.valid is None else x.masked_fill(~self.valid[:, :, None], 0.0)
 
-    def forward(self, real: Tensor, noise: Tensor | None, replaced: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, real: Tensor, noise: Tensor | None, replaced: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(self.fusions)
         real = real.expand(count, *real.shape[1:])
         versions = real[:, None] if noise is None else torch.stack((real, noise), dim=1)  # (E, 1 or 2, B, L, H)
         passes = [None, *replaced]
         x = self._assemble(versions, passes)
+        balance = real.new_zeros(count, len(passes))
         for number in range(self.config.layers):
             first, last = number == 0, number == self.config.layers - 1
             qkv = self._qkv(versions if first else x, number)
             attended = self._attention(self._assemble(qkv, passes) if first else qkv, number)
             branch = _dropout(attended, self.drop)
             x = (x if self.config.generation == "fl" else attended) + branch
-            if last and not self.drop:
+            if number in self.config.sparse_layers:
+                out, losses = self._sparse(x, number)
+                x, balance = x + out, balance + losses
+                pooled = self._pool(x) if last else None
+            elif last and not self.drop:
                 pooled = self._pooled_feed_forward(x, number)
             else:
                 x = x + self._feed_forward(x, number)
@@ -134,7 +172,7 @@ class _Passes:
         latents = pooled.flatten(3)  # (E, P + 1, B, M*H)
         weight = self.stack("network", self.config.layers, "fc", "weight")
         bias = self.stack("network", self.config.layers, "fc", "bias")
-        return self._linear(latents, weight, bias), latents
+        return self._linear(latents, weight, bias), latents, balance
 
     def _assemble(self, versions: Tensor, passes: Sequence[int | None]) -> Tensor:
         """(E, 2, B, L, D) versions of all tokens -> (E, P + 1, B, L, D), each pass with its own replacement."""
@@ -194,9 +232,7 @@ class _Passes:
 
     def _hidden(self, x: Tensor, layer: int) -> Tensor:
         at = ("network", layer, "mlp", "network", 0)
-        up = self._normed_linear(
-            x, ("network", layer, "norm2"), self.stack(*at, "weight"), self.stack(*at, "bias")
-        )
+        up = self._normed_linear(x, ("network", layer, "norm2"), self.stack(*at, "weight"), self.stack(*at, "bias"))
         return functional.gelu(up)
 
     def _down(self, x: Tensor, layer: int, biased: bool = True) -> Tensor:
@@ -206,6 +242,18 @@ class _Passes:
     def _feed_forward(self, x: Tensor, layer: int) -> Tensor:
         hidden = _dropout(self._hidden(x, layer), self.drop)
         return _dropout(self._down(hidden, layer), self.drop)
+
+    def _sparse(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Output (E, P, B, L, D) of a sparse feed-forward block, and its load-balancing losses (E, P)."""
+        outputs, balance = [], []
+        for own, fusion in zip(x, self.fusions):
+            block = fusion.network[layer]
+            losses: list[Tensor] = []
+            rows = block.norm2(own.flatten(0, 1))
+            out = block.feed_forward(rows, self.lengths, losses, len(own))
+            outputs.append(_dropout(out.view_as(own), self.drop))
+            balance += losses
+        return torch.stack(outputs), torch.stack(balance)
 
     def _pooled_feed_forward(self, x: Tensor, layer: int) -> Tensor:
         down = self._down(self._pool(self._hidden(x, layer)), layer, biased=False)

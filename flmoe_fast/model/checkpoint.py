@@ -5,6 +5,8 @@ Two layouts:
 * ``.pth`` / ``.pt``: ``torch.save({"ensemble_model": state_dict, "encoder_dict": {name: state_dict}})``, as the
   published code of I2MoE and FL-I2MoE writes it. Files written here add ``"config"``, a plain dict, and where the
   model has them ``"feature_means"``, one tensor (H,) per modality name.
+  The published baseline, one (sparse) fusion transformer on its own, is under ``"fusion_model"``; it is read as a
+  mixture of that one expert.
 * ``.safetensors``: the same tensors as ``ensemble_model.<key>``, ``encoder_dict.<name>.<key>`` and
   ``feature_means.<name>``, with the configuration as JSON under ``config`` in the metadata.
 """
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from flmoe_fast.checks import ArgumentError, finite
 from flmoe_fast.files import replacing
-from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.config import DENSE, FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
 
@@ -146,7 +148,9 @@ def load_checkpoint(
     if not path.is_file():
         raise CheckpointError(path, "file", "nothing" if not path.exists() else "no regular file", "a checkpoint")
     read = _read_safetensors if path.suffix == _SAFETENSORS_SUFFIX else _read_torch
-    ensemble, encoder_states, stored, means = read(path)
+    ensemble, encoder_states, stored, means, single = read(path)
+    if single:
+        given = {"temperature": 1.0, **given, "roles": (DENSE,), "routing": "average"}
     _refuse_other_layouts(path, ensemble)
     derived = _derive(path, ensemble)
     config = config or _complete(path, derived, stored, given, encoder_states)
@@ -194,6 +198,7 @@ class _States(NamedTuple):
     encoders: dict[str, dict[str, Tensor]]
     config: Any
     feature_means: dict[str, Tensor]
+    single: bool = False
 
 
 def _read_torch(path: Path) -> _States:
@@ -209,20 +214,33 @@ def _read_torch(path: Path) -> _States:
         raise CheckpointError(path, "file", found, "a complete file of torch.save") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "file", f"a {type(content).__name__}", "a dict with the key ensemble_model")
-    if "ensemble_model" not in content:
+    single = "fusion_model" in content and "ensemble_model" not in content
+    if "ensemble_model" not in content and not single:
         found = f"keys {_some(content)}"
-        if "fusion_model" in content:
-            found = "the layout of a single sparse fusion transformer (fusion_model)"
-        elif any(str(key).startswith(("reweight.", "interaction_experts.")) for key in content):
+        if any(str(key).startswith(("reweight.", "interaction_experts.")) for key in content):
             found = "a bare state dict"
         raise CheckpointError(path, "file", found, 'a dict {"ensemble_model": ..., "encoder_dict": ...}')
-    ensemble = _state(path, "ensemble_model", content["ensemble_model"])
+    if single:
+        ensemble = _alone(path, _state(path, "fusion_model", content["fusion_model"]))
+    else:
+        ensemble = _state(path, "ensemble_model", content["ensemble_model"])
     encoders = content.get("encoder_dict", {})
     if not isinstance(encoders, Mapping):
         raise CheckpointError(path, "encoder_dict", f"a {type(encoders).__name__}", "a dict of state dicts")
     encoders = {str(name): _state(path, f"encoder_dict.{name}", state) for name, state in encoders.items()}
     means = _state(path, "feature_means", content.get("feature_means", {}))
-    return _States(ensemble, encoders, content.get("config"), means)
+    return _States(ensemble, encoders, content.get("config"), means, single)
+
+
+def _alone(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A fusion transformer on its own as the only expert of a mixture."""
+    heads = [key for key in state if re.fullmatch(r"network\.\d+\.fc\.weight", key)]
+    if len(heads) != 1:
+        raise CheckpointError(path, "fusion_model", f"keys {_some(state)}", "a fusion transformer (network.*)")
+    weight = _tensor(path, state, heads[0], 2)
+    routing = {"weight": weight.new_zeros(1, weight.shape[1]), "bias": weight.new_zeros(1)}
+    ensemble = {f"reweight.mlp.network.0.{name}": tensor for name, tensor in routing.items()}
+    return ensemble | {f"interaction_experts.0.fusion_model.{key}": tensor for key, tensor in state.items()}
 
 
 def _state(path: Path, key: str, state: object) -> dict[str, Tensor]:
@@ -294,7 +312,8 @@ def _derive(path: Path, ensemble: Mapping[str, Tensor]) -> dict[str, Any]:
     linears = sorted(int(match[1]) for match in matches if match)
     if linears != list(range(0, 3 * len(linears), 3)):
         raise CheckpointError(path, "reweight.mlp.network", f"linear layers at {linears}", "layers at 0, 3, 6, ...")
-    derived = {"modalities": count, "experts": experts, "hidden": hidden, "reweight_layers": len(linears), "fusion": fusion}
+    derived = {"modalities": count, "experts": experts, "fusion": fusion, "hidden": hidden}
+    derived["reweight_layers"] = len(linears)
     if len(linears) > 1:
         derived["reweight_hidden"] = routing.shape[0]
     if fusion == "interpretcc":
@@ -366,7 +385,7 @@ def _complete(
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
         return FLI2MoEConfig.from_dict({**fields, **given})
     count, experts = derived["modalities"], derived["experts"]
-    if experts != count + 2:
+    if experts != count + 2 and "roles" not in given:
         found = f"{experts} experts"
         if experts == 2:
             found += ", the layout of the ablation with synergy and redundancy only"

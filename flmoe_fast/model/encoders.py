@@ -137,9 +137,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, features: int, patches: int, hidden: int, state: int = 256):
         super().__init__()
-        self.gru = nn.GRU(
-            integer("features", features, least=1), integer("state", state, least=1), batch_first=True
-        )
+        self.gru = nn.GRU(integer("features", features, least=1), integer("state", state, least=1), batch_first=True)
         self.patches = PatchEncoder(state, patches, hidden)
 
     def forward(self, x: Tensor) -> Tensor:

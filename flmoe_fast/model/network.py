@@ -90,15 +90,19 @@ class EncoderLayer(nn.Module):
     ``a = attn(norm1(x))``, that is ``2 a`` in eval mode. Both then add ``mlp(norm2(y))`` to ``y``.
     """
 
-    def __init__(self, hidden: int, heads: int, mlp: nn.Module, dropout: float, input_residual: bool):
+    def __init__(self, config: FLI2MoEConfig, layer: int):
         super().__init__()
-        self.input_residual = input_residual
+        hidden, wide, dropout = config.hidden, config.ffn_multiple * config.hidden, config.dropout
+        self.input_residual = config.generation == "fl"
         self.norm1 = nn.LayerNorm(hidden, eps=1e-5)
         self.norm2 = nn.LayerNorm(hidden, eps=1e-5)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.attn = Attention(hidden, heads, dropout)
-        self.mlp = mlp
+        self.attn = Attention(hidden, config.heads, dropout)
+        if layer in config.sparse_layers:
+            self.mlp = SparseMLP(config)
+        else:
+            self.mlp = MLP((hidden, wide, hidden), nn.GELU, dropout)  # nn.GELU() is the exact erf form
 
     def forward(
         self,
@@ -111,9 +115,10 @@ class EncoderLayer(nn.Module):
         """(B, L, H) -> (B, L, H) and the attention (B, h, L, L). Only sparse blocks read the other arguments."""
         attended, attention = self.attn(self.norm1(x), key_mask)
         x = (x if self.input_residual else attended) + self.dropout1(attended)
-        return x + self.dropout2(self._feed_forward(self.norm2(x), lengths, balance, passes)), attention
+        return x + self.dropout2(self.feed_forward(self.norm2(x), lengths, balance, passes)), attention
 
-    def _feed_forward(self, x: Tensor, lengths: Sequence[int] | None, balance: list | None, passes: int) -> Tensor:
+    def feed_forward(self, x: Tensor, lengths: Sequence[int] | None, balance: list | None, passes: int) -> Tensor:
+        """The feed-forward block alone, on normalised tokens (B, L, H)."""
         if not isinstance(self.mlp, SparseMLP):
             # One shared feed-forward for all modalities acts on each token by itself, so no split is needed.
             return self.mlp(x)
@@ -134,19 +139,7 @@ class FusionTransformer(nn.Module):
         self.generation = config.generation
         if config.generation == "original":
             self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens), config.hidden))
-        residual = config.generation == "fl"
-        sizes = (config.hidden, config.ffn_multiple * config.hidden, config.hidden)
-        self.network = nn.ModuleList(
-            EncoderLayer(
-                config.hidden,
-                config.heads,
-                # nn.GELU() is the exact erf form
-                SparseMLP(config) if layer in config.sparse_layers else MLP(sizes, nn.GELU, config.dropout),
-                config.dropout,
-                residual,
-            )
-            for layer in range(config.layers)
-        )
+        self.network = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
         self.network.append(ClassificationHead(len(config.modalities) * config.hidden, config.classes))
 
     def forward(
@@ -360,7 +353,9 @@ class FLI2MoE(nn.Module):
     def _tokens(self, m: int) -> int | None:
         return None if self.config.num_tokens is None else self.config.num_tokens[m]
 
-    def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> FLI2MoEOutput:
+    def forward(
+        self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None, passes: int = 1
+    ) -> FLI2MoEOutput:
         """Run all experts and mix them.
 
         Args:
@@ -368,6 +363,8 @@ class FLI2MoE(nn.Module):
                 modality further moves the tokens of the modalities after it.
             masks: M masks (B, T_m) of any dtype with 1 for valid tokens and 0 for padding, or ``None`` (generation
                 ``"original"`` takes only ``None``). What the features hold at padded tokens has no effect.
+            passes: how many batches, one after another, B stands for: 1 for one batch, B for samples on their own. It
+                matters where tokens compete for capacity, see :attr:`FLI2MoEConfig.slots_limit`, and nowhere else.
 
         Returns:
             :class:`FLI2MoEOutput`.
@@ -377,7 +374,10 @@ class FLI2MoE(nn.Module):
                 other than 0 and 1, or a sample without any valid token.
         """
         self.check_inputs(features, masks)
-        runs = [expert(features, masks) for expert in self.interaction_experts]
+        integer("passes", passes, least=1)
+        if features[0].shape[0] % passes:
+            raise ArgumentError("passes", passes, f"a divisor of the {features[0].shape[0]} samples")
+        runs = [expert(features, masks, passes=passes) for expert in self.interaction_experts]
         expert_logits = torch.stack([logits for logits, _ in runs], dim=1)
         latents = torch.stack([latent for _, latent in runs], dim=1)
         weights = self.reweight(features, masks)

@@ -203,5 +203,6 @@ class SparseMLP(nn.Module):
         out = torch.zeros_like(rows)
         for network in range(self.networks):
             token, slot = (chosen == network).nonzero(as_tuple=True)
-            out = out.index_add(0, token, scores[token, slot][:, None] * self.experts(rows[token], network))
+            served = scores[token, slot][:, None] * self.experts(rows[token], network)
+            out = out.index_add(0, token, served.to(out.dtype))  # under autocast products come in half precision
         return out.reshape(x.shape), routing.balance

@@ -31,6 +31,7 @@ from flmoe_fast.files import replacing
 from flmoe_fast.model.batched import batched_passes, can_batch
 from flmoe_fast.model.metrics import score
 from flmoe_fast.model.network import FLI2MoE, FLI2MoEOutput, eval_mode
+from flmoe_fast.model.network_latents import collect_latents, linear_cka, network_similarity
 from flmoe_fast.model.training_state import TrainingState
 
 REGULARIZERS = (None, "rep-cos", "rep-barlow", "rep-cka")
@@ -56,13 +57,15 @@ class TrainingOutput(NamedTuple):
 
     Attributes:
         loss: scalar, the task loss + interaction_weight * sum(interaction_losses) / (M + 2) + regularizer_weight *
-            regularization.
+            regularization + gate_weight * gate_loss.
         task_loss: scalar, cross entropy, binary cross entropy or smooth L1 of the mixture's logits.
         interaction_losses: (E,), one per expert.
         logits: (B, C) of the mixture, on the true features.
         expert_logits: (B, E, C), on the true features.
         weights: (B, E), routing weights.
         regularization: scalar, the unweighted regulariser, 0 without one.
+        gate_loss: scalar, load-balancing loss of the sparse feed-forward blocks, summed over layers and averaged over
+            experts and passes; 0 without such blocks.
     """
 
     loss: Tensor
@@ -72,6 +75,7 @@ class TrainingOutput(NamedTuple):
     expert_logits: Tensor
     weights: Tensor
     regularization: Tensor
+    gate_loss: Tensor
 
 
 def training_forward(
@@ -86,6 +90,7 @@ def training_forward(
     perturbed: Sequence[int] | None = None,
     replacements: Sequence[Tensor] | None = None,
     detach: bool = False,
+    gate_gradient: bool = True,
     passes: str = "auto",
 ) -> TrainingOutput:
     """One training forward with all perturbed passes.
@@ -99,14 +104,17 @@ def training_forward(
         generator: source of the noise, on the model's device. Draws are made expert by expert and, within an
             expert, modality by modality, each for a whole (B, T_m, H) tensor.
         regularizer: ``None``, ``"rep-cos"``, ``"rep-barlow"`` or ``"rep-cka"``: a penalty on the similarity of the
-            experts' latents, averaged over expert pairs.
+            experts' latents, averaged over expert pairs. For a single sparse transformer rep-cka compares the latents
+            of the networks of its feed-forward blocks.
         regularizer_weight: its factor; default 3e-3 for rep-cos and 10 for rep-barlow, to be given for rep-cka.
         perturbed: modalities that are replaced, in increasing order; ``None`` for all, nothing for a step without
             interaction losses. The uniqueness loss of a modality that is not replaced is 0.
         replacements: M tensors (T_m, H) or (B, T_m, H) that stand for an absent modality, instead of Gaussian noise.
         detach: whether the interaction losses see the representations without their gradient.
-        passes: ``"sequential"``, ``"batched"`` (dense experts only) or ``"auto"``, batched where possible. Both give
-            the same losses for the same generator up to rounding, as long as there is no dropout.
+        gate_gradient: whether the gate loss has a gradient. In the published mixtures it is a constant, so that gates
+            are not balanced; there it has one only where a single transformer is trained.
+        passes: ``"sequential"``, ``"batched"`` or ``"auto"``, batched where possible. Both give the same losses for the
+            same generator up to rounding, as long as there is no dropout and no noise in gates.
 
     Returns:
         :class:`TrainingOutput`.
@@ -121,21 +129,14 @@ def training_forward(
     regularizer_weight = _regularizer_weight(regularizer, regularizer_weight)
     one_of("passes", passes, PASSES)
     if passes == "batched" and not can_batch(model):
-        raise ArgumentError("passes", "'batched' for experts that are no dense transformers", "'auto' or 'sequential'")
+        raise ArgumentError("passes", "'batched' for experts of another kind", "'auto' or 'sequential'")
     replaced = _perturbed(model, perturbed)
     absent = [_replacements(features, replaced, replacements, generator) for _ in model.interaction_experts]
 
-    if passes == "sequential" or not can_batch(model):
-        runs = [
-            [expert(features, masks), *(expert(_with(features, m, x), masks) for m, x in zip(replaced, own))]
-            for expert, own in zip(model.interaction_experts, absent)
-        ]
-        logits_by_pass = [[logits for logits, _ in run] for run in runs]
-        latents_by_pass = [[latent for _, latent in run] for run in runs]
-    else:
-        logits_by_pass, latents_by_pass = (
-            [tuple(own) for own in part] for part in batched_passes(model, features, absent, replaced, masks)
-        )
+    # A sparse transformer on its own has no other experts to differ from, but its networks have each other.
+    alone = regularizer == "rep-cka" and len(model.interaction_experts) == 1 and model.config.gate is not None
+    with collect_latents(model) if alone else contextlib.nullcontext() as networks:
+        logits_by_pass, latents_by_pass, gate_loss = _run_passes(model, features, masks, absent, replaced, passes)
 
     of_losses = logits_by_pass if _losses_on_logits(model) else latents_by_pass
     measure = _regression_interaction if model.config.task == "regression" else interaction_loss
@@ -152,11 +153,38 @@ def training_forward(
     logits = (weights[:, :, None] * expert_logits).sum(dim=1)
     interaction_losses = torch.stack(losses)
     task = task_loss(model, logits, targets)
-    regularization = representation_penalty(regularizer, [own[0] for own in latents_by_pass])
+    if alone:
+        regularization = network_similarity(networks, features[0])
+    else:
+        regularization = representation_penalty(regularizer, [own[0] for own in latents_by_pass])
     # Divided by M + 2 however many experts there are, so that fewer experts weigh no more.
     interaction = interaction_losses.sum() / (len(features) + 2)
     loss = task + model.config.interaction_weight * interaction + regularizer_weight * regularization
-    return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization)
+    loss = loss + model.config.gate_weight * (gate_loss if gate_gradient else gate_loss.detach())
+    return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization, gate_loss)
+
+
+def _run_passes(
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    absent: Sequence[Sequence[Tensor]],
+    replaced: Sequence[int],
+    passes: str,
+) -> tuple[list, list, Tensor]:
+    """Logits and latents, E lists of 1 + P tensors each, and the gate loss."""
+    if passes != "sequential" and can_batch(model):
+        logits, latents, balance = batched_passes(model, features, absent, replaced, masks)
+        return [tuple(own) for own in logits], [tuple(own) for own in latents], balance.mean()
+    runs, losses = [], []
+    for expert, own in zip(model.interaction_experts, absent):
+        runs.append([])
+        for inputs in (features, *(_with(features, m, x) for m, x in zip(replaced, own))):
+            balance = [features[0].new_zeros(1)]
+            runs[-1].append(expert(inputs, masks, balance=balance))
+            losses.append(torch.stack(balance).sum())
+    logits, latents = ([[found[part] for found in run] for run in runs] for part in (0, 1))
+    return logits, latents, torch.stack(losses).mean()
 
 
 def _losses_on_logits(model: FLI2MoE) -> bool:
@@ -185,9 +213,7 @@ def _replacements(
     if given is not None:
         return [given[m].expand_as(features[m]) for m in replaced]
     return [
-        torch.randn(
-            features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device
-        )
+        torch.randn(features[m].shape, generator=generator, dtype=features[m].dtype, device=features[m].device)
         for m in replaced
     ]
 
@@ -262,7 +288,7 @@ def representation_penalty(regularizer: str | None, latents: Sequence[Tensor]) -
     one_of("regularizer", regularizer, REGULARIZERS)
     if regularizer is None or len(latents) < 2:
         return latents[0].new_zeros(())
-    measure = {"rep-cos": _squared_cosine, "rep-barlow": _off_diagonal, "rep-cka": _linear_cka}[regularizer]
+    measure = {"rep-cos": _squared_cosine, "rep-barlow": _off_diagonal, "rep-cka": linear_cka}[regularizer]
     return torch.stack([measure(a, b) for a, b in itertools.combinations(latents, 2)]).mean()
 
 
@@ -275,11 +301,6 @@ def _off_diagonal(a: Tensor, b: Tensor) -> Tensor:
     correlation = a.T @ b / a.shape[0]
     diagonal = torch.eye(a.shape[1], dtype=torch.bool, device=a.device)
     return correlation[~diagonal].square().mean()
-
-
-def _linear_cka(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(dim=0), b - b.mean(dim=0)
-    return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm() + 1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +325,7 @@ def fit(
     regularizer: str | None = None,
     regularizer_weight: float | None = None,
     ablation: str | None = None,
+    gate_gradient: bool = True,
     passes: str = "auto",
     validation: Held | None = None,
     select: str | None = None,
@@ -333,7 +355,7 @@ def fit(
             (two modalities, drawn anew for every step, are replaced), ``"latent contrastive"`` (interaction losses
             without a gradient), ``"zero vector"`` or ``"mean vector"`` (what replaces a modality instead of noise; the
             mean is a running one over the steps so far). Other ablations are configurations: ``roles``, ``routing``.
-        passes: see :func:`training_forward`.
+        gate_gradient, passes: see :func:`training_forward`.
         validation: judged after every epoch, in eval mode; adds ``validation`` to the records.
         select: a number of the validation (``"loss"``, ``"accuracy"``, ``"micro_f1"``, ``"macro_f1"``): the model ends
             with the weights of the best epoch instead of the last.
@@ -345,9 +367,9 @@ def fit(
 
     Returns:
         One dict per epoch: ``epoch`` (from 0), ``loss``, ``task_loss``, ``interaction_losses`` (list of E),
-        ``regularization``, ``accuracy`` (share of correct training predictions, for ``"multilabel"`` of correct
-        labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples, ``seconds``, and
-        ``validation``, a dict of its numbers, where there is one.
+        ``regularization``, ``gate_loss``, ``accuracy`` (share of correct training predictions, for ``"multilabel"`` of
+        correct labels, for ``"regression"`` of correct signs, in train mode), each the mean over samples,
+        ``seconds``, and ``validation``, a dict of its numbers, where there is one.
 
     Raises:
         ArgumentError: inputs that do not match the model, the masks or the targets, or a checkpoint of another run.
@@ -388,6 +410,7 @@ def fit(
             "regularizer": regularizer,
             "regularizer_weight": weight,
             "ablation": ablation,
+            "gate_gradient": bool(gate_gradient),
             "select": select,
         },
     )
@@ -411,6 +434,7 @@ def fit(
                         generator=run.noise,
                         regularizer=regularizer,
                         regularizer_weight=warm * weight,
+                        gate_gradient=gate_gradient,
                         passes=passes,
                         **_ablated(ablation, model, features, run),
                     )
@@ -418,13 +442,14 @@ def fit(
                     out.loss.backward()
                     run.optimizer.step()
                     right = _share_right(model, out.logits, wanted)
-                    scalars = [out.loss, out.task_loss, out.regularization, right, *out.interaction_losses]
+                    scalars = [out.loss, out.task_loss, out.regularization, out.gate_loss, right]
+                    scalars += out.interaction_losses
                     run.count(torch.stack(scalars).detach().double() * len(index))
                     if checkpoint is not None and checkpoint_steps and run.step % checkpoint_steps == 0:
                         run.seconds += time.perf_counter() - begin
                         run.save(checkpoint)
                         begin = time.perf_counter()
-                loss, task, regularization, accuracy, *interaction = (run.sums / count).tolist()
+                loss, task, regularization, gate, accuracy, *interaction = (run.sums / count).tolist()
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss became {loss} in epoch {run.epoch}; a smaller lr may help"
@@ -436,6 +461,7 @@ def fit(
                     "task_loss": task,
                     "interaction_losses": interaction,
                     "regularization": regularization,
+                    "gate_loss": gate,
                     "accuracy": accuracy,
                     "seconds": run.seconds,
                 }
@@ -509,7 +535,8 @@ def predict(
         model: its modules' train/eval modes are restored afterwards.
         inputs: per modality N samples, as for :func:`fit`.
         masks: M masks (N, T_m) or ``None``.
-        batch_size: samples per forward; it has no influence on the result, since padding is not cut.
+        batch_size: samples per forward; it has no influence on the result, since padding is not cut and samples do
+            not compete for the capacity of sparse blocks.
 
     Returns:
         :class:`FLI2MoEOutput` over all N samples, on the model's device.
@@ -522,7 +549,7 @@ def predict(
     device = next(model.parameters()).device
     with torch.no_grad(), eval_mode(model):
         batches = (_batch(model, inputs, masks, index, device) for index in torch.arange(count).split(batch_size))
-        outputs = [model(features, batch_masks) for features, batch_masks in batches]
+        outputs = [model(features, batch_masks, passes=len(features[0])) for features, batch_masks in batches]
     return FLI2MoEOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Token importance from attention: rollout, and attention weighted by its gradient (arXiv 2603.13326)."""
+"""Token importance: attention rollout, attention times gradient, integrated gradients (arXiv 2603.13326)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.games.heads import predicted_target
 from flmoe_fast.model.network import FLI2MoE, eval_mode
 
-METHODS = ("attnXgrad", "attn")
+METHODS = ("attnXgrad", "attn", "ig")
+#: Points of the integration path.
+IG_STEPS = 16
+#: Bytes of attention maps and gradients that a batch of samples may hold at a time.
+MEMORY = 1 << 30
 
 
 class Importance(NamedTuple):
-    """Importance of every token of one sample.
+    """Importance of every token of one sample, or of B samples with a leading axis.
 
     Attributes:
-        experts: (E, L), one map per expert, in expert order.
-        mixture: (L,), the aggregate over experts.
+        experts: (E, L), one map per expert, in expert order; (B, E, L) for a batch.
+        mixture: (L,), the aggregate over experts; (B, L) for a batch.
         segments: M slices of the token axis, one per modality.
     """
 
@@ -37,11 +41,47 @@ def token_importance(
     *,
     target: int | Tensor | None = None,
     method: str = "attnXgrad",
+    ig_steps: int = IG_STEPS,
 ) -> Importance:
     """Importance of each token of one sample, for each expert and for the mixture.
 
-    Every layer gives a relevance matrix over (query, key) tokens. With the identity added and rows scaled to sum 1,
-    the layers are multiplied from last to first, and the mean over all query rows is the importance of the keys.
+    Args:
+        model, method, ig_steps: see :func:`batch_importance`.
+        features: M encoded modalities (1, T_m, H).
+        masks: M masks (1, T_m), or ``None``.
+        target: a class; for ``"multilabel"`` also a (C,) tensor of zeros and ones, whose positive logits are
+            averaged (the largest logit where there is none). ``None``: the prediction.
+
+    Returns:
+        :class:`Importance`, in the features' dtype.
+
+    Raises:
+        ArgumentError: as :func:`batch_importance`, or more than one sample.
+    """
+    one_of("method", method, METHODS)
+    model.check_inputs(features, masks)
+    if features[0].shape[0] != 1:
+        raise ArgumentError("features", f"{features[0].shape[0]} samples", "one sample")
+    targets = None if target is None else [target]
+    found = batch_importance(model, features, masks, targets=targets, method=method, ig_steps=ig_steps)
+    return Importance(found.experts[0], found.mixture[0], found.segments)
+
+
+def batch_importance(
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    *,
+    targets: Sequence[int | Tensor] | None = None,
+    method: str = "attnXgrad",
+    ig_steps: int = IG_STEPS,
+    memory: int = MEMORY,
+) -> Importance:
+    """Importance of each token of B samples, for each expert and for the mixture.
+
+    Attention methods: every layer gives a relevance matrix over (query, key) tokens. With the identity added and rows
+    scaled to sum 1, the layers are multiplied from first to last, and the mean over all query rows is the importance of
+    the keys.
 
     ``"attn"``: the matrix is the attention, averaged over heads. The mixture is the sum of the experts' maps, each
     times its routing weight. The target has no influence.
@@ -50,43 +90,107 @@ def token_importance(
     ``S`` the target's logit of the mixture with the routing weights held constant. The gradients thus carry the
     routing weights already and the mixture is the plain sum of the experts' maps.
 
+    ``"ig"``: the mean over the width of the absolute integrated gradients of ``S``, routing included, along the
+    straight line from zero features, by the right Riemann sum. An expert's map is that of its share of ``S``, its
+    routing weight times its logit; the shares' signed attributions sum to the mixture's, their absolute values do not.
+
     Args:
         model: evaluated in eval mode; modes, parameters and their ``grad`` are left as they are. Frozen parameters
-            and ``torch.no_grad`` around the call are fine.
-        features: M encoded modalities (1, T_m, H).
-        masks: M masks (1, T_m), or ``None``. Padded queries count in the mean over rows.
-        target: a class; for ``"multilabel"`` also a (C,) tensor of zeros and ones, whose positive logits are
-            averaged (the largest logit where there is none). ``None``: the prediction.
-        method: ``"attnXgrad"`` or ``"attn"``.
+            and ``torch.no_grad`` around the call are fine. Gradients are taken of nothing but what is needed.
+        features: M encoded modalities (B, T_m, H).
+        masks: M masks (B, T_m), or ``None``. Padded queries count in the mean over rows.
+        targets: B targets as for :func:`token_importance`, or ``None`` for the predictions.
+        method: ``"attnXgrad"``, ``"attn"`` or ``"ig"``.
+        ig_steps: points of the integration path.
+        memory: bytes of activations that are held at a time; samples are taken in as many batches as that needs.
 
     Returns:
         :class:`Importance`, in the features' dtype.
 
     Raises:
-        ArgumentError: as :meth:`FLI2MoE.forward`, more than one sample, a bad target or method.
+        ArgumentError: as :meth:`FLI2MoE.forward`, a bad target or method.
     """
     one_of("method", method, METHODS)
+    ig_steps, memory = integer("ig_steps", ig_steps, least=1), integer("memory", memory, least=1)
     model.check_inputs(features, masks)
-    if features[0].shape[0] != 1:
-        raise ArgumentError("features", f"{features[0].shape[0]} samples", "one sample")
-    if model.config.fusion == "interpretcc":
-        raise ArgumentError("model", "InterpretCC experts", "experts with attention; interactions() needs none")
+    if model.config.fusion == "interpretcc" and method != "ig":
+        raise ArgumentError("method", repr(method), "'ig' for InterpretCC experts, which attend to nothing")
+    count = len(features[0])
+    if targets is not None and len(targets) != count:
+        raise ArgumentError("targets", f"{len(targets)} targets", f"one for each of {count} samples")
+    config, length = model.config, sum(feature.shape[1] for feature in features)
+    floats = config.experts * config.layers * (2 * config.heads * length + 8 * config.hidden) * length
+    size = max(1, memory // (floats * features[0].element_size() * (ig_steps if method == "ig" else 1)))
+    measure = _integrated if method == "ig" else _attended
+    parts = []
     with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
-        # Leaves that require gradients make the graph reach every attention map even if all parameters are frozen.
-        leaves = [feature.detach().clone().requires_grad_() for feature in features]
-        maps: list[list[Tensor]] = [[] for _ in model.interaction_experts]
-        runs = [expert(leaves, masks, kept) for expert, kept in zip(model.interaction_experts, maps, strict=True)]
-        weights = model.reweight(leaves, masks)[0].detach()
-        logits = (weights[:, None] * torch.cat([run[0] for run in runs])).sum(dim=0)
-        if method == "attn":
-            relevance = [[attention.detach() for attention in kept] for kept in maps]
-        else:
-            score = logits[target_classes(logits.detach(), target, model.config.task)].mean()
-            gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
-            relevance = [[(a.detach().relu() * next(gradients).relu()) for a in kept] for kept in maps]
-    experts = torch.stack([_rollout([matrix[0].mean(dim=0) for matrix in layers]) for layers in relevance])
-    mixture = (weights[:, None] * experts).sum(dim=0) if method == "attn" else experts.sum(dim=0)
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            some = [
+                _leaf(feature[rows], None if masks is None else masks[m][rows]) for m, feature in enumerate(features)
+            ]
+            kept = None if masks is None else [mask[rows] for mask in masks]
+            own = None if targets is None else targets[rows]
+            parts.append(measure(model, some, kept, own, method, ig_steps))
+    experts, mixture = (torch.cat(part) for part in zip(*parts))
     return Importance(experts, mixture, _segments([feature.shape[1] for feature in features]))
+
+
+def _leaf(feature: Tensor, mask: Tensor | None) -> Tensor:
+    """A copy to take gradients of, with zeros for padding. It makes the graph reach every attention map even if all
+    parameters are frozen."""
+    feature = feature.detach().clone()
+    if mask is not None:
+        feature = feature.masked_fill(~mask.bool()[:, :, None], 0.0)
+    return feature.requires_grad_()
+
+
+def _attended(
+    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, method: str, _: int
+) -> tuple[Tensor, Tensor]:
+    maps: list[list[Tensor]] = [[] for _ in model.interaction_experts]
+    alone = {"passes": len(leaves[0])}  # samples do not compete for the capacity of sparse blocks
+    runs = [expert(leaves, masks, kept, **alone) for expert, kept in zip(model.interaction_experts, maps, strict=True)]
+    weights = model.reweight(leaves, masks).detach()
+    logits = (weights[:, :, None] * torch.stack([run[0] for run in runs], dim=1)).sum(dim=1)
+    if method == "attn":
+        relevance = [[attention.detach() for attention in kept] for kept in maps]
+    else:
+        score = (logits * _target_weights(logits.detach(), targets, model.config.task)).sum()
+        gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
+        relevance = [[a.detach().relu() * next(gradients).relu() for a in kept] for kept in maps]
+    experts = torch.stack([_rollout([matrix.mean(dim=1) for matrix in layers]) for layers in relevance], dim=1)
+    return experts, (weights[:, :, None] * experts).sum(dim=1) if method == "attn" else experts.sum(dim=1)
+
+
+def _integrated(
+    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, _: str, steps: int
+) -> tuple[Tensor, Tensor]:
+    count = len(leaves[0])
+    with torch.no_grad():
+        wanted = _target_weights(model(leaves, masks, passes=count).logits, targets, model.config.task)
+    alphas = torch.arange(1, steps + 1, dtype=leaves[0].dtype, device=leaves[0].device) / steps
+    path = [(alphas[:, None, None, None] * leaf.detach()).flatten(0, 1) for leaf in leaves]  # (steps * B, T, H)
+    masks = None if masks is None else [mask.repeat(steps, 1) for mask in masks]
+    wanted = wanted.repeat(steps, 1)
+    shares = []
+    for e, expert in enumerate(model.interaction_experts):
+        # A copy of the path for every expert, and routing anew on each, keep the experts' gradients apart.
+        own = [part.clone().requires_grad_() for part in path]
+        value = (expert(own, masks, passes=len(own[0]))[0] * wanted).sum(dim=1)
+        score = (model.reweight(own, masks)[:, e] * value).sum()
+        shares.append(torch.cat(torch.autograd.grad(score, own), dim=1).unflatten(0, (steps, count)).mean(dim=0))
+    attributions = torch.stack(shares, dim=1) * torch.cat([leaf.detach() for leaf in leaves], dim=1)[:, None]
+    return attributions.abs().mean(dim=-1), attributions.sum(dim=1).abs().mean(dim=-1)
+
+
+def _target_weights(logits: Tensor, targets: Sequence[int | Tensor] | None, task: str) -> Tensor:
+    """(B, C): what the logits of each sample are multiplied by and summed to its score."""
+    weights = torch.zeros_like(logits)
+    for row, own in enumerate(logits):
+        classes = target_classes(own, None if targets is None else targets[row], task)
+        weights[row, classes] = 1.0 / len(classes)
+    return weights
 
 
 def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Tensor:
@@ -145,13 +249,13 @@ def normalize_importance(values: Tensor, segments: Sequence[slice], candidates: 
 
 
 def _rollout(layers: Sequence[Tensor]) -> Tensor:
-    """L x L relevance matrices, first layer first -> (L,)."""
+    """Relevance matrices (B, L, L), first layer first -> (B, L)."""
     rolled = None
     for matrix in layers:
         matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         matrix = matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         rolled = matrix if rolled is None else matrix @ rolled
-    return rolled.mean(dim=0)
+    return rolled.mean(dim=1)
 
 
 def _segments(lengths: Sequence[int]) -> tuple[slice, ...]:

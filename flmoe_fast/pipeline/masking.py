@@ -1,9 +1,9 @@
 """Pair-level masking: does the model need the tokens of its top pairs more than other tokens?
 
 The tokens of the first P pairs of a ranking are made absent, and, as a control, random tokens: as many of each modality
-as the pairs have, drawn from all players, several times over. The drop is the value with all players present minus the
-value without those tokens. Matching the numbers of tokens matters: P pairs may share tokens, and masking more tokens
-costs more whichever they are.
+as the pairs have, drawn several times over from all players or, harder, from the tokens of the ranked pairs. The drop
+is the value with all players present minus the value without those tokens. Matching the numbers of tokens matters: P
+pairs may share tokens, and masking more tokens costs more whichever they are.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.model.metrics import score
 from flmoe_fast.probes.pairs import resolve_pairs
 
 if TYPE_CHECKING:
     import pandas
 
 DEFAULT_BUDGETS = (1, 2, 4, 8)
+UNIVERSES = ("players", "candidates")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class MaskedPairs:
         Value without the tokens of the top pairs.
     random : float64 (B, R, O)
         Value without random tokens, for R repeats.
+    full_logits, top_logits, random_logits : float64 (K,), (B, K), (B, R, K), or None
+        The model's logits in the same evaluations, where the game has a model.
     """
 
     most: tuple[int, ...]
@@ -51,6 +55,9 @@ class MaskedPairs:
     full: np.ndarray
     top: np.ndarray
     random: np.ndarray
+    full_logits: np.ndarray | None = None
+    top_logits: np.ndarray | None = None
+    random_logits: np.ndarray | None = None
 
     @property
     def top_drop(self) -> np.ndarray:
@@ -71,6 +78,7 @@ def mask_pairs(
     most: Sequence[int] = DEFAULT_BUDGETS,
     repeats: int = 10,
     seed: int = 0,
+    universe: str = "players",
 ) -> MaskedPairs:
     """Mask the tokens of the first pairs of a ranking, and matched random tokens, of one sample.
 
@@ -89,6 +97,8 @@ def mask_pairs(
         Random draws per number of pairs.
     seed : int
         Of the random draws.
+    universe : "players" or "candidates"
+        What the random tokens are drawn from: all players, or the players of the ranked pairs.
 
     Returns
     -------
@@ -108,8 +118,11 @@ def mask_pairs(
         raise ArgumentError("most", max(budgets), f"at most {len(pairs)}, the number of ranked pairs")
     repeats = integer("repeats", repeats, least=1)
     generator = torch.Generator().manual_seed(integer("seed", seed, least=0, most=2**64 - 1))
+    one_of("universe", universe, UNIVERSES)
 
     groups = [torch.tensor(players, dtype=torch.long) for _, players in game.groups or (("", tuple(range(game.n))),)]
+    if universe == "candidates":
+        groups = [group[torch.isin(group, pairs)] for group in groups]
     shuffled = [[group[torch.randperm(len(group), generator=generator)] for group in groups] for _ in range(repeats)]
     tokens = torch.zeros(len(budgets), len(groups), dtype=torch.long)
     present = torch.ones(1 + len(budgets) * (1 + repeats), game.n, dtype=torch.bool)
@@ -122,9 +135,11 @@ def mask_pairs(
             for group, size in zip(order, tokens[b].tolist()):
                 present[row + r, group[:size]] = False
         row += 1 + repeats
-    values = game(present)
+    values, logits = game.outputs(present)
     values = values[:, None] if values.dim() == 1 else values
-    by_budget = values[1:].unflatten(0, (len(budgets), 1 + repeats)).numpy()
+    shape_of = (len(budgets), 1 + repeats)
+    by_budget = values[1:].unflatten(0, shape_of).numpy()
+    classes = None if logits is None else logits[1:].unflatten(0, shape_of).numpy()
     return MaskedPairs(
         most=budgets,
         heads=game.heads,
@@ -132,6 +147,9 @@ def mask_pairs(
         full=values[0].numpy(),
         top=by_budget[:, 0],
         random=by_budget[:, 1:],
+        full_logits=None if logits is None else logits[0].numpy(),
+        top_logits=None if logits is None else classes[:, 0],
+        random_logits=None if logits is None else classes[:, 1:],
     )
 
 
@@ -214,6 +232,53 @@ def masking_curve(masked: Sequence[MaskedPairs], head: str | int | None = None) 
         *_mean(top - random),
         (top > random).mean(0),
     )
+
+
+def masking_scores(masked: Sequence[MaskedPairs], targets: torch.Tensor, task: str) -> pandas.DataFrame:
+    """Accuracy and F1 of a model whose top pairs, or random tokens, are masked in every sample.
+
+    Parameters
+    ----------
+    masked : N results of :func:`mask_pairs` for games of a model
+    targets : Tensor (N,) or (N, C)
+        True labels.
+    task : "multiclass", "multilabel" or "regression"
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per number of masked pairs, 0 first: the scores of :func:`flmoe_fast.model.metrics.score` as
+        ``<score>_top``, ``<score>_random`` and ``<score>_random_std``, the spread over the repeats.
+
+    Raises
+    ------
+    ArgumentError
+        Samples without logits, or not as many as targets.
+    """
+    import pandas
+
+    if not masked or len(masked) != len(targets):
+        raise ArgumentError("masked", f"{len(masked)} samples", f"{len(targets)}, one a target, and at least one")
+    if any(sample.full_logits is None for sample in masked):
+        raise ArgumentError("masked", "samples of games without a model", "samples of a TokenGame")
+
+    def scores(logits: list[np.ndarray]) -> dict[str, float]:
+        return score(torch.from_numpy(np.stack(logits)), targets, task)
+
+    rows = []
+    whole = scores([sample.full_logits for sample in masked])
+    start = {f"{name}_{kind}": value for name, value in whole.items() for kind in ("top", "random")}
+    rows.append({"pairs": 0, **start, **{f"{name}_random_std": 0.0 for name in whole}})
+    for b, count in enumerate(masked[0].most):
+        row = {f"{name}_top": value for name, value in scores([s.top_logits[b] for s in masked]).items()}
+        repeats = masked[0].random_logits.shape[1]
+        random = [scores([s.random_logits[b, r] for s in masked]) for r in range(repeats)]
+        for name in whole:
+            values = [one[name] for one in random]
+            row[f"{name}_random"] = float(np.mean(values))
+            row[f"{name}_random_std"] = float(np.std(values, ddof=1)) if repeats > 1 else 0.0
+        rows.append({"pairs": count, **row})
+    return pandas.DataFrame(rows)
 
 
 def _head(head: str | int | None, sample: MaskedPairs) -> int:

@@ -1,0 +1,132 @@
+"""A data set as it was read: strings, paths of images and numbers, before any encoder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.data.errors import DataError, Problems, problem
+from flmoe_fast.data.splits import PARTS
+
+KINDS = ("text", "image", "table", "sequence")
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Samples of a data set.
+
+    Attributes
+    ----------
+    name : str
+    kinds : dict from modality to "text", "image", "table" or "sequence"
+    values : dict from modality to N values
+        Strings, paths, or a float32 array (N, F) for a table and (N, S, F) for a sequence.
+    targets : Tensor (N,) int64 classes, (N, C) zeros and ones, or (N, 1) numbers
+    task : "multiclass", "multilabel" or "regression"
+    classes : tuple of C str
+    ids : tuple of N str
+    parts : dict from "train", "valid", "test" to int64 row numbers
+    """
+
+    name: str
+    kinds: dict[str, str]
+    values: dict[str, Sequence | np.ndarray]
+    targets: torch.Tensor
+    task: str
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    parts: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        for modality, values in self.values.items():
+            if len(values) != len(self.ids):
+                raise ArgumentError(f"values[{modality!r}]", f"{len(values)} values", f"{len(self.ids)}, one a sample")
+        if set(self.parts) != set(PARTS):
+            raise ArgumentError("parts", sorted(self.parts), f"exactly {', '.join(PARTS)}")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(self.kinds)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Content of a JSON file; errors name the file and the line."""
+    path = existing(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError([problem(path, error.lineno, error.msg, "JSON")]) from error
+    except UnicodeDecodeError as error:
+        raise DataError([problem(path, None, str(error), "UTF-8 text")]) from error
+
+
+def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and fields of every row of a CSV file that must have ``columns``.
+
+    A row with too few or too many fields raises :class:`DataError`.
+    """
+    path = existing(path)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise DataError([problem(path, 1, "an empty file", f"a header with {', '.join(columns)}")])
+            missing = [column for column in columns if column not in header]
+            if missing:
+                expected = f"a header with {', '.join(columns)}"
+                raise DataError([problem(path, 1, f"no column {missing[0]!r} in {header}", expected)])
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise DataError([problem(path, reader.line_num, f"{len(row)} fields", f"{len(header)}, as above")])
+                yield reader.line_num, dict(zip(header, row))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError([problem(path, reader.line_num, str(error), "a row of UTF-8 CSV")]) from error
+
+
+def existing(path: str | os.PathLike) -> Path:
+    """``path``, or :class:`DataError` where there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError([problem(path, None, "no such file", "a file of the data set")])
+    return path
+
+
+def usable_image(path: Path, problems: Problems, source: Path, line: int | None) -> bool:
+    """Whether an image file is there and not empty; noted where it is not."""
+    if path.is_file() and path.stat().st_size > 0:
+        return True
+    what = "an empty image" if path.is_file() else "no image"
+    problems.add(source, line, f"{what} {path}", "an image file")
+    return False
+
+
+def number(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def one_hot(classes: Sequence[int], count: int) -> list[int]:
+    """Zeros and ones of a set of classes."""
+    return [int(c in set(classes)) for c in range(count)]
+
+
+def by_part(assigned: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Row numbers of every part as arrays."""
+    return {name: np.array(assigned[name], dtype=np.int64) for name in PARTS}
