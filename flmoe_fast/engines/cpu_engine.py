@@ -361,7 +361,7 @@ class _Native:
 
     @staticmethod
     def _head(packed, problem) -> tuple[torch.Tensor, torch.Tensor]:
-        """The classifier on pooled sums, in float64: (E, K, M, X F' + H') and (E, K), X = 1 where the last layer is dense.
+        """The classifier on pooled sums, in float64: (E, K, M, X F' + H') and (E, K); X = 1 if the last layer is dense.
 
         The last down-projections and the mean are part of it; a modality without tokens contributes nothing. So is the
         bias of a dense down-projection; those of a sparse block, which have scores, are in the sums.
