@@ -7,6 +7,7 @@ import functools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from parity import (
     SPLIT_ROUNDING,
     SplitProducts,
     allowed,
+    bound,
     flat,
     toggles,
     tolerance,
@@ -62,13 +64,12 @@ SPARSE_NAMES = [
     "one layer, naive of 4, capacity none",
     "three layers, gshard of 10, capacity reference",
     "original, noisy of 3, capacity none",
-    "gshard, capacity of none",
 ]
 #: Gates, capacities, and what matters to lists of rows: past a cell of networks, past a block of rows.
 SPARSE_SHAPES = [
     *[edge for edge in SPARSE_EDGES if edge.name in SPARSE_NAMES],
-    sparse(next(e for e in EDGES if e.name == "original, four modalities"), "gshard", 12, "reference"),
-    Edge("switch of 40, networks past a cell", (7, 5), (7, 4), hidden=20, heads=1, gate="switch", ffn_experts=40),
+    sparse(Edge("no room", (2, 2), (2, 2)), "gshard", 12, "reference"),
+    sparse(Edge("networks past a cell", (3, 3), (3, 2), hidden=20, heads=1), "switch", 35, "none"),
     Edge("naive of 2, both used", (20, 17), (18, 17), hidden=64, heads=2, layers=1, gate="naive", ffn_experts=2),
     sparse(Edge("past a block of rows", (150, 90), (150, 87), hidden=32, heads=1, layers=1), "switch", 2, "none"),
 ]
@@ -142,23 +143,13 @@ def test_a_mistake_is_seen(mistake, level: str, path: str):
     assert float(error) > 3 * tolerance(edge, "bf16x3")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
-def test_sparse_values_equal_the_reference(edge: Edge, level: str, monkeypatch):
-    """On every path of layer-1 attention."""
-    ours = engine(edge, level)
-    samples, expected = truth(edge)
-    for size, keys in PATHS.values():
-        monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
-        monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
-        values = [ours.evaluate(samples), ours.evaluate_toggles(samples[CONTEXTS], toggles(ours.problem.n))]
-        error = (torch.cat([flat(v) for v in values]) - flat(expected)).abs().max()
-        assert float(error) <= limit(edge, level)
+@functools.cache
+def routed(edge: Edge, arithmetic: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's values (C, ...) on all coalitions of :func:`both`, and logits (N, X) of every gate and token.
 
-
-def gate_logits(edge: Edge, dtype: torch.dtype) -> torch.Tensor:
-    """Logits (N, X), float64, of every gate for every token that the reference routes in :func:`truth`."""
-    reference = edge.game(backend="reference", dtype=dtype)
+    In float64, or in float32 of an arithmetic.
+    """
+    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
     coalitions = edge.coalitions(reference.n)
     corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
     seen = []
@@ -169,21 +160,44 @@ def gate_logits(edge: Edge, dtype: torch.dtype) -> torch.Tensor:
         seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
         return real(values, count)
 
-    with patch.object(sparse_blocks, "largest", spy):
-        reference.engine.evaluate(torch.cat([coalitions, corners]))
-    return torch.cat(seen)
+    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
+    with patch.object(sparse_blocks, "largest", spy), products:
+        values = flat(reference.engine.evaluate(torch.cat([coalitions, corners])))
+    return values, torch.cat(seen)
+
+
+def both(ours: CpuEngine, edge: Edge) -> torch.Tensor:
+    """Plain coalitions, and the corners of some contexts."""
+    coalitions = edge.coalitions(ours.problem.n)
+    corners = ours.evaluate_toggles(coalitions[CONTEXTS], toggles(ours.problem.n))
+    return torch.cat([flat(ours.evaluate(coalitions)), flat(corners)])
+
+
+def sparse_limit(edge: Edge, arithmetic: str) -> float:
+    return bound(routed(edge, arithmetic)[0], routed(edge, None)[0], arithmetic)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
+def test_sparse_values_equal_the_reference(edge: Edge, level: str, monkeypatch):
+    """On every path of layer-1 attention."""
+    ours = engine(edge, level)
+    for size, keys in PATHS.values():
+        monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
+        monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
+        error = (both(ours, edge) - routed(edge, None)[0]).abs().max()
+        assert float(error) <= sparse_limit(edge, levels()[level][0])
 
 
 @pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
 def test_no_choice_hangs_on_rounding(edge: Edge):
     """Otherwise a value could jump, and its error would say nothing about the engine."""
-    exact = gate_logits(edge, torch.float64)
+    exact = routed(edge, None)[1]
     slots, networks = edge.model().config.top_k, exact.shape[1]
     ordered = exact.sort(-1, descending=True)[0]
     gap = ordered[:, slots - 1] - ordered[:, slots] if slots < networks else torch.tensor(math.inf)
     for arithmetic in {levels()[level][0] for level in LEVELS}:
-        with ARITHMETIC[arithmetic][0]():
-            error = (gate_logits(edge, torch.float32) - exact).abs().amax(-1)
+        error = (routed(edge, arithmetic)[1] - exact).abs().amax(-1)
         # Two logits can come closer by twice the error, and tolerances allow twice the error of the reference.
         assert bool((gap > 4 * error).all())
 
@@ -232,9 +246,8 @@ def test_a_mistake_in_sparse_blocks_is_seen(edge: Edge, mistake, level: str, mon
     broken, changed, model = engine(edge, level), {}, EXTENSION.CpuModel
     mistake(broken, changed)
     monkeypatch.setattr(EXTENSION, "CpuModel", lambda **arguments: model(**(arguments | changed)))
-    samples, expected = truth(edge)
-    error = (flat(broken.evaluate(samples)) - flat(expected)[: len(samples)]).abs().max()
-    assert float(error) > 3 * tolerance(edge, "bf16x3")
+    error = (both(broken, edge) - routed(edge, None)[0]).abs().max()
+    assert float(error) > 3 * sparse_limit(edge, "bf16x3")
 
 
 @pytest.mark.parametrize("edge", EDGES[:3], ids=lambda e: e.name)
