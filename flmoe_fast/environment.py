@@ -108,9 +108,7 @@ def _cpu_engine() -> Backend:
     if extension is None:
         return Backend("cpu", False, missing, "native float32 engine; the torch engine runs instead")
     usable = [f"{name} ({arithmetic})" for name, arithmetic, lacking in extension.cpu_levels() if not lacking]
-    return Backend(
-        "cpu", True, "", "native float32 engine for dense transformers, best level first: " + ", ".join(usable)
-    )
+    return Backend("cpu", True, "", "native float32 engine for transformers, best level first: " + ", ".join(usable))
 
 
 def _triton_engine() -> Backend:

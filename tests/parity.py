@@ -144,10 +144,14 @@ def allowed(edge: Edge, arithmetic: str, coalitions: torch.Tensor, exact: torch.
 
     ``exact`` (C, ...) is what the reference says in float64.
     """
-    products, rounding = ARITHMETIC[arithmetic]
-    with products():
+    with ARITHMETIC[arithmetic][0]():
         found = flat(edge.game(backend="reference", dtype=torch.float32, **model).engine.evaluate(coalitions))
-    return float(2 * ((found - exact).abs().max() + rounding * exact.abs().max()))
+    return bound(found, exact, arithmetic)
+
+
+def bound(found: torch.Tensor, exact: torch.Tensor, arithmetic: str) -> float:
+    """Twice the error of ``found``, the reference in that arithmetic, plus one rounding."""
+    return float(2 * ((found - exact).abs().max() + ARITHMETIC[arithmetic][1] * exact.abs().max()))
 
 
 @functools.cache

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from edge_shapes import EDGES, Edge
-from parity import CONTEXTS, SPLIT_ROUNDING, SplitProducts, allowed, flat, toggles, tolerance, truth, two_terms
+from edge_shapes import EDGES, SPARSE_EDGES, Edge, sparse
+from parity import (
+    ARITHMETIC,
+    CONTEXTS,
+    SPLIT_ROUNDING,
+    SplitProducts,
+    allowed,
+    bound,
+    flat,
+    toggles,
+    tolerance,
+    truth,
+    two_terms,
+)
 from test_engine import break_gain, break_queries, break_routing, break_scale, break_states, break_values
 
 from flmoe_fast import coalitions, interactions
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines import cpu_engine
 from flmoe_fast.engines.cpu_engine import CpuEngine, levels
+from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.environment import backends
+from flmoe_fast.model import sparse as sparse_blocks
 
 EXTENSION, MISSING = coalitions.extension()
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
@@ -39,6 +56,25 @@ SHAPES = [
     Edge("past a block of keys and of rows", (150, 90), (150, 87), hidden=32, heads=1),
     Edge("original, past a block", (130, 130), None, hidden=16, heads=2, generation="original"),
 ]
+SPARSE_NAMES = [
+    "padded, switch of 12, capacity reference",
+    "absent modality, switch of 12, capacity reference",
+    "four modalities, noisy of 3, capacity none",
+    "one token each, gshard of 10, capacity reference",
+    "one layer, naive of 4, capacity none",
+    "three layers, gshard of 10, capacity reference",
+    "original, noisy of 3, capacity none",
+]
+#: Gates, capacities, and what matters to lists of rows: past a cell of networks, past a block of rows.
+SPARSE_SHAPES = [
+    *[edge for edge in SPARSE_EDGES if edge.name in SPARSE_NAMES],
+    sparse(Edge("no room", (2, 2), (2, 2)), "gshard", 12, "reference"),
+    sparse(Edge("networks past a cell", (3, 3), (3, 2), hidden=20, heads=1), "switch", 35, "none"),
+    Edge("naive of 2, both used", (20, 17), (18, 17), hidden=64, heads=2, layers=1, gate="naive", ffn_experts=2),
+    sparse(Edge("past a block of rows", (150, 90), (150, 87), hidden=32, heads=1, layers=1), "switch", 2, "none"),
+]
+SWITCH = SPARSE_SHAPES[0]
+DEEP = next(edge for edge in SPARSE_SHAPES if edge.layers == 3)
 PATHS = {
     "patterns": (1 << 40, 0),
     "as sized": (cpu_engine.SHARED_TABLE_BYTES, cpu_engine.KEYS_PER_GROUP),
@@ -56,8 +92,13 @@ def path(request, monkeypatch):
     return request.param
 
 
+@functools.cache
+def problem(edge: Edge) -> TokenProblem:
+    return edge.game(dtype=torch.float32, backend="torch").problem
+
+
 def engine(edge: Edge, level: str, **options) -> CpuEngine:
-    return CpuEngine(edge.game(dtype=torch.float32, backend="torch").problem, level=level, **options)
+    return CpuEngine(problem(edge), level=level, **options)
 
 
 def limit(edge: Edge, level: str) -> float:
@@ -102,6 +143,113 @@ def test_a_mistake_is_seen(mistake, level: str, path: str):
     assert float(error) > 3 * tolerance(edge, "bf16x3")
 
 
+@functools.cache
+def routed(edge: Edge, arithmetic: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's values (C, ...) on all coalitions of :func:`both`, and logits (N, X) of every gate and token.
+
+    In float64, or in float32 of an arithmetic.
+    """
+    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
+    coalitions = edge.coalitions(reference.n)
+    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
+    seen = []
+    real = sparse_blocks.largest
+
+    def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # A switch gate compares probabilities; their logarithms differ as the logits do.
+        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
+        return real(values, count)
+
+    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
+    with patch.object(sparse_blocks, "largest", spy), products:
+        values = flat(reference.engine.evaluate(torch.cat([coalitions, corners])))
+    return values, torch.cat(seen)
+
+
+def both(ours: CpuEngine, edge: Edge) -> torch.Tensor:
+    """Plain coalitions, and the corners of some contexts."""
+    coalitions = edge.coalitions(ours.problem.n)
+    corners = ours.evaluate_toggles(coalitions[CONTEXTS], toggles(ours.problem.n))
+    return torch.cat([flat(ours.evaluate(coalitions)), flat(corners)])
+
+
+def sparse_limit(edge: Edge, arithmetic: str) -> float:
+    return bound(routed(edge, arithmetic)[0], routed(edge, None)[0], arithmetic)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
+def test_sparse_values_equal_the_reference(edge: Edge, level: str, monkeypatch):
+    """On every path of layer-1 attention."""
+    ours = engine(edge, level)
+    for size, keys in PATHS.values():
+        monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
+        monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
+        error = (both(ours, edge) - routed(edge, None)[0]).abs().max()
+        assert float(error) <= sparse_limit(edge, levels()[level][0])
+
+
+@pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
+def test_no_choice_hangs_on_rounding(edge: Edge):
+    """Otherwise a value could jump, and its error would say nothing about the engine."""
+    exact = routed(edge, None)[1]
+    slots, networks = edge.model().config.top_k, exact.shape[1]
+    ordered = exact.sort(-1, descending=True)[0]
+    gap = ordered[:, slots - 1] - ordered[:, slots] if slots < networks else torch.tensor(math.inf)
+    for arithmetic in {levels()[level][0] for level in LEVELS}:
+        error = (routed(edge, arithmetic)[1] - exact).abs().amax(-1)
+        # Two logits can come closer by twice the error, and tolerances allow twice the error of the reference.
+        assert bool((gap > 4 * error).all())
+
+
+def swap_networks(engine, arguments):
+    """The second matrices of two networks of the last sparse layer are confused."""
+    layers = list(engine.packed.layers)
+    at = max(i for i, layer in enumerate(layers) if layer.networks is not None)
+    down = layers[at].networks.down.clone()
+    down[:2] = down[:2].flip(0)
+    layers[at] = dataclasses.replace(layers[at], networks=dataclasses.replace(layers[at].networks, down=down))
+    engine.packed = dataclasses.replace(engine.packed, layers=tuple(layers))
+
+
+def forget_gate_bias(engine, arguments):
+    """The first layer's gates have no bias."""
+    first, *others = engine.packed.layers
+    networks = dataclasses.replace(first.networks, gate_bias=torch.zeros_like(first.networks.gate_bias))
+    engine.packed = dataclasses.replace(engine.packed, layers=(dataclasses.replace(first, networks=networks), *others))
+
+
+def mistake_scores(engine, arguments):
+    """A switch gate's scores are all 1, another's are probabilities among all networks."""
+    arguments["among_all"] = engine.config.gate != "switch"
+
+
+def forget_room(engine, arguments):
+    """No capacity."""
+    engine.config = dataclasses.replace(engine.config, capacity="none")
+
+
+def forget_padding(engine, arguments):
+    """Capacity from the valid tokens only."""
+    lengths = tuple(stop - start for start, stop in engine.problem.segments)
+    engine.problem = dataclasses.replace(engine.problem, padded_lengths=lengths)
+
+
+SPARSE_MISTAKES = [(SWITCH, m) for m in (swap_networks, forget_gate_bias, mistake_scores, forget_room, forget_padding)]
+SPARSE_MISTAKES += [(DEEP, m) for m in (swap_networks, mistake_scores, forget_room)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("edge, mistake", SPARSE_MISTAKES)
+def test_a_mistake_in_sparse_blocks_is_seen(edge: Edge, mistake, level: str, monkeypatch):
+    """Negative control, as above."""
+    broken, changed, model = engine(edge, level), {}, EXTENSION.CpuModel
+    mistake(broken, changed)
+    monkeypatch.setattr(EXTENSION, "CpuModel", lambda **arguments: model(**(arguments | changed)))
+    error = (both(broken, edge) - routed(edge, None)[0]).abs().max()
+    assert float(error) > 3 * sparse_limit(edge, "bf16x3")
+
+
 @pytest.mark.parametrize("edge", EDGES[:3], ids=lambda e: e.name)
 def test_one_bfloat16_term_is_seen(edge: Edge):
     """Negative control of the split arithmetic's tolerance: a single bfloat16 product exceeds it."""
@@ -118,9 +266,11 @@ def test_one_bfloat16_term_is_seen(edge: Edge):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["players past a word", "head of 32, tokens past a tile", "plain"])
+@pytest.mark.parametrize(
+    "name", ["players past a word", "head of 32, tokens past a tile", "plain", SWITCH.name, DEEP.name]
+)
 def test_threads_chunks_and_order_change_no_bit(name: str, level: str, path: str):
-    edge = next(e for e in SHAPES if e.name == name)
+    edge = next(e for e in (*SHAPES, *SPARSE_SHAPES) if e.name == name)
     samples = edge.coalitions(edge.game().n, count=17)
     values = flat(engine(edge, level).evaluate(samples))
     assert torch.equal(flat(engine(edge, level, memory=1).evaluate(samples)), values)
@@ -244,6 +394,8 @@ def test_backend_is_chosen_and_shown():
     about = edge.game(dtype=torch.float32).about()
     assert about["level"] in LEVELS and about["arithmetic"] in ("fp32", "bf16x3")
     assert backends()["cpu"].available and "portable" in backends()["cpu"].details
+    game = SWITCH.game(dtype=torch.float32)
+    assert game.backend == "cpu" and "reason" not in game.about() and game.precise().backend == "torch"
 
 
 def test_requests_that_cannot_be_met_are_errors():
@@ -275,6 +427,12 @@ def test_native_calls_refuse_nonsense():
         EXTENSION.CpuModel("portable", 1, 1, 0, 8, 1, 16, 2, 2, True)
     with pytest.raises(RuntimeError, match="multiple of heads"):
         EXTENSION.CpuModel("portable", 1, 1, 4, 8, 3, 16, 2, 2, True)
+    with pytest.raises(RuntimeError, match="slots must be between 1 and networks"):
+        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True, networks=3, slots=4)
+    with pytest.raises(RuntimeError, match="ends must be 1 or networks"):
+        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True, networks=3, slots=2, ends=2)
+    with pytest.raises(RuntimeError, match="the model has no sparse layers"):
+        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True).set_networks(0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="multiples of 32"):
         EXTENSION.cpu_matmul("portable", 0, 0, 0, 1, 31, 32)
 

@@ -9,7 +9,7 @@ import torch
 from edge_shapes import BACKEND_EDGES, SPARSE_EDGES, Edge
 from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
-from flmoe_fast import ArgumentError, TokenGame, backends, exact_interactions, explain, interactions
+from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.engines import dispatch, torch_engine
 from flmoe_fast.engines.dispatch import choose, combine, pool
 from flmoe_fast.pipeline.importance import batch_importance
@@ -188,19 +188,17 @@ def sample(edge: Edge):
 
 
 def test_auto_says_why_the_native_engine_does_not_run():
-    model, features, masks, fills = sample(SWITCH)
-    game = TokenGame(model.float(), features, masks=masks, fill=fills, target=1)
+    edge = BACKEND_EDGES[0]
+    game = edge.game(dtype=torch.float32)
     assert game.backend == "torch" and game.about()["backend"] == "torch"
-    assert "sparse (gate 'switch')" in game.about()["reason"]
-    assert "dense transformers" in backends()["cpu"].details
-    with pytest.raises(ArgumentError, match="backend: got 'cpu', but the model's feed-forward blocks are sparse"):
-        TokenGame(model, features, masks=masks, fill=fills, target=1, backend="cpu")
-    dense = dataclasses.replace(SWITCH, gate=None, ffn_experts=None)
-    assert "reason" not in dense.game().about()
+    assert "no transformers (fusion 'moepp')" in game.about()["reason"]
+    with pytest.raises(ArgumentError, match="backend: got 'cpu', but the model's experts are no transformers"):
+        edge.game(dtype=torch.float32, backend="cpu")
+    assert "reason" not in SWITCH.game(dtype=torch.float32).about()
 
 
 def test_padding_before_valid_tokens_is_left_to_the_reference():
-    """With a capacity it takes slots, and the torch engine leaves padding out."""
+    """With a capacity it takes slots, and the other engines leave padding out."""
     model, features, masks, fills = sample(SWITCH)
     masks[0] = masks[0].flip(0)
     features[0] = features[0].flip(0)
@@ -210,7 +208,8 @@ def test_padding_before_valid_tokens_is_left_to_the_reference():
     assert game.backend == "reference" and "padding precedes" in game.about()["reason"]
     with pytest.raises(ArgumentError, match="padding precedes valid tokens, expected backend='auto'"):
         TokenGame(model, features, **options, backend="torch")
-    assert TokenGame(model.float(), features, **options).precise().backend == "reference"
+    single = TokenGame(model.float(), features, **options)
+    assert single.backend == single.precise().backend == "reference"
     model = model.double()
     model.set_capacity("none")
     assert TokenGame(model, features, **options).backend == "torch"
@@ -228,7 +227,7 @@ def test_probes_of_a_sparse_model():
     assert ((low <= truth_) & (truth_ <= high)).mean() > 0.8
     model, features, masks, fills = sample(SWITCH)
     result = explain(model.float(), features, masks=masks, fill=fills, candidates=2, contexts=8, progress=False)
-    assert result.interactions.about["reason"] and result.interactions.check_evaluations > 0
+    assert result.interactions.check_evaluations > 0
 
 
 def test_interpretcc_players_are_modalities():

@@ -3,6 +3,7 @@
 #include "bind.h"
 
 #include <cstdlib>
+#include <list>
 #include <memory>
 #include <stdexcept>
 
@@ -27,17 +28,20 @@ const T* at(uintptr_t address) {
 class CpuModel {
  public:
   CpuModel(const std::string& level_name, int experts, int layers, int length, int hidden, int heads, int wide,
-           int classes, int modalities, bool residual)
+           int classes, int modalities, bool residual, int networks, int slots, bool among_all, int ends)
       : level_(level(level_name)),
-        shape_{experts, layers, length, hidden, heads, wide, classes, modalities, residual},
+        shape_{experts, layers, length, hidden, heads, wide, classes, modalities, residual, networks, slots, among_all, ends},
         layers_(static_cast<std::size_t>(experts) * layers) {
     for (const int size : {experts, layers, length, hidden, heads, wide, classes, modalities}) {
       if (size < 1) throw std::runtime_error("CpuModel: every size must be positive");
     }
     if (hidden % heads != 0) throw std::runtime_error("CpuModel: hidden must be a multiple of heads");
+    const bool chosen = networks == 0 ? slots == 0 : slots >= 1 && slots <= networks;
+    if (!chosen) throw std::runtime_error("CpuModel: slots must be between 1 and networks, or both 0");
+    if (ends != 1 && (ends != networks || networks == 0)) throw std::runtime_error("CpuModel: ends must be 1 or networks");
   }
 
-  // Float32 matrices (E, in, out) and vectors (E, 1, out) of one layer, all widths padded.
+  // Float32 matrices (E, in, out) and vectors (E, 1, out) of one layer, all widths padded; no up and down if it is sparse.
   void set_layer(int layer, uintptr_t qkv, uintptr_t qkv_bias, uintptr_t out, uintptr_t out_bias, uintptr_t up,
                  uintptr_t up_bias, uintptr_t down, uintptr_t down_bias) {
     if (layer < 0 || layer >= shape_.layers) throw std::runtime_error("CpuModel: no such layer");
@@ -45,8 +49,28 @@ class CpuModel {
     for (int e = 0; e < shape_.experts; ++e) {
       layers_[static_cast<std::size_t>(e) * shape_.layers + layer] = {
           matrix(qkv, e, stream, 3 * attended), vector(qkv_bias, e, 3 * attended), matrix(out, e, attended, stream),
-          vector(out_bias, e, stream),          matrix(up, e, stream, wide),       vector(up_bias, e, wide),
-          matrix(down, e, wide, stream),        vector(down_bias, e, stream)};
+          vector(out_bias, e, stream),
+          {matrix(up, e, stream, wide), vector(up_bias, e, wide), matrix(down, e, wide, stream), vector(down_bias, e, stream)}};
+    }
+  }
+
+  // The sparse feed-forward block of one layer: its gate (E, in, X) with bias (E, 1, X), and matrices (E * X, in, out) and
+  // vectors (E * X, 1, out) of its networks.
+  void set_networks(int layer, uintptr_t gate, uintptr_t gate_bias, uintptr_t up, uintptr_t up_bias, uintptr_t down,
+                    uintptr_t down_bias) {
+    if (layer < 0 || layer >= shape_.layers) throw std::runtime_error("CpuModel: no such layer");
+    if (shape_.networks == 0) throw std::runtime_error("CpuModel: the model has no sparse layers");
+    const int stream = shape_.stream(), wide = shape_.expanded(), columns = padded(shape_.networks);
+    for (int e = 0; e < shape_.experts; ++e) {
+      networks_.emplace_back();
+      for (int n = e * shape_.networks; n < (e + 1) * shape_.networks; ++n) {
+        networks_.back().push_back({matrix(up, n, stream, wide), vector(up_bias, n, wide), matrix(down, n, wide, stream),
+                                    vector(down_bias, n, stream)});
+      }
+      LayerWeights& weights = layers_[static_cast<std::size_t>(e) * shape_.layers + layer];
+      weights.gate = vector(gate, e, stream * columns);  // as it is: it is not multiplied in the level's arithmetic
+      weights.gate_bias = vector(gate_bias, e, columns);
+      weights.networks = networks_.back().data();
     }
   }
 
@@ -54,7 +78,7 @@ class CpuModel {
   int head_width() const { return shape_.head_width(); }
 
   void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int queries,
-           uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t head,
+           uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t room, uintptr_t head,
            uintptr_t head_bias, uintptr_t logits, int64_t coalitions, int threads, uintptr_t workspace,
            std::size_t stride) const {
     if (coalitions < 0 || threads < 1) throw std::runtime_error("CpuModel.run: a negative size, or no thread");
@@ -66,6 +90,7 @@ class CpuModel {
                     at<float>(base),
                     at<std::uint8_t>(present),
                     at<std::int32_t>(modality),
+                    at<std::int32_t>(room),
                     at<double>(head),
                     at<double>(head_bias),
                     reinterpret_cast<double*>(logits),
@@ -101,6 +126,7 @@ class CpuModel {
   const Level& level_;
   const Shape shape_;
   std::vector<LayerWeights> layers_;
+  std::list<std::vector<Network>> networks_;  // of every sparse layer and expert; they do not move
   std::vector<std::unique_ptr<float, Free>> owned_;
 };
 
@@ -141,16 +167,19 @@ void bind(py::module_& m) {
   m.def("cpu_elementwise", &elementwise, release(), py::arg("level"), py::arg("function"), py::arg("x"), py::arg("y"),
         py::arg("count"));
   py::class_<CpuModel>(m, "CpuModel")
-      .def(py::init<const std::string&, int, int, int, int, int, int, int, int, bool>(), py::arg("level"),
+      .def(py::init<const std::string&, int, int, int, int, int, int, int, int, bool, int, int, bool, int>(), py::arg("level"),
            py::arg("experts"), py::arg("layers"), py::arg("length"), py::arg("hidden"), py::arg("heads"),
-           py::arg("wide"), py::arg("classes"), py::arg("modalities"), py::arg("residual"))
+           py::arg("wide"), py::arg("classes"), py::arg("modalities"), py::arg("residual"), py::arg("networks") = 0,
+           py::arg("slots") = 0, py::arg("among_all") = false, py::arg("ends") = 1)
       .def("set_layer", &CpuModel::set_layer, release(), py::arg("layer"), py::arg("qkv"), py::arg("qkv_bias"),
            py::arg("out"), py::arg("out_bias"), py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
+      .def("set_networks", &CpuModel::set_networks, release(), py::arg("layer"), py::arg("gate"), py::arg("gate_bias"),
+           py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
       .def_property_readonly("workspace", &CpuModel::workspace)
       .def_property_readonly("head_width", &CpuModel::head_width)
       .def("run", &CpuModel::run, release(), py::arg("table"), py::arg("pick"), py::arg("absent_row"),
            py::arg("groups"), py::arg("queries"), py::arg("states"), py::arg("base"),
-           py::arg("present"), py::arg("modality"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),
+           py::arg("present"), py::arg("modality"), py::arg("room"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),
            py::arg("coalitions"), py::arg("threads"), py::arg("workspace"), py::arg("stride"));
 }
 

@@ -5,8 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -139,8 +141,8 @@ void test_products(const Level& level) {
 
 // A whole random problem, its layers as padded matrices for the engine and for the double loop below.
 struct Problem {
-  explicit Problem(const Shape& s, std::int64_t count)
-      : shape(s), coalitions(count), states(2ul * s.experts * s.length * 3 * s.attended()),
+  Problem(const Shape& s, std::int64_t count, std::vector<std::int32_t> slots_of_modality)
+      : shape(s), coalitions(count), room(std::move(slots_of_modality)), states(2ul * s.experts * s.length * 3 * s.attended()),
         base(2ul * s.experts * s.length * s.stream()), head(1ul * s.experts * s.classes * s.pooled()),
         head_bias(1ul * s.experts * s.classes), present(count * s.length), modality(s.length) {
     for (int e = 0; e < s.experts; ++e) {
@@ -149,10 +151,22 @@ struct Problem {
         add(1, 1, 3 * s.attended(), true);
         add(s.attended(), s.attended(), s.stream(), false, true);
         add(1, 1, s.stream(), false);
-        add(s.hidden, s.stream(), s.expanded(), false);
-        add(1, 1, s.expanded(), false);
-        add(s.wide, s.expanded(), s.stream(), false);
-        add(1, 1, s.stream(), false);
+        // A sparse layer keeps a dense network too, which nothing must use.
+        for (int network = 0; network < 1 + (sparse(l) ? s.networks : 0); ++network) {
+          add(s.hidden, s.stream(), s.expanded(), false);
+          add(1, 1, s.expanded(), false);
+          add(s.wide, s.expanded(), s.stream(), false);
+          add(1, 1, s.stream(), false);
+        }
+        gates.emplace_back(1ul * s.stream() * padded(s.networks));
+        gates.emplace_back(padded(s.networks));
+        for (std::size_t gate = gates.size() - 2; gate < gates.size(); ++gate) {
+          for (std::size_t i = 0; i < gates[gate].size; ++i) {
+            const std::size_t columns = padded(s.networks);
+            gates[gate][i] = small(i / columns < static_cast<std::size_t>(s.hidden) &&
+                                   i % columns < static_cast<std::size_t>(s.networks));
+          }
+        }
       }
     }
     for (std::size_t i = 0; i < states.size; ++i) states[i] = by_head(static_cast<int>(i % s.attended()));
@@ -181,11 +195,23 @@ struct Problem {
     }
   }
 
-  float* matrix(int expert, int layer, int which) { return matrices[(expert * shape.layers + layer) * 8 + which].data(); }
+  bool sparse(int layer) const { return shape.networks > 0 && layer % 2 == 0; }
+
+  // Matrices of one layer; those of a network start at 4 and, in a sparse layer, at 8, 12, ...
+  float* matrix(int expert, int layer, int which) {
+    std::size_t at = 0;
+    for (int l = 0; l < (expert > 0 ? shape.layers : layer); ++l) {
+      const std::size_t size = 8 + (sparse(l) ? 4 * shape.networks : 0);
+      at += expert * size + (l < layer ? size : 0);
+    }
+    return matrices[at + which].data();
+  }
+  float* gate(int expert, int layer, int which) { return gates[(expert * shape.layers + layer) * 2 + which].data(); }
 
   Shape shape;
   std::int64_t coalitions;
-  std::vector<Block<float>> matrices;
+  std::vector<std::int32_t> room;  // slots in every network by modality; empty: any number
+  std::vector<Block<float>> matrices, gates;
   Block<float> states, base;
   Block<double> head, head_bias;
   Block<std::uint8_t> present;
@@ -240,7 +266,42 @@ Rows attended(Arithmetic arithmetic, const Rows& qkv, const Shape& shape) {
   return out;
 }
 
-std::vector<double> logits_of(Arithmetic arithmetic, Problem& p, int expert, std::int64_t coalition) {
+// Where the tokens of a coalition go: networks and scores of each.
+struct Sent {
+  std::vector<std::vector<int>> networks;
+  Rows scores;
+};
+
+// `seen` gets every gate's logits. They are float32 even where products are split.
+Sent sent(Arithmetic arithmetic, Problem& p, int expert, int layer, const Rows& rows, std::vector<double>& seen) {
+  const Shape& s = p.shape;
+  const Arithmetic plain = arithmetic == Arithmetic::exact ? arithmetic : Arithmetic::fp32;
+  const Rows logits = times(plain, rows, p.gate(expert, layer, 0), p.gate(expert, layer, 1), padded(s.networks));
+  std::vector<std::vector<int>> served(s.modalities, std::vector<int>(s.networks));
+  Sent to;
+  for (int t = 0; t < s.length; ++t) {
+    const std::vector<double>& mine = logits[t];
+    seen.insert(seen.end(), mine.begin(), mine.begin() + s.networks);
+    std::vector<int> order(s.networks);
+    for (int i = 0; i < s.networks; ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return mine[a] > mine[b]; });
+    double total = 0;
+    for (int i = 0; i < (s.among_all ? s.networks : s.slots); ++i) total += std::exp(mine[order[i]]);
+    to.networks.emplace_back();
+    to.scores.emplace_back();
+    for (int i = 0; i < s.slots; ++i) {
+      int& before = served[p.modality[t]][order[i]];
+      if (!p.room.empty() && before >= p.room[p.modality[t]]) continue;
+      ++before;
+      to.networks[t].push_back(order[i]);
+      to.scores[t].push_back(rounded(arithmetic, std::exp(mine[order[i]]) / total));
+    }
+  }
+  return to;
+}
+
+std::vector<double> logits_of(Arithmetic arithmetic, Problem& p, int expert, std::int64_t coalition,
+                              std::vector<double>& seen) {
   const Shape& s = p.shape;
   Rows qkv(s.length), stream(s.length);
   for (int t = 0; t < s.length; ++t) {
@@ -257,23 +318,32 @@ std::vector<double> logits_of(Arithmetic arithmetic, Problem& p, int expert, std
         stream[t][j] = rounded(arithmetic, branch[t][j] + (l == 0 || s.residual ? stream[t][j] : 0.0));
       }
     }
-    Rows wide = times(arithmetic, normalised(arithmetic, stream, s.hidden), p.matrix(expert, l, 4), p.matrix(expert, l, 5),
-                      s.expanded());
-    for (auto& row : wide) {
-      for (double& x : row) x = rounded(arithmetic, gelu(x));
-    }
-    if (l + 1 == s.layers) {
-      for (int t = 0; t < s.length; ++t) {
-        double* to = pooled.data() + p.modality[t] * (s.expanded() + s.stream());
-        for (int j = 0; j < s.expanded(); ++j) to[j] += wide[t][j];
-        for (int j = 0; j < s.stream(); ++j) to[s.expanded() + j] += stream[t][j];
-      }
-      break;
-    }
-    const Rows down = times(arithmetic, wide, p.matrix(expert, l, 6), p.matrix(expert, l, 7), s.stream());
+    const Rows rows = normalised(arithmetic, stream, s.hidden);
+    Sent to;
+    if (p.sparse(l)) to = sent(arithmetic, p, expert, l, rows, seen);
     for (int t = 0; t < s.length; ++t) {
-      for (int j = 0; j < s.stream(); ++j) stream[t][j] = rounded(arithmetic, stream[t][j] + down[t][j]);
+      double* pool = pooled.data() + p.modality[t] * s.pooled_row();
+      for (std::size_t slot = 0; slot < (p.sparse(l) ? to.networks[t].size() : 1); ++slot) {
+        const int network = p.sparse(l) ? to.networks[t][slot] : 0, at = p.sparse(l) ? 8 + 4 * network : 4;
+        const double score = p.sparse(l) ? to.scores[t][slot] : 1.0;
+        Rows wide = times(arithmetic, {rows[t]}, p.matrix(expert, l, at), p.matrix(expert, l, at + 1), s.expanded());
+        for (double& x : wide[0]) x = rounded(arithmetic, gelu(x));
+        if (l + 1 < s.layers) {
+          const Rows down = times(arithmetic, wide, p.matrix(expert, l, at + 2), p.matrix(expert, l, at + 3), s.stream());
+          for (int j = 0; j < s.stream(); ++j) stream[t][j] = rounded(arithmetic, stream[t][j] + score * down[0][j]);
+          continue;
+        }
+        for (int j = 0; j < s.expanded(); ++j) {
+          pool[network * s.expanded() + j] += rounded(arithmetic, score * wide[0][j]);
+        }
+        const float* shift = p.matrix(expert, l, at + 3);  // a dense block's is part of the head
+        for (int j = 0; p.sparse(l) && j < s.stream(); ++j) {
+          stream[t][j] = rounded(arithmetic, stream[t][j] + score * shift[j]);
+        }
+      }
+      for (int j = 0; l + 1 == s.layers && j < s.stream(); ++j) pool[s.ends * s.expanded() + j] += stream[t][j];
     }
+    if (l + 1 == s.layers) break;
     qkv = times(arithmetic, normalised(arithmetic, stream, s.hidden), p.matrix(expert, l + 1, 0),
                 p.matrix(expert, l + 1, 1), 3 * s.attended());
   }
@@ -324,16 +394,40 @@ struct Table {
   Block<std::int32_t> pick, absent_row;
 };
 
-void test_whole(const Shape& shape, std::int64_t coalitions) {
-  Problem p(shape, coalitions);
+// Smallest difference between the last network that is chosen and the first that is not.
+double smallest_gap(const Shape& shape, std::vector<double> seen) {
+  double gap = HUGE_VAL;
+  for (auto at = seen.begin(); at != seen.end() && shape.slots < shape.networks; at += shape.networks) {
+    std::sort(at, at + shape.networks, std::greater<double>());
+    gap = std::min(gap, at[shape.slots - 1] - at[shape.slots]);
+  }
+  return gap;
+}
+
+void test_whole(const Shape& shape, std::int64_t coalitions, const std::vector<std::int32_t>& room = {}) {
+  Problem p(shape, coalitions, room);
   Table table(p);
   std::vector<double> exact;
+  bool full = true;  // whether limited room changes nothing
   double size = 0, error_of[] = {0, 0, 0};  // of every arithmetic
   for (std::int64_t c = 0; c < coalitions; ++c) {
     for (int e = 0; e < shape.experts; ++e) {
-      const std::vector<double> logits = logits_of(Arithmetic::exact, p, e, c);
+      std::vector<double> seen;
+      const std::vector<double> logits = logits_of(Arithmetic::exact, p, e, c, seen);
+      const double gap = smallest_gap(shape, seen);
+      if (!room.empty()) {
+        p.room.clear();
+        std::vector<double> ignored;
+        full = full && logits_of(Arithmetic::exact, p, e, c, ignored) == logits;
+        p.room = room;
+      }
       for (const Arithmetic arithmetic : {Arithmetic::fp32, Arithmetic::bf16x3}) {
-        const std::vector<double> rough = logits_of(arithmetic, p, e, c);
+        std::vector<double> also;
+        const std::vector<double> rough = logits_of(arithmetic, p, e, c, also);
+        double off = 0;
+        for (std::size_t i = 0; i < seen.size(); ++i) off = std::max(off, std::abs(also[i] - seen[i]));
+        // Otherwise a choice could change, and what follows would say nothing.
+        CHECK(gap > 4 * off, "L %d, H %d: gap %g of the gate, error %g", shape.length, shape.hidden, gap, off);
         double& worst = error_of[static_cast<int>(arithmetic)];
         for (int k = 0; k < shape.classes; ++k) worst = std::max(worst, std::abs(rough[k] - logits[k]));
       }
@@ -341,6 +435,7 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
       exact.insert(exact.end(), logits.begin(), logits.end());
     }
   }
+  CHECK(room.empty() || !full, "L %d, H %d: no token is left without room", shape.length, shape.hidden);
   for (const Support& support : levels()) {
     if (!support.missing.empty()) continue;
     const Level& level = *support.level;
@@ -348,6 +443,7 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
     const double allowed = 2 * (error_of[static_cast<int>(arithmetic)] + rounding(arithmetic) * size);
     std::vector<Block<float>> packed;
     std::vector<LayerWeights> layers;
+    std::vector<std::vector<Network>> networks;
     for (int e = 0; e < shape.experts; ++e) {
       for (int l = 0; l < shape.layers; ++l) {
         const auto pack = [&](int which, int rows, int columns) {
@@ -355,10 +451,18 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
           level.pack(p.matrix(e, l, which), rows, columns, packed.back().data());
           return packed.back().data();
         };
+        const auto network = [&](int at) -> Network {
+          return {pack(at, shape.stream(), shape.expanded()), p.matrix(e, l, at + 1),
+                  pack(at + 2, shape.expanded(), shape.stream()), p.matrix(e, l, at + 3)};
+        };
         layers.push_back({pack(0, shape.stream(), 3 * shape.attended()), p.matrix(e, l, 1),
-                          pack(2, shape.attended(), shape.stream()), p.matrix(e, l, 3),
-                          pack(4, shape.stream(), shape.expanded()), p.matrix(e, l, 5),
-                          pack(6, shape.expanded(), shape.stream()), p.matrix(e, l, 7)});
+                          pack(2, shape.attended(), shape.stream()), p.matrix(e, l, 3), network(4)});
+        if (!p.sparse(l)) continue;
+        networks.emplace_back();
+        for (int n = 0; n < shape.networks; ++n) networks.back().push_back(network(8 + 4 * n));
+        layers.back().gate = p.gate(e, l, 0);
+        layers.back().gate_bias = p.gate(e, l, 1);
+        layers.back().networks = networks.back().data();
       }
     }
     const std::size_t stride = (level.workspace(shape) + 63) / 64 * 64;
@@ -370,13 +474,13 @@ void test_whole(const Shape& shape, std::int64_t coalitions) {
         Block<char> workspace(threads * stride);
         std::fill(workspace.data(), workspace.data() + workspace.size, static_cast<char>(0xff));  // NaN everywhere
         Block<double> logits(coalitions * shape.experts * shape.classes);
-        const Call call{first, p.base.data(), p.present.data(), p.modality.data(), p.head.data(), p.head_bias.data(),
-                        logits.data(), coalitions};
+        const Call call{first, p.base.data(), p.present.data(), p.modality.data(), room.empty() ? nullptr : p.room.data(),
+                        p.head.data(), p.head_bias.data(), logits.data(), coalitions};
         run(level, {shape, layers.data()}, call, threads, workspace.data(), stride);
         for (std::size_t i = 0; i < logits.size; ++i) {
           const double error = std::abs(logits[i] - exact[i]);
-          CHECK(error <= allowed, "%s: L %d, H %d, shared %d: error %g, allowed %g", level.name, shape.length,
-                shape.hidden, shared, error, allowed);
+          CHECK(error <= allowed, "%s: L %d, H %d, %d networks, shared %d: error %g, allowed %g", level.name,
+                shape.length, shape.hidden, shape.networks, shared, error, allowed);
         }
         const std::vector<double> got(logits.data(), logits.data() + logits.size);
         if (threads == 1) one = got;
@@ -414,6 +518,12 @@ int main() {
   test_whole({1, 2, 33, 32, 1, 64, 2, 2, false}, 5);
   test_whole({1, 2, 131, 16, 1, 32, 2, 2, true}, 2);
   test_whole({1, 2, 230, 64, 2, 72, 2, 2, true}, 1);
+  // and networks, slots, whether scores are among all, networks of the last layer; then room by modality
+  test_whole({2, 1, 7, 24, 3, 48, 5, 2, true, 4, 2, false, 4}, 20);
+  test_whole({2, 2, 9, 40, 5, 80, 2, 3, true, 33, 1, true, 1}, 16);
+  test_whole({1, 3, 5, 24, 2, 40, 2, 2, true, 3, 3, false, 3}, 9);
+  test_whole({1, 3, 11, 16, 2, 32, 2, 2, false, 5, 2, false, 5}, 13, {2, 1});
+  test_whole({1, 2, 230, 32, 1, 40, 2, 2, true, 2, 1, true, 1}, 1, {40, 0});
   std::printf("cpu_test: %ld checks passed\n", checks);
   return 0;
 }

@@ -1,12 +1,14 @@
-// LayerNorm without gain and shift (they are part of the next matrix), written straight into a left operand.
+// LayerNorm without gain and shift (they are part of the next matrix), handed on cell by cell.
 #pragma once
 
 #include "gemm.h"
 
 namespace flmoe::cpu::FLMOE_LEVEL {
 
-// Rows 0..rows-1 of `stream` (rows, width), of which the first `hidden` columns count; the padding becomes zero.
-inline void normalise(const float* stream, int width, int hidden, int rows, float* left) {
+// Rows 0..rows-1 of `stream` (rows, width), of which the first `hidden` columns count; the padding becomes zero. The sink
+// gets (row, column, cell).
+template <class Sink>
+FLMOE_INLINE void normalise_into(const float* stream, int width, int hidden, int rows, Sink sink) {
   // The last cell may be partly padding, which must not count in the variance.
   alignas(64) float counts[kCell];
   for (int i = 0; i < kCell; ++i) counts[i] = width - kCell + i < hidden ? 1.0f : 0.0f;
@@ -38,9 +40,15 @@ inline void normalise(const float* stream, int width, int hidden, int rows, floa
       if (j + kCell == width) {
         for (int p = 0; p < kParts; ++p) row.part[p] *= last.part[p];
       }
-      put(left, width, r, j, row);
+      sink(r, j, row);
     }
   }
+}
+
+// The same straight into a left operand.
+inline void normalise(const float* stream, int width, int hidden, int rows, float* left) {
+  normalise_into(stream, width, hidden, rows,
+                 [&](int r, int j, const Row& row) __attribute__((always_inline)) { put(left, width, r, j, row); });
 }
 
 }  // namespace flmoe::cpu::FLMOE_LEVEL

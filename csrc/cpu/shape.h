@@ -19,20 +19,35 @@ FLMOE_INLINE constexpr int padded(int columns) { return cells(columns) * kCell; 
 struct Shape {
   int experts, layers, length, hidden, heads, wide, classes, modalities;
   bool residual;  // whether attention is added to its input
+  // Sparse feed-forward blocks: networks of each, how many of them a token uses, and whether its scores are probabilities
+  // among all networks (else among those it uses).
+  int networks = 0, slots = 0;
+  bool among_all = false;
+  int ends = 1;  // feed-forward networks of the last layer
 
   FLMOE_INLINE int depth() const { return hidden / heads; }
   FLMOE_INLINE int head_width() const { return padded(depth()); }      // columns of one head, padded
   FLMOE_INLINE int attended() const { return heads * head_width(); }   // columns of all heads
   FLMOE_INLINE int stream() const { return padded(hidden); }           // columns of the residual stream
   FLMOE_INLINE int expanded() const { return padded(wide); }           // columns of the feed-forward block
-  FLMOE_INLINE int pooled() const { return modalities * (expanded() + stream()); }
+  FLMOE_INLINE int pooled_row() const { return ends * expanded() + stream(); }  // what is pooled of one modality
+  FLMOE_INLINE int pooled() const { return modalities * pooled_row(); }
   // Coalitions that one unit of work evaluates together.
   FLMOE_INLINE int stack() const { return length >= kStackRows ? 1 : kStackRows / length; }
 };
 
-// One layer of one expert. Matrices are in the level's packed order, vectors padded with zeros.
+// Matrices are in the level's packed order, vectors padded with zeros.
+struct Network {
+  const float *up, *up_bias, *down, *down_bias;
+};
+
+// One layer of one expert. The gate of a sparse block is a plain (stream, padded networks) matrix, since it is not
+// multiplied in the level's arithmetic; a dense block has none, a sparse one has no network of its own.
 struct LayerWeights {
-  const float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;
+  const float *qkv, *qkv_bias, *out, *out_bias;
+  Network dense;
+  const float *gate = nullptr, *gate_bias = nullptr;
+  const Network* networks = nullptr;  // (X,)
 };
 
 // Layer-1 attention, either way. All tables are float32 and hold every expert.
@@ -55,7 +70,8 @@ struct Call {
   const float* base;                // (E, 2, L, stream): what layer 1's projection is added to, its bias included
   const std::uint8_t* present;      // (C, L)
   const std::int32_t* modality;     // (L,)
-  const double* head;               // (E, K, M, expanded + stream), the mean over tokens included
+  const std::int32_t* room;         // (M,): slots that a coalition may fill in each network, nullptr: any number
+  const double* head;               // (E, K, M, pooled_row), the mean over tokens included
   const double* head_bias;          // (E, K)
   double* logits;                   // (C, E, K)
   std::int64_t coalitions;

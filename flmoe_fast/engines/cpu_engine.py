@@ -6,6 +6,9 @@ tokens are cut into groups, and every pattern of presence that a group shows amo
 numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up: only positive
 terms in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
 
+Gates of sparse feed-forward blocks are multiplied in plain float32 at every level, so that rounding changes a choice as
+rarely as it does in the torch engine. It can where two logits are nearly equal; a value then jumps.
+
 The matrix products are microkernels of our own rather than a library's: an operand is split, normalised or packed as it
 is produced and an activation function is applied before a product leaves the first-level cache, which no library's GEMM
 offers, and the extension stays one small module that builds in seconds.
@@ -14,6 +17,7 @@ offers, and the extension stays one small module that builds in seconds.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,7 @@ from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.sparse import slots_per_network
 
 #: Forces an instruction level: amx, avx512, avx2 or portable.
 LEVEL_VARIABLE = "FLMOE_CPU_LEVEL"
@@ -68,8 +73,6 @@ def _usable_level(argument: str, name: str) -> str:
 
 def model_reason(config: FLI2MoEConfig) -> str:
     """What about a model keeps this engine from running it; empty if nothing does."""
-    if config.gate is not None:
-        return f"the model's feed-forward blocks are sparse (gate {config.gate!r}), and the engine's are dense"
     if config.fusion != "transformer":
         return f"the model's experts are no transformers (fusion {config.fusion!r})"
     return ""
@@ -143,7 +146,7 @@ class CpuEngine(TorchEngine):
         device = torch.device(device)
         reason = why_not(dtype, device, problem.model.config)
         if reason:
-            expected = "the extension, a CPU device, torch.float32 and a dense transformer"
+            expected = "the extension, a CPU device, torch.float32 and experts that are transformers"
             raise ArgumentError("backend", f"'cpu', but {reason}", expected)
         self.level = best_level() if level is None else _usable_level("level", level)
         self.arithmetic = levels()[self.level][0]
@@ -248,10 +251,11 @@ class _Native:
 
     def __init__(self, engine: CpuEngine):
         extension, _ = words.extension()
-        packed, problem = engine.packed, engine.problem
+        packed, problem, config = engine.packed, engine.problem, engine.config
         first = packed.layers[0]
-        self.experts, self.hidden, wide = first.up.shape
+        self.experts, self.hidden, _ = first.up.shape
         self.heads, self.classes = packed.heads, packed.head.shape[2]
+        sparse = config.gate is not None
         self.depth = self.hidden // self.heads
         self.model = extension.CpuModel(
             level=engine.level,
@@ -260,29 +264,42 @@ class _Native:
             length=problem.length,
             hidden=self.hidden,
             heads=self.heads,
-            wide=wide,
+            wide=config.ffn_multiple * self.hidden,
             classes=self.classes,
             modalities=len(problem.segments),
             residual=packed.residual,
+            networks=config.ffn_experts if sparse else 0,
+            slots=packed.slots,
+            among_all=config.gate == "switch",
+            ends=config.ffn_experts if packed.layers[-1].networks is not None else 1,
         )
         for index, layer in enumerate(packed.layers):
             bias = torch.stack([layer.q_bias, torch.zeros_like(layer.q_bias), torch.zeros_like(layer.q_bias)])
+            last, networks = index == len(packed.layers) - 1, layer.networks
+            dense = networks is None
             arrays = (
                 self._by_head(_columns(layer.qkv), scale=True) if index else None,
                 self._by_head(_columns(bias), scale=True) if index else None,
                 self._by_head(layer.out.transpose(1, 2)).transpose(1, 2).contiguous(),
                 layer.out_bias,
-                layer.up,
-                layer.up_bias,
-                layer.down if index < len(packed.layers) - 1 else None,
-                layer.down_bias if index < len(packed.layers) - 1 else None,
+                layer.up if dense else None,
+                layer.up_bias if dense else None,
+                layer.down if dense and not last else None,
+                layer.down_bias if dense and not last else None,
             )
-            arrays = [None if a is None else _padded(a) for a in arrays]
-            self.model.set_layer(index, *[0 if a is None else a.data_ptr() for a in arrays])
+            self._hand_over(self.model.set_layer, index, *arrays)
+            if not dense:
+                down = None if last else networks.down
+                arrays = (networks.gate, networks.gate_bias, networks.up, networks.up_bias, down, networks.down_bias)
+                self._hand_over(self.model.set_networks, index, *arrays)
         self.base = _padded(engine.states.residual, rows=False)
         self.modality = torch.zeros(problem.length, dtype=torch.int32)
         for modality, (start, stop) in enumerate(problem.segments):
             self.modality[start:stop] = modality
+        self.room: torch.Tensor | None = None
+        if config.slots_limit:
+            room = [slots_per_network(config.gate, t, config.ffn_experts, False) for t in problem.padded_lengths]
+            self.room = torch.tensor(room, dtype=torch.int32)
         self.head, self.head_bias = self._head(packed, problem)
         self.states_of = engine.states
         self.states: torch.Tensor | None = None
@@ -313,6 +330,7 @@ class _Native:
                 base=self.base.data_ptr(),
                 present=present[start:].data_ptr(),
                 modality=self.modality.data_ptr(),
+                room=0 if self.room is None else self.room.data_ptr(),
                 head=self.head.data_ptr(),
                 head_bias=self.head_bias.data_ptr(),
                 logits=logits[start:].data_ptr(),
@@ -322,6 +340,11 @@ class _Native:
                 stride=stride,
             )
         return logits
+
+    @staticmethod
+    def _hand_over(setter: Callable[..., None], layer: int, *arrays: torch.Tensor | None) -> None:
+        arrays = [None if a is None else _padded(a) for a in arrays]
+        setter(layer, *[0 if a is None else a.data_ptr() for a in arrays])
 
     def _by_head(self, matrix: torch.Tensor, scale: bool = False) -> torch.Tensor:
         """Columns (.., parts * H) with every head's padded to whole cells; ``scale`` gives scores base 2."""
@@ -338,19 +361,22 @@ class _Native:
 
     @staticmethod
     def _head(packed, problem) -> tuple[torch.Tensor, torch.Tensor]:
-        """The classifier on pooled sums, in float64: (E, K, M, F' + H') and (E, K).
+        """The classifier on pooled sums, in float64: (E, K, M, X F' + H') and (E, K); X = 1 if the last layer is dense.
 
-        The last down-projection and the mean are part of it; a modality without tokens contributes nothing.
+        The last down-projections and the mean are part of it; a modality without tokens contributes nothing. So is the
+        bias of a dense down-projection; those of a sparse block, which have scores, are in the sums.
         """
         counts = torch.tensor([stop - start for start, stop in problem.segments], dtype=torch.float64)
         share = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)[:, None]
         occupied = (counts > 0).double()
         layer = packed.layers[-1]
         head = packed.head.double().unflatten(1, (len(counts), -1)).permute(0, 3, 1, 2)  # (E, K, M, H)
-        wide = _pad_last(torch.einsum("ekmh,efh->ekmf", head, layer.down.double()) * share)
-        bias = packed.head_bias.double()[:, 0] + torch.einsum(
-            "ekmh,eh,m->ek", head, layer.down_bias.double()[:, 0], occupied
-        )
+        down = layer.down if layer.networks is None else layer.networks.down
+        down = down.double().unflatten(0, (len(head), -1))  # (E, X, F, H)
+        wide = _pad_last(torch.einsum("ekmh,exfh->ekmxf", head, down) * share[:, None]).flatten(3)
+        bias = packed.head_bias.double()[:, 0]
+        if layer.networks is None:
+            bias = bias + torch.einsum("ekmh,eh,m->ek", head, layer.down_bias.double()[:, 0], occupied)
         return torch.cat([wide, _pad_last(head * share)], dim=-1).contiguous(), bias.contiguous()
 
 
