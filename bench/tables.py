@@ -204,7 +204,8 @@ def digits() -> str:
     columns = ["model", "pairs ranked by", *(f"{most} masked" for most in rows[0]["masking"]["SII"]["pairs"])]
     note = (
         f"Mean ± spread over {len({row['seed'] for row in rows})} seeds, {rows[0]['images']} held-out images each; "
-        "AOPC over 5 to 25 % of tokens; probability lost with the top pairs, minus that with random tokens; all in %."
+        "AOPC over 5 to 25 % of the tokens, and the probability lost with the top pairs minus that with random tokens, "
+        "in %."
     )
     return f"{faithful}\n\n{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 

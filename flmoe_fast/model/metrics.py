@@ -25,7 +25,7 @@ def score(logits: Tensor, targets: Tensor, task: str) -> dict[str, float]:
         outputs with the right sign), and ``micro_f1`` and ``macro_f1``, or ``mae`` for a regression.
     """
     if task == "regression":
-        found, wanted = logits.double(), targets.double().reshape(logits.shape)
+        found, wanted = logits.double().cpu(), targets.double().cpu().reshape(logits.shape)
         right = (found >= 0) == (wanted >= 0)
         return {"accuracy": float(right.double().mean()), "mae": float((found - wanted).abs().mean())}
     found, wanted = predicted_labels(logits, task), targets.cpu().numpy()

@@ -109,7 +109,7 @@ def _measure(study: Study, model: FLI2MoE, rows: list[int], method: str, setting
     features = [torch.stack(parts) for parts in zip(*(sample.features for sample in chosen))]
     masks = None
     if chosen[0].masks is not None:
-        masks = [torch.stack(parts) for parts in zip(*(sample.masks for sample in chosen))]
+        masks = [torch.stack(parts).to(features[0].device) for parts in zip(*(sample.masks for sample in chosen))]
     importance = batch_importance(model, features, masks, targets=targets, method=method).mixture
     found = []
     for n, (row, sample) in enumerate(zip(rows, chosen)):

@@ -39,7 +39,10 @@ _FROM_DATA = ("modalities", "classes", "task", "num_tokens")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Options of :func:`flmoe_fast.model.training.fit`; ``threads`` of PyTorch are the machine's if 0."""
+    """Options of :func:`flmoe_fast.model.training.fit`.
+
+    ``device`` is where the model is trained and explained; ``threads`` of PyTorch are the machine's if 0.
+    """
 
     epochs: int = 10
     batch_size: int = 32
@@ -51,6 +54,7 @@ class TrainingSettings:
     select: str | None = None
     checkpoint_steps: int | None = None
     reference_layout: bool = False
+    device: str = "cpu"
     threads: int = 0
 
 

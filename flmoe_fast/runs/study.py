@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.data.cache import CachedFeatures
 from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, TOKENS, two_view_digits
 from flmoe_fast.data.hdxor import hd_xor
 from flmoe_fast.data.prepare import Prepared, prepare
@@ -135,7 +134,7 @@ class Study:
             num_tokens=self.prepared.tokens if original else None,
             **{"heads": 4, "layers": 2, **fields},
         )
-        return FLI2MoE(config, self.prepared.encoders)
+        return FLI2MoE(config, self.prepared.encoders).to(self.settings.training.device)
 
     def trained(self) -> FLI2MoE:
         """The trained model of the run's folder."""
@@ -154,7 +153,8 @@ class Study:
     def sample(self, model: FLI2MoE, part: str, row: int, views: bool = True) -> Sample:
         """One sample of a part."""
         data = self.splits.part(part)
-        inputs = [column[torch.tensor([row])] for column in data.inputs]
+        device = next(model.parameters()).device
+        inputs = [column[torch.tensor([row])].to(device) for column in data.inputs]
         features = [feature[0] for feature in model.encode(inputs)]
         masks = None if data.masks is None else [mask[row] for mask in data.masks]
         players = []
@@ -205,22 +205,14 @@ def _seen(backbone: VisionBackbone, path) -> np.ndarray:
 
 def mean_features(model: FLI2MoE, part: Part, batch_size: int = 256) -> None:
     """Give the model the mean token of every modality over a part, in batches."""
-    sums: list[torch.Tensor] = []
-    counts: list[int] = []
+    parameter = next(model.parameters())
+    sums = [torch.zeros(model.config.hidden, dtype=torch.float64, device=parameter.device) for _ in part.inputs]
+    counts = [0] * len(sums)
     with torch.no_grad():
         for index in torch.arange(len(part)).split(batch_size):
-            features = model.encode(
-                [column[index] if isinstance(column, CachedFeatures) else column[index] for column in part.inputs]
-            )
+            features = model.encode([column[index].to(parameter.device) for column in part.inputs])
             for m, feature in enumerate(features):
-                keep = torch.ones(feature.shape[:2], dtype=torch.bool)
-                keep = keep if part.masks is None else part.masks[m][index].bool()
-                total = feature[keep].double().sum(0)
-                if len(sums) <= m:
-                    sums.append(total)
-                    counts.append(int(keep.sum()))
-                else:
-                    sums[m] += total
-                    counts[m] += int(keep.sum())
-    parameter = next(model.parameters())
+                tokens = feature.flatten(0, 1) if part.masks is None else feature[part.masks[m][index].bool()]
+                sums[m] += tokens.double().sum(0)
+                counts[m] += len(tokens)
     model.feature_means = [(total / max(count, 1)).to(parameter.dtype) for total, count in zip(sums, counts)]

@@ -78,9 +78,9 @@ def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
             with replacing(out / "predictions.npz") as file:
                 np.savez(
                     file,
-                    expert_logits=found.expert_logits.numpy(),
-                    weights=found.weights.numpy(),
-                    logits=found.logits.numpy(),
+                    expert_logits=found.expert_logits.cpu().numpy(),
+                    weights=found.weights.cpu().numpy(),
+                    logits=found.logits.cpu().numpy(),
                     targets=held.targets.numpy(),
                     ids=np.array(study.splits.test.ids),
                 )
