@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from the files under bench/results.
+"""Fill the tables of README.md and docs/accuracy.md from the files under bench/results.
 
     python -m bench.tables [--check]
 
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from bench.timing import read
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
 
 
 def _machine(head: dict) -> str:
@@ -291,6 +292,44 @@ def gpu() -> str:
     return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
 
+def peers() -> str:
+    """nMSE at equal evaluations on several kinds of games, against shapiq's estimators."""
+    found = read("peers")
+    if found is None:
+        return "not measured"
+    head, rows = found
+    rows = [row for row in rows if "estimator" in row]
+    budgets = sorted({row["budget"] for row in rows})
+    named: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row['nmse']:.3g}" if "nmse" in row else f"refuses: {row['refuses']}"
+        named.setdefault((row["kind"], row["estimator"]), {})[row["budget"]] = cell
+    table = [[kind, name, *(by.get(b, "not measured") for b in budgets)] for (kind, name), by in sorted(named.items())]
+    counts = sorted({f"{row['games']} x {row['seeds']}" for row in rows})
+    columns = ["game", "estimator", *(f"{b:,}" for b in budgets)]
+    return f"{_markdown(columns, table)}\n\n{_machine(head)} Mean over games x seeds: {', '.join(counts)}."
+
+
+def intervals() -> str:
+    """Coverage of the surrogate's 95 % intervals."""
+    found = read("peers")
+    rows = [row for row in found[1] if "coverage_budget" in row] if found is not None else []
+    if not rows:
+        return "not measured"
+
+    def percent(row: dict, of: str) -> str:
+        share = row.get(f"coverage_{of}")
+        return "" if share is None else f"{100 * share:.1f} %"
+
+    table = [
+        [row["kind"], f"{row['coverage_budget']:,}", *(percent(row, of) for of in ("sii", "max", "strict"))]
+        for row in rows
+    ]
+    note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
+    columns = ["game", "evaluations", "SII", "gap (max)", "gap (strict)"]
+    return f"{_markdown(columns, table)}\n\n{_machine(found[0])} {note}"
+
+
 TABLES = {
     "adapt": adapt,
     "gpu": gpu,
@@ -301,6 +340,8 @@ TABLES = {
     "hdxor": hdxor,
     "digits": digits,
     "pipeline": pipeline,
+    "peers": peers,
+    "intervals": intervals,
 }
 
 
@@ -314,16 +355,16 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Fill README.md, or check it."""
+    """Fill the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text()
-    if check:
-        sys.exit(
-            0 if filled(text) == text else "README.md: a table differs from bench/results; run python -m bench.tables"
-        )
-    README.write_text(filled(text))
+    for page in PAGES:
+        text = page.read_text()
+        if not check:
+            page.write_text(filled(text))
+        elif filled(text) != text:
+            sys.exit(f"{page.name}: a table differs from bench/results; run python -m bench.tables")
 
 
 if __name__ == "__main__":

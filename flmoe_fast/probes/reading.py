@@ -46,15 +46,12 @@ class Reading:
     also : dict of (name, order) to (members (M, order), Estimate)
     unit_variance : Tensor (P,)
         Variance of the mean second difference of an antithetic pair of contexts on the surrogate.
-    left_out : float
-        Variance of that mean which the surrogate does not explain, from its leave-one-out error.
     """
 
     sii: Estimate
     gap: Estimate
     also: dict[tuple[str, int], tuple[torch.Tensor, Estimate]]
     unit_variance: torch.Tensor
-    left_out: float
 
 
 class _Average:
@@ -106,7 +103,6 @@ def read(
         gap=_gap_estimate(surrogate, gaps, efficiency, total),
         also=found,
         unit_variance=spread,
-        left_out=4.0 * surrogate.loo_error / 2.0,
     )
 
 
