@@ -6,8 +6,9 @@ tokens are cut into groups, and every pattern of presence that a group shows amo
 numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up: only positive
 terms in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
 
-Gates of sparse feed-forward blocks are multiplied in plain float32 at every level, so that rounding changes a choice as
-rarely as it does in the torch engine. It can where two logits are nearly equal; a value then jumps.
+Gates of sparse feed-forward blocks are multiplied in plain float32 at every level, so that their own rounding rarely
+changes a choice. Where two logits are nearly equal it can, and so can the rounding of the stream before them, which is
+larger at the amx level; a value then jumps.
 
 The matrix products are microkernels of our own rather than a library's: an operand is split, normalised or packed as it
 is produced and an activation function is applied before a product leaves the first-level cache, which no library's GEMM
