@@ -1,6 +1,6 @@
 """Writes docs/reference.md: the public names with their signatures and docstrings.
 
-    python docs/reference.py [--check]
+python docs/reference.py [--check]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Explain a data set with several processes; run again after an interruption to continue.
 
-    torchrun --nproc-per-node 2 examples/many_samples.py FOLDER
+torchrun --nproc-per-node 2 examples/many_samples.py FOLDER
 """
 
 from __future__ import annotations

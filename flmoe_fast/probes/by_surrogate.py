@@ -92,9 +92,7 @@ def by_surrogate(run: Run, grid: CornerGrid, budget: int, method: str) -> Found 
     also = {}
     for key, (members, _) in readings[0].also.items():
         value, stderr, degrees = stacked([reading.also[key][1] for reading in readings])
-        also[key] = IndexEstimate(
-            members.numpy(), per_head(game, value), per_head(game, stderr), degrees.numpy()
-        )
+        also[key] = IndexEstimate(members.numpy(), per_head(game, value), per_head(game, stderr), degrees.numpy())
     spread = torch.stack([(reading.unit_variance * 2).mean() for reading in readings])
     sii, sii_stderr, degrees = stacked([reading.sii for reading in readings])
     noise, checks = fresh_noise_share(game, grid, run.seed, spread)

@@ -44,9 +44,7 @@ def successive_variance(units: torch.Tensor) -> torch.Tensor:
     return units.diff(dim=0).square().mean(0) / 2
 
 
-def combine(
-    draws: list[Draw], pairs: int, borrowed: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def combine(draws: list[Draw], pairs: int, borrowed: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimate, standard error, both (P, O), and degrees of freedom (P,) from one or several independent draws.
 
     ``borrowed`` is how many degrees of freedom the mean variance of all pairs counts for in every pair's. A quantity

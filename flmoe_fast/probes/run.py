@@ -50,9 +50,7 @@ class DrawnGrid:
 class Run:
     """Evaluates draws of contexts and keeps what the estimates are made of."""
 
-    def __init__(
-        self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int
-    ):
+    def __init__(self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int):
         self.game, self.gap_kind, self.seed, self.also = game, gap, seed, also
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
@@ -110,7 +108,6 @@ class Run:
             total[chosen] += count
         return total
 
-
     def _weigh(
         self, grid: CornerGrid, contexts: torch.Tensor, second: torch.Tensor, gains: torch.Tensor, per_unit: int
     ) -> None:
@@ -165,9 +162,7 @@ def noise_share(game: Game, grid: CornerGrid, draw: DrawnGrid) -> tuple[torch.Te
     return torch.where(noise == 0, 0.0, noise / spread), len(contexts) * small.evaluations
 
 
-def fresh_noise_share(
-    game: Game, grid: CornerGrid, seed: int, spread: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def fresh_noise_share(game: Game, grid: CornerGrid, seed: int, spread: torch.Tensor) -> tuple[torch.Tensor, int]:
     """As :func:`_noise_share`, where no context was evaluated on a grid: a few are, in both precisions."""
     precise = game.precise()
     if precise is None:

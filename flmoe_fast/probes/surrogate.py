@@ -137,9 +137,7 @@ class Process:
         return torch.cholesky_solve(functional.T, self.factor)
 
 
-def functionals(
-    process: Process, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def functionals(process: Process, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Kernel columns (M, m) of the discrete derivatives of ``members`` (M, order), averaged over u.
 
     ``rule`` holds the nodes (Q,) and weights (Q,) of a quadrature of the density of u.
@@ -162,9 +160,7 @@ def functionals(
     return column * (1 - low)[members].prod(1)[:, None]
 
 
-def prior_variance(
-    rate: torch.Tensor, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def prior_variance(rate: torch.Tensor, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Prior variance (M,) of the same functionals, in units of the amplitude."""
     low = torch.exp(-rate)
     nodes, weights = rule
