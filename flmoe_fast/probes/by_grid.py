@@ -46,6 +46,7 @@ def by_grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -
     gaps, gap_stderr, _ = combine(run.gap, pairs, borrowed=BORROWED)
     if run.controls:
         sii_stderr = (sii_stderr.square() + torch.stack([c.sii_sampling for c in run.controls], 1)).sqrt()
+    if run.controls and run.gap[0].defined is None:  # a ratio is not corrected
         gap_stderr = (gap_stderr.square() + torch.stack([c.gap_sampling for c in run.controls], 1)).sqrt()
     method = "grid residual" if run.controls else "grid"
     return Found(method, sii, sii_stderr, gaps, gap_stderr, degrees, run.contexts(pairs), noise, checks, run.others())
