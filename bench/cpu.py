@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the batched baseline")
     parser.add_argument("--no-noise", action="store_true", help="leave out training a model and measuring noise on it")
-    parser.add_argument("--epochs", type=int, default=12, help="training epochs of the noise model")
+    parser.add_argument("--epochs", type=int, default=8, help="training epochs of the noise model")
     options = parser.parse_args()
     # Compiled code asks for the number of threads when it runs, not when it is compiled.
     torch._inductor.config.cpp.dynamic_threads = True
