@@ -41,7 +41,8 @@ def cpu() -> str:
     if found is None:
         return "not measured"
     head, rows = found
-    noise = {row["candidate"]: row["noise_share"] for row in rows if "noise_share" in row}
+    _, rounding = read("cpu-noise") or ({}, [])
+    noise = {row["candidate"]: row["noise_share"] for row in rounding}
     rows = [row for row in rows if "ms_per_coalition" in row]
     most = max(row["threads"] for row in rows)
     table = [
@@ -61,10 +62,9 @@ def cpu() -> str:
     ]
     columns = ["shape", "", "ms per coalition", "against naive", "the same per pair-sample", "against batched fp32"]
     columns += [f"{most} threads against 1", "share of GEMM rate", "noise share"]
-    facts = next((row for row in found[1] if "noise_share" in row), None)
     note = "Medians and quartiles. Products are counted as in the arithmetic used, against PyTorch's own GEMM."
-    if facts:
-        note += f" Noise: {facts['model']}, held-out accuracy {facts['accuracy']:.1%}."
+    if rounding:
+        note += f" Noise: {rounding[0]['model']}, held-out accuracy {rounding[0]['accuracy']:.1%}."
     return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
 
 
