@@ -1,6 +1,6 @@
 """The native CPU engine, level by level, against PyTorch: time, thread scaling, share of the GEMM rate, rounding noise.
 
-    python -m bench.cpu [--shapes mmimdb enrico mimic digits] [--threads 1 2] [--rounds 5] [--no-compile] [--only times|noise]
+    python -m bench.cpu [--shapes mmimdb enrico mimic digits] [--threads 1 2] [--rounds 5] [--no-compile] [--only ...]
 
 Every candidate of a shape, at every number of threads, takes turns in one run; ratios are medians of the rounds'
 ratios. A pair-sample is one sample of one pair's second difference: four evaluations where corners are evaluated pair
