@@ -62,7 +62,7 @@ budgets: $(INSTALLED)
 	$(PY) tests/test_triton_compile.py
 
 pytest: extension
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(MAX_JOBS) $(ARGS)
 
 # The requirements, then the package itself, editable. The build requirements go into the same environment, so that the
 # build needs no environment of its own (and can never fetch torch for one). The extension is the next target's.

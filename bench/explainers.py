@@ -21,9 +21,9 @@ import torch
 
 from bench.timing import interleave, spread, write
 from flmoe_fast import TokenGame, load_checkpoint
-from flmoe_fast.adapters.captum import ShapleyInteractions
-from flmoe_fast.adapters.shapiq import ShapiqGame
 from flmoe_fast.data.digits import two_view_digits
+from flmoe_fast.explainers.captum import ShapleyInteractions
+from flmoe_fast.explainers.shapiq import ShapiqGame
 
 SAMPLES = 10
 BUDGET = 1024

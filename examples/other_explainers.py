@@ -9,9 +9,9 @@ import shapiq
 import torch
 
 import flmoe_fast
-from flmoe_fast.adapters.captum import ShapleyInteractions
-from flmoe_fast.adapters.shap import shap_pair
-from flmoe_fast.adapters.shapiq import ShapiqApproximator, ShapiqGame
+from flmoe_fast.explainers.captum import ShapleyInteractions
+from flmoe_fast.explainers.shap import shap_pair
+from flmoe_fast.explainers.shapiq import ShapiqApproximator, ShapiqGame
 
 torch.manual_seed(0)
 network = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).eval()

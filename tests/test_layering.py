@@ -19,7 +19,7 @@ LAYERS = (
     ("engines",),
     ("games",),
     ("probes",),
-    ("adapt", "adapters", "scale"),
+    ("adapt", "explainers", "scale"),
     ("pipeline",),
     ("data",),
     ("runs",),

@@ -16,9 +16,9 @@ import torch
 from edge_shapes import EDGES
 
 from flmoe_fast import ArgumentError, exact_interactions, interactions
-from flmoe_fast.adapters.captum import ShapleyInteractions
-from flmoe_fast.adapters.shap import shap_pair
-from flmoe_fast.adapters.shapiq import ShapiqApproximator, ShapiqGame, from_shapiq
+from flmoe_fast.explainers.captum import ShapleyInteractions
+from flmoe_fast.explainers.shap import shap_pair
+from flmoe_fast.explainers.shapiq import ShapiqApproximator, ShapiqGame, from_shapiq
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.values import player_values
 
@@ -310,7 +310,7 @@ def test_to_shap(game):
 
 @pytest.mark.parametrize("extra", ["shapiq", "captum", "shap", "pyarrow"])
 def test_a_missing_extra_says_what_to_install(extra):
-    module = {"pyarrow": "scale.dataset"}.get(extra, f"adapters.{extra}")
+    module = {"pyarrow": "scale.dataset"}.get(extra, f"explainers.{extra}")
     start = f"import sys; sys.modules[{extra!r}] = None\nimport flmoe_fast\n"
     body = f"import flmoe_fast.{module} as m\n" + ("m.require('pyarrow', 'parquet')\n" if extra == "pyarrow" else "")
     found = subprocess.run([sys.executable, "-c", start + body], capture_output=True, text=True, timeout=120)
