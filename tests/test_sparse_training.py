@@ -7,6 +7,7 @@ import torch
 from edge_shapes import BACKEND_EDGES, EDGES, Edge, sparse
 
 from flmoe_fast import interactions
+from flmoe_fast.engines.cpu_engine import why_not
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model import sparse as blocks
 from flmoe_fast.model.config import FLI2MoEConfig
@@ -191,4 +192,5 @@ def test_fit_and_probe_end_to_end(fields, monkeypatch):
     assert [r["loss"] for r in fit(again, features, None, targets, **options)] == [r["loss"] for r in history]
     game = TokenGame(model, [f[0] for f in unseen], fill="zero", value="logit")
     result = interactions(game, contexts=8, progress=False)
-    assert result.sii.shape[0] == 9 and result.about["backend"] == "torch"
+    native = not why_not(torch.float32, torch.device("cpu"), config)
+    assert result.sii.shape[0] == 9 and result.backend == ("cpu" if native else "torch")

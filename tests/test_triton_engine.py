@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edge_shapes import EDGES, Edge
+from edge_shapes import EDGES, SPARSE_EDGES, Edge
 from parity import allowed, flat, toggles
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -491,11 +491,8 @@ def test_requests_that_cannot_be_met_are_errors(monkeypatch):
     wide = Edge("head of 512", (1, 1), (1, 1), hidden=512, heads=1, layers=1)
     with pytest.raises(ArgumentError, match="the head width is 512, and at most 256 is supported"):
         engine(wide)
-    model = edge.model()
-    model.interaction_experts[0].fusion_model.network[1].mlp = torch.nn.Identity()
-    other = edge.game(edge.model(), backend="torch").problem
-    with pytest.raises(ArgumentError, match="backend: got 'triton', but an expert is no dense transformer"):
-        TritonEngine(dataclasses.replace(other, model=model), device=DEVICE)
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but the model's feed-forward blocks are sparse"):
+        engine(SPARSE_EDGES[0])
     model = edge.model()
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)

@@ -250,6 +250,9 @@ class CpuEngine(TorchEngine):
 class _Native:
     """One engine's packed weights and constant arrays in the extension."""
 
+    #: Slots of each modality's tokens that a network takes (M,) int32, where that is limited.
+    room: torch.Tensor | None = None
+
     def __init__(self, engine: CpuEngine):
         extension, _ = words.extension()
         packed, problem, config = engine.packed, engine.problem, engine.config
@@ -297,7 +300,6 @@ class _Native:
         self.modality = torch.zeros(problem.length, dtype=torch.int32)
         for modality, (start, stop) in enumerate(problem.segments):
             self.modality[start:stop] = modality
-        self.room: torch.Tensor | None = None
         if config.slots_limit:
             room = [slots_per_network(config.gate, t, config.ffn_experts, False) for t in problem.padded_lengths]
             self.room = torch.tensor(room, dtype=torch.int32)
