@@ -73,7 +73,7 @@ class NativeStackEngine(StackEngine):
         return states.view(len(coalitions), len(self.reads), -1).to(self.dtype)
 
 
-class _NativeStack(cpu_engine._Native):
+class _NativeStack(cpu_engine.Native):
     """A stack's packed weights and constant arrays in the extension, as one expert."""
 
     def __init__(self, engine: NativeStackEngine, parts: Sequence[LayerParts]):
@@ -108,11 +108,11 @@ class _NativeStack(cpu_engine._Native):
                 None if last else layer.down * scale,
                 None if last else layer.down_bias[None] * scale,
             )
-            arrays = [None if a is None else cpu_engine._padded(a[None].float()) for a in arrays]
+            arrays = [None if a is None else cpu_engine.padded(a[None].float()) for a in arrays]
             self.model.set_layer(index, *[0 if a is None else a.data_ptr() for a in arrays])
             if index == 0:
                 stream = (engine.states[0].double() + layer.out_bias) * scale
-                self.base = cpu_engine._padded(stream[None].float(), rows=False)
+                self.base = cpu_engine.padded(stream[None].float(), rows=False)
         self.states = self._by_head(engine.states[1], scale=True)[None].contiguous()
         self.modality = torch.full((engine.length,), len(engine.reads), dtype=torch.int32)
         self.modality[engine.reads] = torch.arange(len(engine.reads), dtype=torch.int32)

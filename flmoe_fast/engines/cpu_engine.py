@@ -243,11 +243,11 @@ class CpuEngine(TorchEngine):
     def _run(self, tokens: torch.Tensor, sums: PatternSums | None, pick: torch.Tensor | None) -> torch.Tensor:
         """Expert logits (C, E, K) float64 of coalitions given as token states (C, L)."""
         if self._native is None:
-            self._native = _Native(self)
+            self._native = Native(self)
         return self._native.run(tokens, sums, pick, self.memory)
 
 
-class _Native:
+class Native:
     """One engine's packed weights and constant arrays in the extension."""
 
     #: Slots of each modality's tokens that a network takes (M,) int32, where that is limited.
@@ -296,7 +296,7 @@ class _Native:
                 down = None if last else networks.down
                 arrays = (networks.gate, networks.gate_bias, networks.up, networks.up_bias, down, networks.down_bias)
                 self._hand_over(self.model.set_networks, index, *arrays)
-        self.base = _padded(engine.states.residual, rows=False)
+        self.base = padded(engine.states.residual, rows=False)
         self.modality = torch.zeros(problem.length, dtype=torch.int32)
         for modality, (start, stop) in enumerate(problem.segments):
             self.modality[start:stop] = modality
@@ -346,7 +346,7 @@ class _Native:
 
     @staticmethod
     def _hand_over(setter: Callable[..., None], layer: int, *arrays: torch.Tensor | None) -> None:
-        arrays = [None if a is None else _padded(a) for a in arrays]
+        arrays = [None if a is None else padded(a) for a in arrays]
         setter(layer, *[0 if a is None else a.data_ptr() for a in arrays])
 
     def _by_head(self, matrix: torch.Tensor, scale: bool = False) -> torch.Tensor:
@@ -392,7 +392,7 @@ def _pad_last(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % CELL))
 
 
-def _padded(tensor: torch.Tensor, rows: bool = True) -> torch.Tensor:
+def padded(tensor: torch.Tensor, rows: bool = True) -> torch.Tensor:
     """A contiguous copy whose last axis, and the one before it unless it has one row, are whole cells."""
     below = -tensor.shape[-2] % CELL if rows and tensor.shape[-2] > 1 else 0
     return F.pad(tensor, (0, -tensor.shape[-1] % CELL, 0, below)).contiguous()

@@ -68,6 +68,7 @@ def dispatch(
         kept = place < room.repeat(experts * networks)[key]
         key, slot = key[kept], slot[kept]
         lengths = torch.bincount(key, minlength=len(lengths))
+    # Products of different heights need their sizes on the host: on a GPU this waits, once per block and chunk.
     bounds = [0, *lengths.view(experts * networks, blocks).sum(1).cumsum(0).tolist()]
     return Dispatch(slot, bounds, lengths)
 
