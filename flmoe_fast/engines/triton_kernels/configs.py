@@ -90,7 +90,7 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
     if kernel in ("scan", "place"):
         return Config({"scan": 1024, "place": 128}[kernel], 0, 0, 4, 1)
     if kernel in ("combine", "pool"):
-        return Config(32, {"combine": 0, "pool": 128}[kernel], 0, 4, 1)
+        return Config({"combine": 16, "pool": 32}[kernel], {"combine": 0, "pool": 128}[kernel], 0, 4, 1)
     if kernel == "corners":
         return Config(128, 0, 0, 4, 1)
     if kernel == "hidden":

@@ -104,7 +104,8 @@ def grouped_kernel(
 
 def most_tiles(slots: int, networks: int, rows: int) -> int:
     """Row tiles of ``rows`` that ``slots`` slots can need, however they spread over the networks."""
-    return slots // rows + min(slots, networks)
+    first = min(slots, networks)  # each may need a tile for a single slot, and then one for every ``rows`` more
+    return first + (slots - first) // rows
 
 
 def grouped(
