@@ -25,7 +25,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels import attention, configs, corners, head, linear, routing
+from flmoe_fast.engines.triton_kernels import attention, configs, contexts, corners, head, linear, routing
 from flmoe_fast.engines.triton_kernels.configs import KERNELS, entry
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -101,8 +101,10 @@ def resources(compiled) -> dict[str, int]:
     }
 
 
-#: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners.
-ORDER = ("states", *KERNELS, "head", "mean_features", "hidden", "gate", "corners")
+#: Kernels that have no precision.
+PLAIN = ("head", "mean_features", "hidden", "gate", "corners", "sliced", "hypercube", "members")
+#: Kernels in the order of launches: a sample's projection, one chunk of two layers, then PLAIN's.
+ORDER = ("states", *KERNELS, *PLAIN)
 
 
 def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]:
@@ -118,7 +120,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
 
     def compile_instead(kernel, programs, config, *args, **constants):
         name = names.pop(0)
-        plain = name in ("head", "mean_features", "hidden", "gate", "corners")
+        plain = name in PLAIN
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         # Narrower heads change attention only; what the states are projected with is the later layers' kernel.
@@ -129,7 +131,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
         found[key] = asdict(config) | resources(compiled)
 
     with contextlib.ExitStack() as stack:
-        for module in (linear, attention, head, routing, corners):
+        for module in (linear, attention, head, routing, corners, contexts):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
         shipped = configs._file(target)
         for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
@@ -143,6 +145,11 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
                 engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, 0.0)
+                drawn, sizes = torch.empty(4, 3, dtype=torch.int64), torch.empty(2, dtype=torch.float64)
+                for mode in ("stratified", "size"):
+                    contexts.contexts(
+                        drawn, sizes, players=129, seed=3, mode=mode, antithetic=True, replicate=0, target=target
+                    )
     return found
 
 

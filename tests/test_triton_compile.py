@@ -21,7 +21,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 #: Versions of triton and ptxas differ by a few registers.
 SLACK = 1.1
 #: Kernels whose products are small, in fp32, and not made for tensor cores.
-PLAIN = ("head", "mean_features", "hidden", "gate", "corners")
+PLAIN = ("head", "mean_features", "hidden", "gate", "corners", "sliced", "hypercube", "members")
 
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 

@@ -83,8 +83,12 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         return Config(64, 64 if precision in ("fp16", "bf16") else 32, 0, 4, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
-    if kernel == "corners":
+    if kernel in ("corners", "sliced"):
         return Config(128, 0, 0, 4, 1)
+    if kernel == "hypercube":  # units by players
+        return Config(16, 64, 0, 4, 1)
+    if kernel == "members":
+        return Config(32, 0, 0, 4, 1)
     if kernel == "hidden":
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":
