@@ -1,24 +1,9 @@
 // Kernels over coalition words: each computes an index, calls the function that the host shares, and stores.
-#include <cuda_runtime_api.h>
-
+#include "kernels.cuh"
 #include "launch.h"
 
 namespace flmoe {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-static_assert(kThreads % kWarp == 0, "a warp must not straddle blocks");
-
-// Grid-stride kernels: the grid is capped, the loop covers the rest.
-unsigned blocks_for(std::int64_t threads) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 20;
-  const std::int64_t blocks = (threads + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < kMost ? blocks : kMost);
-}
-
-__device__ std::int64_t first_index() { return std::int64_t{blockIdx.x} * kThreads + threadIdx.x; }
-__device__ std::int64_t grid_stride() { return std::int64_t{gridDim.x} * kThreads; }
 
 // Grid: one thread a byte.
 __global__ void __launch_bounds__(kThreads)
@@ -95,8 +80,6 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) store_word(draw, unit, w, players, word, words, sizes);
   }
 }
-
-int launched() { return static_cast<int>(cudaGetLastError()); }
 
 }  // namespace
 
