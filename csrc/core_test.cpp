@@ -140,6 +140,44 @@ void test_moments() {
   }
 }
 
+// The sweep over contexts, pairs and outputs against one sample at a time.
+void test_reduction(std::int64_t contexts, std::int64_t outputs) {
+  const std::int64_t n = 70, count = 5;
+  const Numbers pairs{0, 69, 69, 3, 64, 63, 3, 0, 12, 13};
+  Numbers players(at(2 * count)), single(at(2 * count));
+  const std::int64_t player_count = number_corners(pairs.data(), count, players.data(), single.data());
+  const CornerGrid grid{pairs.data(), players.data(), single.data(), count, player_count};
+  std::vector<std::uint64_t> words(at(contexts * words_for(n)));
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    words[i] = (std::uint64_t{random_bits()} << 32 | random_bits()) & valid_bits(n, static_cast<std::int64_t>(i % 2));
+  }
+  const Doubles values = random_numbers(contexts * corner_count(grid) * outputs);
+  const std::int64_t samples = count * outputs, all = contexts * samples;
+  Doubles second(at(all)), gaps(at(kGaps * all)), moments(at(2 * samples), 7.0), scratch(at(2 * samples));
+  std::vector<std::uint8_t> defined(at(all));
+  reduce_corners(grid, {words.data(), values.data(), second.data(), gaps.data(), defined.data(), moments.data(),
+                        scratch.data(), contexts, outputs, n, 1e-6});
+  for (std::int64_t s = 0; s < samples; ++s) {
+    Moments whole{};
+    for (std::int64_t first = 0; first < contexts; first += kMomentRun) {
+      Moments part{};
+      for (std::int64_t k = first; k < std::min(contexts, first + kMomentRun); ++k) {
+        const Corners corners = corners_of(grid, s / outputs, words.data() + k * words_for(n));
+        const auto value = [&](std::int64_t g) { return values[at((k * corner_count(grid) + g) * outputs + s % outputs)]; };
+        const CornerValues v{value(corners.both), value(corners.first), value(corners.second), value(corners.neither)};
+        const Gaps expected = redundancy_gaps(v, 1e-6);
+        const std::size_t i = at(k * samples + s);
+        CHECK(second[i] == second_difference(v) && (defined[i] != 0) == expected.defined, "second difference");
+        CHECK(gaps[i] == expected.max && gaps[i + at(all)] == expected.sum && gaps[i + at(2 * all)] == expected.strict &&
+                  gaps[i + at(3 * all)] == expected.ratio, "gaps");
+        add(part, second[i]);
+      }
+      whole = merge(whole, part);
+    }
+    CHECK(moments[at(s)] == whole.mean && moments[at(samples + s)] == whole.squares, "moments");
+  }
+}
+
 void test_route(int modalities, int hidden, bool normalised, int layers) {
   const std::int64_t n = 70;
   const int experts = 5, wide = 9;
@@ -295,6 +333,7 @@ int main() {
   test_product();
   test_gaps();
   test_moments();
+  for (const std::int64_t contexts : {0, 1, 33, 70}) test_reduction(contexts, 3);
   for (const bool normalised : {false, true}) {
     test_route(1, 8, normalised, 1);
     test_route(2, 3, normalised, 2);
