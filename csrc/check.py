@@ -1,6 +1,6 @@
 """Checks of the C++ and CUDA sources that need no GPU.
 
-``python csrc/check.py host`` builds host_test and cpu_test under sanitizers with CMake and runs them.
+``python csrc/check.py host`` builds host_test, core_test and cpu_test under sanitizers with CMake and runs them.
 ``python csrc/check.py portable`` builds cpu_test for a 64-bit Arm and, with every level in one program, for x86-64, and
 runs both under QEMU: on Arm, and on x86-64 processors that lack the newer levels.
 ``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning, each
@@ -22,7 +22,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
-HOST_TESTS = ("host_test", "cpu_test")
+HOST_TESTS = ("host_test", "core_test", "cpu_test")
 ARCHS = ("sm_80", "sm_90a")
 WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 LEVELS = {
@@ -61,7 +61,7 @@ def tool(module: str, directory: str) -> str | None:
 
 
 def host() -> int:
-    """Build host_test and cpu_test in build/host and run them. Returns an exit status."""
+    """Build the host tests in build/host and run them. Returns an exit status."""
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if not (cmake and ninja and compiler):
