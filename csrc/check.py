@@ -22,7 +22,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
-HOST_TESTS = ("host_test", "core_test", "cpu_test")
+HOST_TESTS = ("host_test", "core_test", "fused_test", "cpu_test")
 ARCHS = ("sm_80", "sm_90a")
 WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 LEVELS = {
