@@ -25,7 +25,7 @@ from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.engines.triton_engine import TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.heads import Heads
-from flmoe_fast.probes.gap import LEAST_JOINT_COST
+from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST
 
 DEVICE = "cuda"
 SIDE, CONTEXTS = 10, 64
@@ -214,7 +214,8 @@ def sanitize() -> None:
         made = TritonEngine(game.problem, device=DEVICE, precision=precision)
         logits = made.evaluate_toggles(contexts, corners.toggled)
         values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
-        made.reduce_corners(values, contexts, corners.pairs, corners.single, LEAST_JOINT_COST)
+        for kind in GAPS:
+            made.reduce_corners(values, contexts, corners.pairs, corners.single, kind, LEAST_JOINT_COST)
         torch.cuda.synchronize()
         print(precision, "done", flush=True)
 

@@ -160,7 +160,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
-                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, 0.0)
+                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, "ratio", 0.0)
                 assert not names
     return found
 
