@@ -108,19 +108,15 @@ class Corners:
     ----------
     second : Tensor (K, P, O)
         Second differences.
-    gaps : Tensor (4, K, P, O)
-        Redundancy gaps of the kinds max, sum, strict, ratio; an undefined ratio is zero.
-    defined : Tensor (K, P, O) int8
-        Where the ratio is defined.
-    mean, squares : Tensor (P, O)
-        Mean of the second differences over the contexts, and the sum of squared deviations from it.
+    gap : Tensor (K, P, O)
+        Redundancy gaps of the kind asked for; an undefined ratio is zero.
+    defined : Tensor (K, P, O) bool, or None
+        Where the ratio is defined; None for the other kinds.
     """
 
     second: torch.Tensor
-    gaps: torch.Tensor
-    defined: torch.Tensor
-    mean: torch.Tensor
-    squares: torch.Tensor
+    gap: torch.Tensor
+    defined: torch.Tensor | None
 
 
 @dataclass
@@ -325,32 +321,37 @@ class TritonEngine:
         return Logits(*(torch.empty(*shape, dtype=torch.float64, device=self.device) for shape in shapes))
 
     def reduce_corners(
-        self, values: torch.Tensor, contexts: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+        self,
+        values: torch.Tensor,
+        contexts: torch.Tensor,
+        pairs: torch.Tensor,
+        single: torch.Tensor,
+        kind: str,
+        least: float,
     ) -> Corners:
         """Second differences and gaps of the ``values`` (K, G, O) that a corner grid's coalitions have.
 
         ``contexts`` (K, n) bool, ``pairs`` (P, 2) players and ``single`` (P, 2), the corners in which one of them is
-        toggled; corner 0 is the context, the last P toggle both. Joint costs up to ``least`` define no ratio.
+        toggled; corner 0 is the context, the last P toggle both. ``kind`` is "max", "sum", "strict" or "ratio"; joint
+        costs up to ``least`` define no ratio.
         """
         from flmoe_fast.engines.triton_kernels.corners import corners
 
         shape = (len(contexts), len(pairs), values.shape[2])
-        options = {"dtype": torch.float64, "device": self.device}
-        second, gaps = torch.empty(shape, **options), torch.empty(4, *shape, **options)
-        moments = torch.empty(2, *shape[1:], **options)
-        defined = torch.empty(shape, dtype=torch.int8, device=self.device)
+        second, gap = (torch.empty(shape, dtype=torch.float64, device=self.device) for _ in range(2))
+        defined = torch.empty(shape, dtype=torch.int8, device=self.device) if kind == "ratio" else None
         corners(
             values.to(self.device, torch.float64).contiguous(),
             contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
             single.to(self.device).contiguous(),
             second,
-            gaps,
+            gap,
             defined,
-            moments,
+            kind=kind,
             least=least,
             config=find("corners", "fp32", self.target),
         )
-        return Corners(second, gaps, defined, *moments)
+        return Corners(second, gap, None if defined is None else defined.bool())
 
     # ---- host side --------------------------------------------------------------------------------------------------
 

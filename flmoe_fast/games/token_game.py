@@ -170,14 +170,20 @@ class TokenGame(Game):
 
     @torch.no_grad()
     def corner_samples(
-        self, contexts: torch.Tensor, toggled: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        self,
+        contexts: torch.Tensor,
+        toggled: torch.Tensor,
+        pairs: torch.Tensor,
+        single: torch.Tensor,
+        kind: str,
+        least: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         if not isinstance(self.engine, TritonEngine):
             return None
         values = self._heads.values(self.engine.evaluate_toggles(contexts, toggled))
         values = values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
-        found = self.engine.reduce_corners(values, contexts, pairs, single, least)
-        return found.second.cpu(), found.gaps.cpu(), found.defined.bool().cpu()
+        found = self.engine.reduce_corners(values, contexts, pairs, single, kind, least)
+        return found.second.cpu(), found.gap.cpu(), None if found.defined is None else found.defined.cpu()
 
     def precise(self) -> TokenGame | None:
         """This game in float64 on the torch engine, or the reference where that cannot run; None if it already is."""
