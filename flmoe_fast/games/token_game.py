@@ -68,7 +68,7 @@ class TokenGame(Game):
         missing on a machine. Asked for by name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
-    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
+    precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
         Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
     device : optional
         Where to evaluate; the model's own device by default.
