@@ -16,7 +16,7 @@ from flmoe_fast.engines.gated_engine import GatedEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import DEFAULT_PRECISION, TritonEngine
+from flmoe_fast.engines.triton_engine import AUTO_PRECISION, TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
@@ -74,7 +74,7 @@ class TokenGame(Game):
         Arithmetic of the engine; the model's own by default.
 <<<<<<< HEAD
     precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first three. Other backends
+        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first four. Other backends
         take only "auto".
 =======
     precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
@@ -231,7 +231,7 @@ class TokenGame(Game):
     def _fastest_on_gpu(self) -> str:
         """The GPU backend that was measured to be the faster one on this device and shape."""
         config = self.problem.model.config
-        precision = DEFAULT_PRECISION if self.precision == "auto" else self.precision
+        precision = AUTO_PRECISION if self.precision == "auto" else self.precision
         name = torch.cuda.get_device_name(self.device)
         best = fastest(name, config.hidden, config.heads, self.problem.length, precision)
         if best == "cuda" and cuda_engine.why_not(self.dtype, self.device, self.problem, precision):
