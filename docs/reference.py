@@ -27,6 +27,7 @@ FURTHER = (
     "flmoe_fast.explainers.shapiq.ShapiqApproximator",
     "flmoe_fast.explainers.shapiq.from_shapiq",
     "flmoe_fast.explainers.captum.ShapleyInteractions",
+    "flmoe_fast.explainers.model_forward.ModelForward",
     "flmoe_fast.explainers.shap.shap_pair",
     "flmoe_fast.explainers.shap.PlayerMasker",
     "flmoe_fast.scale.explain_many.explain_many",
