@@ -68,12 +68,17 @@ class Explanation:
         return pandas.DataFrame(columns)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``interactions.npz``, ``interactions.csv`` and ``importance.csv`` into ``folder``."""
+        """Write ``interactions.npz``, ``interactions.csv`` and ``importance.csv`` into ``folder``.
+
+        And ``indices.csv`` where other indices were asked for.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.interactions.save(folder / "interactions.npz")
         self.interactions.to_dataframe().to_csv(folder / "interactions.csv", index=False)
         self.importance_dataframe().to_csv(folder / "importance.csv", index=False)
+        if self.interactions.also:
+            self.interactions.indices_dataframe().to_csv(folder / "indices.csv", index=False)
 
 
 def explain(
@@ -89,6 +94,7 @@ def explain(
     seed: int = 0,
     gap: str = "max",
     adaptive: bool | None = None,
+    also: Sequence[str] | str = (),
     progress: bool = True,
     **game_options: Any,
 ) -> Explanation:
@@ -104,7 +110,7 @@ def explain(
         How many of each modality's most important players are probed.
     importance : "attnXgrad" or "attn"
         How candidates are chosen, see :func:`token_importance`.
-    contexts, budget, method, seed, gap, adaptive, progress
+    contexts, budget, method, seed, gap, adaptive, also, progress
         See :func:`interactions`.
     **game_options
         ``fill``, ``players``, ``padded_lengths``, ``target``, ``value``, ``heads``, ``backend``, ``dtype``, ``device``
@@ -141,6 +147,7 @@ def explain(
         seed=seed,
         gap=gap,
         adaptive=adaptive,
+        also=also,
         progress=progress,
     )
     ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))[:, 0]
