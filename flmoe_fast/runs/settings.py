@@ -144,7 +144,9 @@ class RunSettings:
     out : Path
         Folder of everything that is written.
     data : dict
-        ``kind`` (see :data:`READERS` and :data:`MADE`), ``path``, and options of the reader.
+        ``kind`` (see :data:`READERS` and :data:`MADE`), ``path``, options of the reader, ``modalities`` (those to use,
+        in order; of published data) and ``dtype`` and ``batch_size`` of cached features. HD-XOR is made where it has no
+        path.
     encoders : dict from modality to options of a backbone
     model : dict
         Fields of :class:`FLI2MoEConfig`, and ``patches`` or ``groups`` of :func:`flmoe_fast.data.prepare.prepare`.
@@ -207,11 +209,19 @@ def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(data.get("path"), str):
             raise ArgumentError("data.path", repr(data.get("path")), "the path of the data set")
         data["path"] = path.parent / data["path"]
-        allowed = list(inspect.signature(READERS[kind]).parameters)[1:]
+        options = list(inspect.signature(READERS[kind]).parameters)[1:]
+        allowed = dict.fromkeys(["path", *options, "modalities", "dtype", "batch_size"])
+        if kind != "own" and not isinstance(data.get("modalities", []), list):
+            raise ArgumentError("data.modalities", repr(data["modalities"]), "a list of names")
+    elif kind == "hdxor" and "path" in data:
+        if not isinstance(data["path"], str):
+            raise ArgumentError("data.path", repr(data["path"]), "a file of the published data")
+        data["path"] = path.parent / data["path"]
+        allowed = ("path",)
     else:
-        allowed = ["seed"] if kind == "digits" else list(inspect.signature(hd_xor).parameters)
+        allowed = ("seed",) if kind == "digits" else (*inspect.signature(hd_xor).parameters, "path")
     for name in data:
-        if name not in (*allowed, "kind", "path", "dtype", "batch_size"):
+        if name not in (*allowed, "kind"):
             raise ArgumentError(f"data.{name}", "this key", f"one of {', '.join(allowed)}")
     return data
 
