@@ -18,7 +18,7 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
-from flmoe_fast.environment import doctor
+from flmoe_fast.environment import MissingExtra, doctor
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             arguments.run(arguments)
-        except (ArgumentError, CheckpointError, DataError, OSError) as problem:
+        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
