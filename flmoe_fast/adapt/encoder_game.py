@@ -101,6 +101,14 @@ class EncoderGame(Game):
             return self.score.nothing()
         return self._values(coalitions)
 
+    def towers(self) -> list[tuple[torch.Tensor, Tower, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The players (n,), the tower, and the explained logit (C,), or first value, of what is read of its output."""
+
+        def explained(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers if numbers.dim() == 1 else numbers[:, self.target or 0]
+
+        return [(torch.arange(self.n), self.tower, explained)]
+
     def precise(self) -> EncoderGame | None:
         """This game in float64; None if it already is."""
         if self.dtype == torch.float64:

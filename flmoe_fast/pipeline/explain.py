@@ -14,6 +14,7 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
+from flmoe_fast.pipeline.candidates import candidate_players, cross_pairs
 from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
@@ -126,21 +127,10 @@ def explain(
     wanted = _per_modality(candidates, len(model.config.modalities))
     found = _importance(game, importance)
     score = found.mixture[game.tokens]
-    chosen = []
-    for (_, players), most in zip(game.groups, wanted):
-        ranked = score[list(players)].argsort(descending=True, stable=True)[:most]
-        chosen.append(tuple(players[i] for i in ranked.tolist()))
-    blocks = [
-        torch.cartesian_prod(torch.tensor(a), torch.tensor(b)).reshape(-1, 2)
-        for i, a in enumerate(chosen)
-        for b in chosen[i + 1 :]
-        if a and b
-    ]
-    if not blocks:
-        raise ArgumentError("players", "players of a single modality", "players of at least two modalities")
+    chosen = candidate_players(game, score, wanted)
     result = interactions(
         game,
-        pairs=torch.cat(blocks),
+        pairs=cross_pairs(chosen),
         contexts=contexts,
         budget=budget,
         method=method,
@@ -152,7 +142,7 @@ def explain(
     )
     ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))[:, 0]
     prediction = {"target": game.target, "full": float(ends[0]), "empty": float(ends[1])}
-    return Explanation(found, tuple(chosen), result, game, prediction, time.perf_counter() - started)
+    return Explanation(found, chosen, result, game, prediction, time.perf_counter() - started)
 
 
 def _importance(game: TokenGame, method: str) -> Importance:
