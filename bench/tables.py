@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/accuracy.md from the files under bench/results.
+"""Fill the tables of README.md and of pages under docs from the files under bench/results.
 
     python -m bench.tables [--check]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md")
 
 
 def _machine(head: dict) -> str:
@@ -87,6 +87,18 @@ def cpu(rows: list[dict]) -> tuple[str, str]:
     if rounding:
         note += f" Noise: {rounding[0]['model']}, held-out accuracy {rounding[0]['accuracy']:.1%}."
     return _markdown(columns, table), note
+
+
+@results("cpu-noise")
+def noise(rows: list[dict]) -> tuple[str, str]:
+    """Rounding noise of every arithmetic of the CPU."""
+    table = [[row["candidate"], f"{row['noise_share']:.1e}"] for row in rows]
+    some = rows[0]
+    note = (
+        f"A model trained on {some['model']}, held-out accuracy {some['accuracy']:.1%}; {some['samples']} samples, "
+        f"{some['contexts']} contexts each."
+    )
+    return _markdown(["arithmetic", "noise share"], table), note
 
 
 @results("accuracy")

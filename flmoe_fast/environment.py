@@ -6,6 +6,7 @@ called.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -71,8 +72,10 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if problem.name is not None and problem.name.partition(".")[0] != package:
             raise  # installed, but broken in its own way
-        version = _version(package) if problem.name != package else None
-        lacks = "is not installed" if version is None else f"{version} has no {module}, a newer one is needed"
+        lacks = "is not installed"
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+            lacks = f"{_version(package)} has no {module}, a newer one is needed"
         raise MissingExtra(f"{package} {lacks}: pip install 'flmoe-fast[{extra}]'", name=package) from None
 
 

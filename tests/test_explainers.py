@@ -528,3 +528,44 @@ def test_a_missing_extra_says_what_to_install(extra):
     # Everything else works without it.
     rest = "flmoe_fast.interactions(lambda z: z.double().sum(1), n=3, contexts=4, progress=False)"
     assert subprocess.run([sys.executable, "-c", start + rest], timeout=120).returncode == 0
+
+
+def test_without_any_extra_everything_else_works(tmp_path):
+    """Where none is installed, every module but the explainers can be imported, and what needs no extra runs."""
+    extras = ("captum", "shap", "shapiq", "transformers", "pyarrow", "h5py", "triton")
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys({extras!r})
+import flmoe_fast
+from flmoe_fast.environment import MissingExtra
+refused = set()
+for module in pkgutil.walk_packages(flmoe_fast.__path__, "flmoe_fast."):
+    if "triton_kernels" in module.name or module.name == "flmoe_fast._C":
+        continue
+    try:
+        importlib.import_module(module.name)
+    except MissingExtra as missing:
+        refused.add(module.name)
+assert refused == {{f"flmoe_fast.explainers.{{name}}" for name in ("captum", "shap", "shapiq")}}, refused
+import torch
+from flmoe_fast.cli import main
+class Model(torch.nn.Sequential):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+stack = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+model = Model(torch.nn.Embedding(9, 8), stack, torch.nn.Flatten(), torch.nn.Linear(32, 2)).eval()
+ids = torch.tensor([[1, 2, 3, 4]])
+players = flmoe_fast.text_players(ids, absent=0)
+game = flmoe_fast.accelerate(model).game({{"input_ids": ids}}, players, path="engine")
+result = flmoe_fast.interactions(game, budget=200, method="auto", also=("SV",), progress=False)
+for needs in (result.to_shapiq, result.to_shap):
+    try:
+        needs()
+    except MissingExtra:
+        continue
+    raise AssertionError(needs)
+assert main(["doctor"]) == 0
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-2000:]
