@@ -17,6 +17,7 @@ import shapiq
 import torch
 import transformers
 from edge_shapes import EDGES
+from reference_modules import InteractionMoE
 
 from flmoe_fast import ArgumentError, accelerate, exact_interactions, interactions
 from flmoe_fast.explainers.captum import ShapleyInteractions
@@ -345,13 +346,33 @@ def test_mixture_of_every_kind(mixture):
     options = {"feature_mask": owner, "additional_forward_args": masks, "n_samples": 3}
     wrapped = ModelForward(model)
     for given in (model, accelerate(model)):
-        theirs, found = both_attribute(wrapped, ShapleyInteractions(given), features, **options)
-        assert furthest(found, theirs) < 2e-6
+        ours = ShapleyInteractions(given)
+        theirs, found = both_attribute(wrapped, ours, features, **options)
+        assert furthest(found, theirs) < 2e-6 and ours.path.startswith("engine")
     assert found[0].shape == (2, 5, *features[0].shape[1:])
     single = copy.deepcopy(model).float()
     inputs = tuple(part.float() for part in features)
     theirs, found = both_attribute(ModelForward(single), ShapleyInteractions(single), inputs, **options)
     assert furthest(found, theirs) < 1e-3
+    one = {"feature_mask": owner, "additional_forward_args": tuple(mask[:1] for mask in masks), "target": 1}
+    pairs = ShapleyInteractions(single).interactions(tuple(part[:1] for part in inputs), contexts=8, **one)
+    assert 0 < pairs.noise_share < 1e-3 and pairs.about["dtype"] == "float32"
+
+
+def test_a_live_module_of_the_published_layout():
+    """captum runs the module's own inference; ours the engine of what accelerate reads of it."""
+    module = InteractionMoE().double().eval()
+    features = tuple(torch.randn(2, t, 12, dtype=torch.float64) for t in (3, 4))
+    masks = tuple(torch.ones(2, t) for t in (3, 4))
+    owner = (torch.arange(3)[None, :, None], 3 + torch.arange(4)[None, :, None])
+    options = {"feature_mask": owner, "additional_forward_args": masks, "n_samples": 3, "target": 1}
+
+    def inference(*tensors):
+        return module.inference(list(tensors[:2]), list(tensors[2:]))[2]
+
+    ours = ShapleyInteractions(module)
+    theirs, found = both_attribute(inference, ours, features, **options)
+    assert ours.path.startswith("engine") and furthest(found, theirs) < 2e-6
 
 
 def test_features_inside_a_token_take_the_model_itself(mixture):

@@ -104,6 +104,7 @@ class FeatureGame(Game):
         if self.engines:
             output = torch.stack([engine(coalitions) for engine in self.engines], 1).flatten(0, 1)
             target = _expanded(common._expand_target, self.target, count)
+            target = target.cpu() if isinstance(target, torch.Tensor) else target  # where engines leave their values
             return common._select_targets(output, target).unflatten(0, (count, self.examples))
         mixed = []
         for tensor, baseline, mask in zip(self.inputs, self.baselines, self.masks):
