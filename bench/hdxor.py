@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--interaction-weight", type=float, default=0.1)
     parser.add_argument("--probed", type=int, default=200, help="test samples whose modalities are probed")
-    parser.add_argument("--probed-tokens", type=int, default=40, help="of these, samples whose tokens are")
+    parser.add_argument("--probed-tokens", type=int, default=200, help="of these, samples whose tokens are")
     parser.add_argument("--contexts", type=int, default=32)
     parser.add_argument("--donors", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)

@@ -28,6 +28,7 @@ MIXES = {
     "all split": SITES,
     "none split": (),
     **{f"all split but {site}": tuple(s for s in SITES if s != site) for site in SITES},
+    "all split but queries and weights": ("normalised", "attended", "hidden", "keys", "values"),
     "linear layers split": ("normalised", "attended", "hidden"),
     "attention split": ("queries", "keys", "weights", "values"),
     "linear layers and values split": ("normalised", "attended", "hidden", "weights", "values"),

@@ -8,7 +8,8 @@
   pixels; absent patches are black; the value is the probability of the predicted digit. Pairs of the upper and the
   lower half.
 - ``soum``: sums of 200 unanimity games of up to five of 32 players; the truth has a closed form.
-- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after five minutes.
+- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after five minutes
+  of processor time.
 
 Truth is by enumeration but for ``soum`` and ``large``. Every kind is asked for 64 pairs. Results are appended to
 bench/results/peers.jsonl as they come, one line a kind, estimator and budget; what is there is not measured again.
@@ -172,16 +173,16 @@ def attempt(estimator: Callable, game, pairs, budget: int, seed: int) -> np.ndar
     """An estimate, or one line on why there is none."""
 
     def stop(*_: object) -> None:
-        raise _Patience(f"stopped after {PATIENCE} s")
+        raise _Patience(f"stopped after {PATIENCE} s of processor time")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         return estimator(game, pairs, budget, seed)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def errors(kind: str, name: str, budget: int, games: list, pairs: list, truths: list, seeds: int) -> dict:

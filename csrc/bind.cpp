@@ -11,6 +11,7 @@
 #include "coalition.h"
 #include "cpu/bind.h"
 #include "draw.h"
+#include "fused/bind.h"
 #ifdef FLMOE_WITH_CUDA
 #include "launch.h"
 #endif
@@ -214,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_contexts", &sample_contexts, release(), py::arg("words"), py::arg("sizes"), py::arg("units"),
         py::arg("players"), py::arg("seed"), py::arg("replicate"), py::arg("mode"), py::arg("antithetic"));
   flmoe::cpu::bind(m);
+  flmoe::fused::bind(m);
 #ifdef FLMOE_WITH_CUDA
   m.def("cuda_unpack", &cuda_unpack, release(), py::arg("words"), py::arg("bytes"), py::arg("coalitions"),
         py::arg("players"), py::arg("stream"));

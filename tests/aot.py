@@ -25,8 +25,20 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels import attention, configs, corners, head, linear, routing
+from flmoe_fast.engines.triton_kernels import (
+    attention,
+    choice,
+    combine,
+    configs,
+    corners,
+    grouped,
+    head,
+    linear,
+    order,
+    routing,
+)
 from flmoe_fast.engines.triton_kernels.configs import KERNELS, entry
+from flmoe_fast.engines.triton_ops import PLAIN
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Sizes whose specialisations are those of real shapes: every width a multiple of 16, any length. By head width.
@@ -36,6 +48,8 @@ SHAPES = {
     128: Edge("head of 128", (9, 8), (9, 8), hidden=256, heads=2),
     256: Edge("head of 256", (9, 8), (9, 8), hidden=256, heads=1),
 }
+#: The first and the last of three layers are sparse.
+SPARSE = Edge("sparse", (20, 13), (20, 13), hidden=256, heads=4, layers=3, gate="gshard", ffn_experts=4)
 
 
 class NoDevice(DriverBase):
@@ -102,7 +116,11 @@ def resources(compiled) -> dict[str, int]:
 
 
 #: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners.
-ORDER = ("states", *KERNELS, "head", "mean_features", "hidden", "gate", "corners")
+ENDS = ("head", "mean_features", "hidden", "gate", "corners")
+ORDER = ("states", *KERNELS, *ENDS)
+SENT = ("choose", "scan", "place", "sparse_up")
+SPARSE_ORDER = ("states", "context", "first", "project", *SENT, "sparse_down", "combine", "qkv", "later")
+SPARSE_ORDER += ("project", "up", "down", "qkv", "later", "project_last", *SENT, "pool", *ENDS)
 
 
 def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]:
@@ -118,7 +136,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
 
     def compile_instead(kernel, programs, config, *args, **constants):
         name = names.pop(0)
-        plain = name in ("head", "mean_features", "hidden", "gate", "corners")
+        plain = name in (*PLAIN, "corners")
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         # Narrower heads change attention only; what the states are projected with is the later layers' kernel.
@@ -129,20 +147,21 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
         found[key] = asdict(config) | resources(compiled)
 
     with contextlib.ExitStack() as stack:
-        for module in (linear, attention, head, routing, corners):
+        for module in (linear, attention, head, routing, corners, choice, order, grouped, combine):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
         shipped = configs._file(target)
         for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
-            for depth, edge in SHAPES.items():
+            for depth, edge in (*SHAPES.items(), (64, SPARSE)):
                 if not (precisions or entry("later", precision, depth) in shipped):
                     continue
-                names[:] = ORDER
+                names[:] = SPARSE_ORDER if edge is SPARSE else ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem
                 engine = TritonEngine(problem, device="cpu", precision=precision, target=target)
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
                 engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, 0.0)
+                assert not names
     return found
 
 

@@ -20,12 +20,13 @@ BUDGETS = HERE / "triton_budgets.json"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 #: Versions of triton and ptxas differ by a few registers.
 SLACK = 1.1
-#: Kernels whose products are small, in fp32, and not made for tensor cores.
-PLAIN = ("head", "mean_features", "hidden", "gate", "corners")
-
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
+from flmoe_fast.engines import triton_ops  # noqa: E402
 from flmoe_fast.engines.triton_kernels import configs  # noqa: E402
+
+#: Kernels whose products are small, in fp32, and not made for tensor cores.
+PLAIN = (*triton_ops.PLAIN, "corners")
 
 
 def missing_tool() -> str:
@@ -93,7 +94,7 @@ def test_every_file_holds_known_entries_and_can_be_found():
     for target in configs.shipped():
         for name, found in configs._file(target).items():
             kernel, precision, *depth = name.split("/")
-            assert kernel in configs.KERNELS
+            assert kernel in (*configs.KERNELS, *configs.SPARSE_KERNELS)
             at = int(depth[0][1:]) if depth else 0
             assert configs.find(kernel, precision, target, at) == configs.Config(**found)
     nearest = configs.find("up", "fp16", "sm_103")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edge_shapes import EDGES, SPARSE_EDGES, Edge
+from edge_shapes import BACKEND_EDGES, EDGES, SPARSE_EDGES, Edge, sparse
 from parity import allowed, flat, toggles
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +22,17 @@ from flmoe_fast.engines import triton_engine, triton_ops  # noqa: E402
 from flmoe_fast.engines.problem import Logits  # noqa: E402
 from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
 from flmoe_fast.engines.triton_engine import TritonEngine  # noqa: E402
-from flmoe_fast.engines.triton_kernels import attention, corners, head, linear, routing  # noqa: E402
+from flmoe_fast.engines.triton_kernels import (  # noqa: E402
+    attention,
+    choice,
+    combine,
+    corners,
+    grouped,
+    head,
+    linear,
+    order,
+    routing,
+)
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
 from flmoe_fast.environment import backends  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
@@ -33,7 +43,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = pytest.mark.skipif(
     not (GPU or triton_engine.interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started"
 )
-MODULES = (linear, attention, head, routing)
+MODULES = (linear, attention, head, routing, choice, order, grouped, combine)
 BANDS = 4096
 #: The interpreter takes milliseconds per program: where the shape is not the point, it is as small as it gets.
 TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
@@ -41,8 +51,12 @@ TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
 CORNERS = {"padded": ("fp32", "tf32", "fp16x2", "fp16"), "original": ("fp16x2",), "players past a word": ("fp16x2",)}
 
 
+#: Sparse blocks both before another layer and at the end, and room that does not suffice.
+TINY_SPARSE = sparse(Edge("tiny", (3, 2), (3, 2), hidden=16, heads=1, layers=3), "gshard", 6, "reference")
+
+
 def named(name: str) -> Edge:
-    return next(edge for edge in EDGES if edge.name == name)
+    return next(edge for edge in (*EDGES, *SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
 
 
 def problem_of(edge: Edge):
@@ -110,18 +124,17 @@ def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> Torch
     def cast(x: torch.Tensor) -> torch.Tensor:
         return x.to(operand).double()
 
-    layers = tuple(
-        dataclasses.replace(
-            layer,
-            qkv=cast(layer.qkv * scale) / scale,
-            out=cast(layer.out),
-            up=cast(layer.up),
-            # The last one is multiplied with the classifier first, and never rounded.
-            down=layer.down if layer is made.packed.layers[-1] else cast(layer.down),
-        )
-        for layer in made.packed.layers
-    )
-    made.packed = dataclasses.replace(made.packed, layers=layers)
+    def block(layer, last: bool) -> dict[str, torch.Tensor]:
+        # The last down-projection is multiplied with the classifier first, and never rounded.
+        return {"up": cast(layer.up), "down": layer.down if last else cast(layer.down)}
+
+    layers = []
+    for layer in made.packed.layers:
+        last = layer is made.packed.layers[-1]
+        networks = layer.networks and dataclasses.replace(layer.networks, **block(layer.networks, last))
+        qkv, out = cast(layer.qkv * scale) / scale, cast(layer.out)
+        layers.append(dataclasses.replace(layer, qkv=qkv, out=out, networks=networks, **block(layer, last)))
+    made.packed = dataclasses.replace(made.packed, layers=tuple(layers))
     made.states = made._two_states()
     return made
 
@@ -200,7 +213,7 @@ def break_kernels(module, right: str, wrong: str, monkeypatch, tmp_path: Path) -
     monkeypatch.setitem(sys.modules, file.stem, broken)
     spec.loader.exec_module(broken)
     for name in dir(broken):
-        if name.endswith("_kernel") or name == "_pooled_product":
+        if name.endswith("_kernel") or name in ("_pooled_product", "_largest"):
             monkeypatch.setattr(module, name, getattr(broken, name))
 
 
@@ -236,9 +249,10 @@ def test_a_broken_kernel_is_seen(what: str, monkeypatch, tmp_path: Path):
     assert not error <= 3 * limit(edge, precision)  # a NaN is seen as well
 
 
-def test_chunks_and_order_change_no_bit():
-    contexts, toggled = coalitions_of(TINY)
-    ours = engine(TINY)
+@pytest.mark.parametrize("edge", (TINY, TINY_SPARSE), ids=lambda e: e.name)
+def test_chunks_and_order_change_no_bit(edge: Edge):
+    contexts, toggled = coalitions_of(edge)
+    ours = engine(edge)
     words, varies = ours.toggle_words(contexts, toggled)
     values = flat(ours.plan(words, varies, group=3).run())
     plan = ours.plan(words, varies, group=3, chunk=4)  # within a context, and across two
@@ -248,16 +262,17 @@ def test_chunks_and_order_change_no_bit():
     assert torch.equal(flat(shuffled).unflatten(0, (2, 3)), values.unflatten(0, (2, 3))[[1, 0]])
 
 
-def test_nothing_outside_the_arrays_is_touched():
+@pytest.mark.parametrize("edge", (TINY, TINY_SPARSE), ids=lambda e: e.name)
+def test_nothing_outside_the_arrays_is_touched(edge: Edge):
     """Inputs lie between NaNs, the scratch memory between sentinels, and so do its arrays among each other."""
-    edge = TINY
     ours = engine(edge)
     words, varies = ours.coalition_words(coalitions_of(edge)[0])
     plan = ours.plan(words, varies, group=2)
     expected = flat(plan.run())
 
     def between_nans(tensor: torch.Tensor) -> torch.Tensor:
-        buffer = torch.full((tensor.numel() + 2 * BANDS,), torch.nan, dtype=tensor.dtype, device=DEVICE)
+        none = torch.nan if tensor.is_floating_point() else -1
+        buffer = torch.full((tensor.numel() + 2 * BANDS,), none, dtype=tensor.dtype, device=DEVICE)
         inner = buffer[BANDS:-BANDS].view(tensor.shape)
         return inner.copy_(tensor)
 
@@ -268,6 +283,7 @@ def test_nothing_outside_the_arrays_is_touched():
         residual=between_nans(packed.residual),
         layers=tuple(map(between_nans, packed.layers)),
         routing=tuple(map(between_nans, packed.routing)),
+        networks=tuple(map(between_nans, packed.networks)),
     )
     size = plan.workspace.numel()
     buffer = torch.full((size + 2 * BANDS,), 0x5A, dtype=torch.uint8, device=DEVICE)
@@ -300,6 +316,10 @@ def counted(made: TritonEngine, contexts: torch.Tensor, toggled: torch.Tensor, m
         (named("three routing layers"), 16),
         (named("three layers"), 21),
         (named("one layer"), 11),
+        (named("padded, switch of 12, capacity reference"), 17),
+        (named("one layer, naive of 4, capacity none"), 13),
+        (TINY_SPARSE, 27),
+        (named("MoE++"), 7),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -341,7 +361,7 @@ def op_arguments(made: TritonEngine, count: int = 2) -> tuple:
     return (
         plan.words, plan.constant, plan.varying, packed.states, packed.residual, made.segments, list(packed.layers),
         list(packed.routing), plan.workspace, made.heads, plan.group, 0, 1, packed.added, made.problem.masked,
-        packed.temperature, made.target, made.precision,
+        packed.temperature, made.target, made.precision, list(packed.networks), packed.slots, packed.among_all,
     )  # fmt: skip
 
 
@@ -354,8 +374,8 @@ def test_op_compiles_in_one_graph():
     arguments = op_arguments(engine(TINY), 1)
 
     def program(words):
-        experts, weights = torch.ops.flmoe_fast.coalition_logits(words, *arguments[1:])
-        return (experts * weights[..., None]).sum(1)
+        experts, weights, mixture = torch.ops.flmoe_fast.coalition_logits(words, *arguments[1:])
+        return (experts * weights[..., None]).sum(1) - mixture
 
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(arguments[0]), program(arguments[0]))
@@ -373,8 +393,8 @@ def test_fake_cuda_tensors():
                 return [fake(y) for y in x]
             return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
 
-        experts, weights = torch.ops.flmoe_fast.coalition_logits(*map(fake, arguments))
-        assert experts.shape == (2, 4, 5) and weights.shape == (2, 4) and experts.device.type == "cuda"
+        found = torch.ops.flmoe_fast.coalition_logits(*map(fake, arguments))
+        assert [x.shape for x in found] == [(2, 4, 5), (2, 4), (2, 5)] and found[0].device.type == "cuda"
 
 
 def test_memory_running_out_halves_the_chunk(monkeypatch):
@@ -491,8 +511,10 @@ def test_requests_that_cannot_be_met_are_errors(monkeypatch):
     wide = Edge("head of 512", (1, 1), (1, 1), hidden=512, heads=1, layers=1)
     with pytest.raises(ArgumentError, match="the head width is 512, and at most 256 is supported"):
         engine(wide)
-    with pytest.raises(ArgumentError, match="backend: got 'triton', but the model's feed-forward blocks are sparse"):
-        engine(SPARSE_EDGES[0])
+    with pytest.raises(ArgumentError, match="backend: got 'triton', but InterpretCC has no token sequence"):
+        engine(named("InterpretCC"))
+    with pytest.raises(ArgumentError, match="the number of networks is 300, and at most 256 is supported"):
+        engine(sparse(TINY, "naive", 300, "none"))
     model = edge.model()
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)

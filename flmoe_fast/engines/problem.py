@@ -58,7 +58,17 @@ class TokenProblem:
 
 @dataclass(frozen=True)
 class Logits:
-    """What an engine returns for C coalitions: ``experts`` (C, E, K) and routing ``weights`` (C, E), float64."""
+    """What an engine returns for C coalitions: ``experts`` (C, E, K) and routing ``weights`` (C, E), float64.
+
+    An engine that has the ``mixture`` (C, K) as well hands it on.
+    """
 
     experts: torch.Tensor
     weights: torch.Tensor
+    mixture: torch.Tensor | None = None
+
+    def mixed(self) -> torch.Tensor:
+        """The mixture's logits (C, K)."""
+        if self.mixture is not None:
+            return self.mixture
+        return (self.weights[:, :, None] * self.experts).sum(1)

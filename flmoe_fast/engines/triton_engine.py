@@ -3,7 +3,12 @@
 What is exact to share is what the torch engine shares (see there): two possible rows a token in the first layer, and
 its attention as sums over keys. The keys that are the same in all coalitions of a context are summed once per context,
 for both states of every query; a coalition adds the few keys that vary, each in its own state. The last
-down-projection, the mean and the classifier are one matrix applied to sums over tokens.
+down-projection, the mean and the classifier are one matrix applied to sums over tokens, or over the tokens of each
+network where that block is sparse.
+
+In sparse feed-forward blocks a token's choice of networks is a jump. Gates are multiplied in plain float32 in every
+precision, so that their own rounding rarely changes a choice; where two logits are nearly equal it can, and so can the
+rounding of the stream before them, which is that of the precision.
 
 A :class:`Plan` does all host work: which tokens vary, how coalitions are cut into chunks, where scratch memory is.
 Running it launches kernels and nothing else.
@@ -19,18 +24,22 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import pack
+from flmoe_fast.engines import torch_engine
 from flmoe_fast.engines.packed import PackedLayer, PackedModel
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.triton_kernels.configs import find, target_of
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
-from flmoe_fast.engines.triton_ops import Sizes, project_states, sizes_of
+from flmoe_fast.engines.triton_ops import SCORE_COLUMNS, Sizes, project_states, sizes_of
+from flmoe_fast.model.sparse import slots_per_network
 
 #: What ``precision="auto"`` means.
 DEFAULT_PRECISION = "fp16x2"
 #: Bytes of scratch memory unless told otherwise.
 DEFAULT_MEMORY = 1 << 32
-#: Largest supported head width, classes, tokens and width of a token.
-MOST_DEPTH, MOST_CLASSES, MOST_LENGTH, MOST_HIDDEN = 256, 128, 8192, 1024
+#: Largest supported head width, classes, tokens, width of a token and networks of a sparse block.
+MOST_DEPTH, MOST_CLASSES, MOST_LENGTH, MOST_HIDDEN, MOST_NETWORKS = 256, 128, 8192, 1024, 256
+#: Room of a network without capacity.
+UNLIMITED = 2**31 - 1
 #: Oldest architecture whose tensor cores have every arithmetic here.
 LEAST_CAPABILITY = (8, 0)
 LOG2E = 1.0 / math.log(2.0)
@@ -46,15 +55,15 @@ def interpreted() -> bool:
 def model_reason(problem: TokenProblem) -> str:
     """What about a model or a sample keeps this engine from running it; empty if nothing does."""
     config = problem.model.config
-    if config.gate is not None:
-        return f"the model's feed-forward blocks are sparse (gate {config.gate!r}), and the engine's are dense"
-    if config.fusion != "transformer":
-        return f"the model's experts are no transformers (fusion {config.fusion!r})"
+    reason = torch_engine.why_not(problem)
+    if reason:
+        return reason
     limits = (
         ("the head width", config.hidden // config.heads, MOST_DEPTH),
         ("the token width", config.hidden, MOST_HIDDEN),
         ("the number of classes", config.classes, MOST_CLASSES),
         ("the number of tokens", problem.length, MOST_LENGTH),
+        ("the number of networks", config.ffn_experts if config.gate else 0, MOST_NETWORKS),
     )
     return "; ".join(f"{what} is {is_}, and at most {most} is supported" for what, is_, most in limits if is_ > most)
 
@@ -86,6 +95,9 @@ class Weights:
     routing: tuple[torch.Tensor, ...]
     added: bool  # whether attention is added to the stream (not in the original generation)
     temperature: float
+    networks: tuple[torch.Tensor, ...] = ()  # of sparse blocks: room (M,), then of every layer its gate and its bias
+    slots: int = 0  # networks that a token goes to
+    among_all: bool = False  # whether scores are probabilities among all networks
 
 
 @dataclass(frozen=True)
@@ -157,16 +169,14 @@ class Plan:
         return sum(sizes.flops(stop - start, contexts, varying) for start, stop, contexts, _ in self.parts())
 
     def run(self) -> Logits:
-        """Logits and routing (C, E, K) and (C, E) float64 on the device, without waiting for it."""
-        experts, weights = self.engine.outputs(len(self.words))
+        """Logits, routing and mixture, float64 on the device, without waiting for it."""
+        out = self.engine.outputs(len(self.words))
         for start, stop, contexts, offset in self.parts():
-            self.run_part(start, stop, contexts, offset, experts, weights)
-        return Logits(experts, weights)
+            self.run_part(start, stop, contexts, offset, out)
+        return out
 
-    def run_part(
-        self, start: int, stop: int, contexts: int, offset: int, experts: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """Evaluate coalitions start..stop into their rows of ``experts`` and ``weights``."""
+    def run_part(self, start: int, stop: int, contexts: int, offset: int, out: Logits) -> None:
+        """Evaluate coalitions start..stop into their rows of ``out``."""
         engine = self.engine
         packed = engine.weights
         found = torch.ops.flmoe_fast.coalition_logits(
@@ -188,8 +198,11 @@ class Plan:
             packed.temperature,
             engine.target,
             engine.precision,
+            list(packed.networks),
+            packed.slots,
+            packed.among_all,
         )
-        experts[start:stop], weights[start:stop] = found
+        out.experts[start:stop], out.weights[start:stop], out.mixture[start:stop] = found
 
 
 class TritonEngine:
@@ -246,7 +259,7 @@ class TritonEngine:
         self.weights = self._weights()
         w = self.weights
         self.sizes: Sizes = sizes_of(
-            w.residual, self.segments, list(w.layers), list(w.routing), self.heads, target, self.precision
+            w.residual, self.segments, w.layers, w.routing, self.heads, target, self.precision, w.networks, w.slots
         )
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -255,13 +268,13 @@ class TritonEngine:
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of arbitrary coalitions ``(C, n)`` bool."""
         if not len(coalitions):
-            return Logits(*self.outputs(0))
+            return self.outputs(0)
         return self._run(*self.coalition_words(coalitions), group=len(coalitions))
 
     def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
         """Logits and routing of ``contexts[k] ^ toggled[g]`` for all k, g, in the order (k, g)."""
         if not len(contexts) or not len(toggled):
-            return Logits(*self.outputs(0))
+            return self.outputs(0)
         return self._run(*self.toggle_words(contexts, toggled), group=len(toggled))
 
     def coalition_words(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,11 +316,11 @@ class TritonEngine:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low - low % group if low >= group else low
 
-    def outputs(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised logits (count, E, K) and routing weights (count, E)."""
+    def outputs(self, count: int) -> Logits:
+        """Uninitialised logits (count, E, K), routing weights (count, E) and mixture (count, K)."""
         experts, classes = self.sizes.experts, self.sizes.classes
-        options = {"dtype": torch.float64, "device": self.device}
-        return torch.empty(count, experts, classes, **options), torch.empty(count, experts, **options)
+        shapes = (count, experts, classes), (count, experts), (count, classes)
+        return Logits(*(torch.empty(*shape, dtype=torch.float64, device=self.device) for shape in shapes))
 
     def reduce_corners(
         self, values: torch.Tensor, contexts: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
@@ -346,7 +359,7 @@ class TritonEngine:
 
     def _run(self, words: torch.Tensor, varies: torch.Tensor, *, group: int) -> Logits:
         """Evaluate in chunks; when memory runs out, go on from there with half the chunk."""
-        experts, weights = self.outputs(len(words))
+        out = self.outputs(len(words))
         chunk, done = self.chunk(group), 0
         while done < len(words):
             try:
@@ -354,7 +367,7 @@ class TritonEngine:
                 plan = self.plan(words, varies, group=group, chunk=chunk)
                 for start, stop, contexts, offset in plan.parts():
                     if stop > done:
-                        plan.run_part(start, stop, contexts, offset, experts, weights)
+                        plan.run_part(start, stop, contexts, offset, out)
                         done = stop
             except torch.OutOfMemoryError as error:
                 if chunk == 1:
@@ -365,7 +378,7 @@ class TritonEngine:
                     ) from error
                 self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
                 chunk = -(-min(chunk, len(words)) // 2)
-        return self._finite(Logits(experts, weights))
+        return self._finite(out)
 
     def _finite(self, logits: Logits) -> Logits:
         """The first look at a result, and the first wait for the device."""
@@ -408,9 +421,10 @@ class TritonEngine:
         layers = []
         for layer, following in zip(packed.layers, (*packed.layers[1:], None)):
             layers += [operand(layer.out), single(layer.out_bias[:, 0])]
-            layers += [operand(layer.up), single(layer.up_bias[:, 0])]
+            block = layer.networks or layer
+            layers += [operand(block.up), single(block.up_bias[:, 0])]
             if following is not None:
-                layers += [operand(layer.down), single(layer.down_bias[:, 0])]
+                layers += [operand(block.down), single(block.down_bias[:, 0])]
                 qkv, qkv_bias = _projections(following)
                 layers += [operand(qkv), single(qkv_bias)]
         layers += [single(part) for part in self._head(packed)]
@@ -423,7 +437,29 @@ class TritonEngine:
             routing=tuple(single(part) for part in (absent, step, *network)),
             added=packed.residual,
             temperature=packed.temperature,
+            networks=self._gates(packed),
+            slots=packed.slots,
+            among_all=problem.model.config.gate == "switch",
         )
+
+    def _gates(self, packed: PackedModel) -> tuple[torch.Tensor, ...]:
+        """Slots that a network takes of each modality (M,) int32, and every layer's gate (E, H, X) and bias (E, X).
+
+        In float32 whatever the precision; without any numbers for a layer whose block is dense. Nothing where all are.
+        """
+        config = self.problem.model.config
+        if not config.sparse_layers:
+            return ()
+        room = [UNLIMITED] * len(self.problem.padded_lengths)
+        if config.slots_limit:
+            count, padded = config.ffn_experts, self.problem.padded_lengths
+            room = [slots_per_network(config.gate, tokens, count, training=False) for tokens in padded]
+        found = [torch.tensor(room, dtype=torch.int32, device=self.device)]
+        none = torch.zeros(0, 0, 0, dtype=torch.float64)
+        for layer in packed.layers:
+            gate, bias = (none, none) if layer.networks is None else (layer.networks.gate, layer.networks.gate_bias)
+            found += [part.to(self.device, torch.float32).contiguous() for part in (gate, bias)]
+        return tuple(found)
 
     def _shares(self) -> torch.Tensor:
         """One over each modality's number of tokens (M,), zero where it has none."""
@@ -431,10 +467,25 @@ class TritonEngine:
         return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
 
     def _head(self, packed: PackedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The classifier on sums of hidden activations (E, M, F, K) and of the stream (E, M, H, K), and its bias."""
+        """The classifier on sums of hidden activations (E, M, F, K) and of the stream (E, M, H, K), and its bias.
+
+        Sums of a sparse block are apart for its networks, and have the sum of the scores behind them, which is what
+        the bias of a network is multiplied with: (E, M * X, F + SCORE_COLUMNS, K).
+        """
         share = self._shares()
         layer, head = packed.layers[-1], packed.head.unflatten(1, (len(share), -1))  # (E, M, H, K)
         bias = packed.head_bias[:, 0] + torch.einsum("emhk,eh,m->ek", head, layer.down_bias[:, 0], (share > 0).double())
+        if layer.networks is not None:
+            down, shift = (
+                part.unflatten(0, (len(head), -1)) for part in (layer.networks.down, layer.networks.down_bias)
+            )
+            extra = shift.new_zeros(*shift.shape[:2], SCORE_COLUMNS - 1, shift.shape[3])
+            rows = torch.cat([down, shift, extra], dim=2)  # (E, X, F + SCORE_COLUMNS, H)
+            return (
+                torch.einsum("exfh,emhk,m->emxfk", rows, head, share).flatten(1, 2),
+                head * share[:, None, None],
+                bias,
+            )
         wide = torch.einsum("efh,emhk,m->emfk", layer.down, head, share)
         return wide, head * share[:, None, None], bias
 

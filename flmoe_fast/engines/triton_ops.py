@@ -3,12 +3,13 @@
 One op is one chunk, so that what PyTorch spends on calling it does not matter, and so that ``torch.compile``,
 FakeTensor and CUDA graphs see a single opaque, pure function with one declared scratch buffer. The launches of a chunk
 do not depend on the numbers of experts, coalitions or tokens; nothing is copied to the host and nothing is allocated
-but the two results. Triton is imported by the first real call.
+but the results. Triton is imported by the first real call.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,10 @@ NAME = "coalition_logits"
 ALIGNMENT = 256
 #: Tensors of the first layer, of every later layer and of the head, in the op's list of weights.
 FIRST_WEIGHTS, LATER_WEIGHTS, HEAD_WEIGHTS = 4, 8, 3
+#: Columns behind the pooled activations of a sparse block: the sum of the scores, and zeros that keep rows aligned.
+SCORE_COLUMNS = 16
+#: Kernels whose products are small or none, in fp32 whatever the precision.
+PLAIN = ("hidden", "head", "mean_features", "gate", "choose", "scan", "place", "combine", "pool")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Sizes:
     routing: tuple[int, ...]  # widths of the routing network's layers
     target: str
     precision: Precision
+    networks: int = 0  # of a sparse feed-forward block
+    slots: int = 0  # networks that a token goes to
+    sparse: tuple[bool, ...] = ()  # which layers' feed-forward blocks are
 
     @property
     def depth(self) -> int:
@@ -47,12 +55,24 @@ class Sizes:
     def config(self, kernel: str):
         """Tiles of one kernel."""
         attention = kernel in ("context", "first", "later")
-        plain = kernel in ("hidden", "head", "mean_features", "gate")
-        return find(kernel, "fp32" if plain else self.precision.name, self.target, self.depth if attention else 0)
+        precision = "fp32" if kernel in PLAIN else self.precision.name
+        return find(kernel, precision, self.target, self.depth if attention else 0)
 
     def launches(self) -> int:
         """Kernel launches of one chunk, whatever its size."""
-        return 2 + 5 * (self.layers - 1) + 2 + 1 + 1 + len(self.routing)
+        count = 2 + 2 + len(self.routing)  # layer-1 attention, head, routing
+        for layer in range(self.layers):
+            last = layer == self.layers - 1
+            if self.is_sparse(layer):
+                blocks = 5 if last else 6
+            else:
+                blocks = (1 if last else 2) if self.wide else 0
+            count += 1 + blocks + (0 if last else 2)  # output projection, feed-forward, next layer's attention
+        return count
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's feed-forward block is sparse."""
+        return bool(self.sparse) and self.sparse[layer]
 
     def block(self) -> int:
         """Columns of one block of LayerNorm statistics of the residual stream."""
@@ -62,9 +82,15 @@ class Sizes:
         """Scratch arrays of a chunk."""
         precision, rows = self.precision, coalitions * self.length
         blocks = -(-self.hidden // self.block())
-        between = max(self.wide, 3 * self.hidden) if self.layers > 1 else 0
+        last = self.layers - 1
+        between = 3 * self.hidden if last else 0
+        for layer in range(self.layers):
+            if self.is_sparse(layer) or layer < last:
+                between = max(between, self.wide * (self.slots if self.is_sparse(layer) else 1))
         stream_tiles = -(-self.length // self.config("project_last").rows)
-        wide_tiles = -(-self.length // self.config("up_last").rows)
+        pooled = (-(-self.length // self.config("up_last").rows), self.modalities, self.wide)
+        if self.is_sparse(last):
+            pooled = (1, self.modalities * self.networks, self.wide + SCORE_COLUMNS)
         states = (self.experts, contexts, self.heads, 2 * self.length)
         return {
             "numerators": (torch.float32, (*states, self.depth)),
@@ -74,9 +100,26 @@ class Sizes:
             "statistics": (torch.float32, (self.experts, rows, blocks, 2)),
             "between": (precision.operand, (precision.planes, self.experts, rows, between)),
             "pooled_stream": (torch.float32, (self.experts, coalitions, stream_tiles, self.modalities, self.hidden)),
-            "pooled_wide": (torch.float32, (self.experts, coalitions, wide_tiles, self.modalities, self.wide)),
+            "pooled_wide": (torch.float32, (self.experts, coalitions, *pooled)),
             "means": (torch.float32, (coalitions, self.modalities, self.hidden)),
             **{f"routing{i}": (torch.float32, (1, coalitions, w)) for i, w in enumerate(self.routing[:-1])},
+            **(self._sparse_arrays(coalitions) if any(self.sparse) else {}),
+        }
+
+    def _sparse_arrays(self, coalitions: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Scratch arrays of sparse feed-forward blocks; one block is done with them before the next."""
+        rows = coalitions * self.length
+        runs = (self.experts, self.networks, coalitions * self.modalities)
+        found = rows * self.slots if any(self.sparse[:-1]) else 0
+        return {
+            "chosen": (torch.int32, (self.experts, rows, self.slots)),
+            "scores": (torch.float32, (self.experts, rows, self.slots)),
+            "places": (torch.int32, (self.experts, rows, self.slots)),
+            "order": (torch.int32, (self.experts, rows * self.slots)),
+            "counts": (torch.int32, runs),
+            "starts": (torch.int32, runs),
+            "totals": (torch.int32, runs[:2]),
+            "found": (torch.float32, (self.experts, found, self.hidden)),
         }
 
     def bytes(self, coalitions: int, contexts: int) -> int:
@@ -84,13 +127,23 @@ class Sizes:
         return sum(_aligned(_size(*array)) for array in self.arrays(coalitions, contexts).values())
 
     def flops(self, coalitions: int, contexts: int, varying: int) -> int:
-        """Multiplications and additions of a chunk's matrix products, each counted once whatever the precision."""
-        tokens, hidden, wide, experts = self.length, self.hidden, self.wide, self.experts
+        """Multiplications and additions of a chunk's matrix products, each counted once whatever the precision.
+
+        Of sparse blocks as if every slot found room.
+        """
+        tokens, hidden, experts = self.length, self.hidden, self.experts
         context = 4 * 2 * tokens * (tokens - varying) * hidden
-        first = 4 * tokens * varying * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden * wide
-        later = 2 * tokens * hidden * (wide + 3 * hidden) + 4 * tokens * tokens * hidden
-        later += 2 * tokens * hidden * hidden + 2 * tokens * hidden * wide
-        return experts * (contexts * context + coalitions * (first + (self.layers - 1) * later))
+        each = 4 * tokens * varying * hidden
+        for layer in range(self.layers):
+            last = layer == self.layers - 1
+            slots = self.slots if self.is_sparse(layer) else 1
+            each += 2 * tokens * hidden * hidden
+            each += (1 if last else 2) * 2 * tokens * slots * hidden * self.wide
+            if self.is_sparse(layer):
+                each += 2 * tokens * hidden * self.networks
+            if not last:
+                each += 2 * tokens * hidden * 3 * hidden + 4 * tokens * tokens * hidden
+        return experts * (contexts * context + coalitions * each)
 
 
 def statistics_block(precision: str, target: str) -> int:
@@ -127,9 +180,12 @@ def sizes_of(
     heads: int,
     target: str,
     precision: str,
+    networks: Sequence[torch.Tensor] = (),
+    slots: int = 0,
 ) -> Sizes:
     """Sizes that a call's tensors imply."""
     experts, _, length, hidden = residual.shape
+    sparse = tuple(gate.numel() > 0 for gate in networks[1::2])
     return Sizes(
         experts=experts,
         layers=(len(weights) - HEAD_WEIGHTS - FIRST_WEIGHTS) // LATER_WEIGHTS + 1,
@@ -142,6 +198,9 @@ def sizes_of(
         routing=tuple(bias.shape[-1] for bias in routing[3::2]),
         target=target,
         precision=PRECISIONS[precision],
+        networks=max((gate.shape[2] for gate in networks[1::2]), default=0),
+        slots=slots,
+        sparse=sparse,
     )
 
 
@@ -205,19 +264,27 @@ def _coalition_logits(
     temperature: float,
     target: str,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    networks: list[torch.Tensor],
+    slots: int,
+    among_all: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flmoe_fast.engines.triton_kernels.attention import attention
+    from flmoe_fast.engines.triton_kernels.choice import choose
+    from flmoe_fast.engines.triton_kernels.combine import combine, pool
+    from flmoe_fast.engines.triton_kernels.grouped import grouped
     from flmoe_fast.engines.triton_kernels.head import head
     from flmoe_fast.engines.triton_kernels.linear import linear
+    from flmoe_fast.engines.triton_kernels.order import place, scan
     from flmoe_fast.engines.triton_kernels.routing import gate, mean_features
 
-    sizes = sizes_of(residual, segments, weights, routing, heads, target, precision)
+    sizes = sizes_of(residual, segments, weights, routing, heads, target, precision, networks, slots)
     kind, count, length = sizes.precision, words.shape[0], sizes.length
     experts_out = torch.empty(count, sizes.experts, sizes.classes, dtype=torch.float64, device=words.device)
     weights_out = torch.empty(count, sizes.experts, dtype=torch.float64, device=words.device)
+    mixture_out = torch.empty(count, sizes.classes, dtype=torch.float64, device=words.device)
     if not count:
-        return experts_out, weights_out
-    _check(words, [constant, varying, states, residual, segments, *weights, *routing, workspace])
+        return experts_out, weights_out, mixture_out
+    _check(words, [constant, varying, states, residual, segments, *weights, *routing, *networks, workspace])
     needed = sizes.bytes(count, contexts)
     if workspace.dtype != torch.uint8 or workspace.numel() < needed:
         raise ArgumentError("workspace", f"{workspace.numel()} bytes", f"at least {needed} bytes of torch.uint8")
@@ -233,9 +300,42 @@ def _coalition_logits(
         before = {"statistics": statistics, "block": block, "terms": of_norm}
         linear(stream, weight, bias, out, config=config, **before, **common, **more)
 
-    def between(width: int) -> torch.Tensor:
-        shape = (kind.planes, sizes.experts, count * length, width)
+    def between(width: int, rows: int = count * length) -> torch.Tensor:
+        shape = (kind.planes, sizes.experts, rows, width)
         return arrays["between"].view(-1)[: math.prod(shape)].view(shape)
+
+    def feed_forward(layer: int, last: bool, up: tuple[torch.Tensor, ...], down: list[torch.Tensor]) -> None:
+        """A sparse block, from the stream back to it, or in the last layer to sums for the head."""
+        sent = {name: arrays[name] for name in ("chosen", "scores", "counts", "starts", "totals", "order")}
+        room, gate_w, gate_b = networks[0], *networks[1 + 2 * layer : 3 + 2 * layer]
+        choose(
+            stream,
+            statistics,
+            gate_w,
+            gate_b,
+            segments,
+            room,
+            *(sent[name] for name in ("chosen", "scores", "counts")),
+            length=length,
+            block=block,
+            among_all=among_all,
+            config=sizes.config("choose"),
+        )
+        scan(sent["counts"], sent["starts"], sent["totals"], config=sizes.config("scan"))
+        places = None if last else arrays["places"]
+        queued = sent["chosen"], sent["starts"], sent["totals"], segments, room, sent["order"], places
+        place(*queued, length=length, config=sizes.config("place"))
+        wide = between(sizes.wide, count * length * slots)
+        same = {"rows": count * length, "precision": kind}
+        rows = {"order": sent["order"], "statistics": statistics, "block": block, "terms": of_norm}
+        grouped(stream, *up, wide, sent["totals"], config=sizes.config("sparse_up"), **rows, **same)
+        if last:
+            runs = (sent[name] for name in ("order", "scores", "counts", "starts", "totals"))
+            pool(wide, *runs, arrays["pooled_wide"], config=sizes.config("pool"))
+            return
+        found = arrays["found"]
+        grouped(wide, *down, found, sent["totals"], terms=of_hidden, config=sizes.config("sparse_down"), **same)
+        combine(found, places, sent["scores"], stream, statistics, block=block, config=sizes.config("combine"))
 
     sums = arrays["numerators"], arrays["scalars"]
     at_tokens = {"words": words, "sums": sums, "group": group, "offset": offset}
@@ -249,7 +349,7 @@ def _coalition_logits(
         at = LATER_WEIGHTS * layer
         out_w, out_b, up_w, up_b = weights[at : at + FIRST_WEIGHTS]
         into = {"residual": residual, "words": words} if first else {"residual": stream if added else None}
-        pool = {"pooled": arrays["pooled_stream"], "segments": segments} if last else {}
+        pooling = {"pooled": arrays["pooled_stream"], "segments": segments} if last else {}
         linear(
             attended,
             out_w,
@@ -259,27 +359,31 @@ def _coalition_logits(
             terms=of_attention,
             config=sizes.config("project_last" if last else "project"),
             **into,
-            **pool,
+            **pooling,
             **common,
         )
+        down_w, down_b, qkv_w, qkv_b = [None] * 4 if last else weights[at + FIRST_WEIGHTS : at + LATER_WEIGHTS]
+        if sizes.is_sparse(layer):
+            feed_forward(layer, last, (up_w, up_b), [down_w, down_b])
+        elif last and sizes.wide:
+            pool_wide = {**pooling, "pooled": arrays["pooled_wide"]}
+            normalising(up_w, up_b, None, "up_last", activation="gelu", **pool_wide)
+        elif sizes.wide:
+            wide = between(sizes.wide)
+            normalising(up_w, up_b, wide, "up", activation="gelu")
+            linear(
+                wide,
+                down_w,
+                down_b,
+                stream,
+                residual=stream,
+                out_statistics=statistics,
+                terms=of_hidden,
+                config=sizes.config("down"),
+                **common,
+            )
         if last:
-            pool["pooled"] = arrays["pooled_wide"]
-            normalising(up_w, up_b, None, "up_last", activation="gelu", **pool)
             break
-        down_w, down_b, qkv_w, qkv_b = weights[at + FIRST_WEIGHTS : at + LATER_WEIGHTS]
-        wide = between(sizes.wide)
-        normalising(up_w, up_b, wide, "up", activation="gelu")
-        linear(
-            wide,
-            down_w,
-            down_b,
-            stream,
-            residual=stream,
-            out_statistics=statistics,
-            terms=of_hidden,
-            config=sizes.config("down"),
-            **common,
-        )
         qkv = between(3 * sizes.hidden)
         normalising(qkv_w, qkv_b, qkv, "qkv")
         attention("later", qkv, batches=count, out=attended, config=sizes.config("later"), **attend)
@@ -310,11 +414,13 @@ def _coalition_logits(
             activation="relu",
         )
         hidden = following
-    gate(hidden[0], network[-2][0], network[-1][0], weights_out, temperature=temperature, config=sizes.config("gate"))
-    return experts_out, weights_out
+    last_w, last_b = network[-2][0], network[-1][0]
+    results = experts_out, weights_out, mixture_out
+    gate(hidden[0], last_w, last_b, *results, temperature=temperature, config=sizes.config("gate"))
+    return results
 
 
-def _on_cpu(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_cpu(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton's interpreter runs on CPU tensors; without it there is nothing that could."""
     import triton
 
@@ -329,7 +435,8 @@ _library = torch.library.Library("flmoe_fast", "DEF")
 _library.define(
     NAME + "(Tensor words, Tensor constant, Tensor varying, Tensor states, Tensor residual, Tensor segments, "
     "Tensor[] weights, Tensor[] routing, Tensor(a!) workspace, int heads, int group, SymInt offset, SymInt contexts, "
-    "bool added, bool normalised, float temperature, str target, str precision) -> (Tensor, Tensor)",
+    "bool added, bool normalised, float temperature, str target, str precision, Tensor[] networks, int slots, "
+    "bool among_all) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl(NAME, _coalition_logits, "CUDA")
@@ -356,11 +463,12 @@ def _(
     temperature,
     target,
     precision,
+    networks,
+    slots,
+    among_all,
 ):
     torch._check(words.dim() == 2, lambda: "words must be (C, words)")
     torch._check(words.dtype == torch.int64, lambda: "words must be int64")
-    count, experts = words.shape[0], residual.shape[0]
-    return (
-        words.new_empty((count, experts, weights[-1].shape[1]), dtype=torch.float64),
-        words.new_empty((count, experts), dtype=torch.float64),
-    )
+    count, experts, classes = words.shape[0], residual.shape[0], weights[-1].shape[1]
+    shapes = (count, experts, classes), (count, experts), (count, classes)
+    return tuple(words.new_empty(shape, dtype=torch.float64) for shape in shapes)

@@ -41,8 +41,7 @@ class Heads:
         columns = []
         for group in self.groups:
             if group == "mixture":
-                mixture = (logits.weights[:, :, None] * logits.experts).sum(1, keepdim=True)
-                columns.append(self._score(mixture))
+                columns.append(self._score(logits.mixed()[:, None]))
             elif group == "experts":
                 columns.append(self._score(logits.experts))
             else:

@@ -156,8 +156,7 @@ class TokenGame(Game):
         """Values (C, O), and the mixture's logits (C, K)."""
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
         logits = self.engine.evaluate(coalitions.bool())
-        mixture = (logits.weights[:, :, None] * logits.experts).sum(1)
-        return self._heads.values(logits).cpu(), mixture.cpu()
+        return self._heads.values(logits).cpu(), logits.mixed().cpu()
 
     @torch.no_grad()
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
@@ -231,7 +230,7 @@ class TokenGame(Game):
         config = self.problem.model.config
         if target is None:
             logits = self.engine.evaluate(torch.ones(1, self.n, dtype=torch.bool))
-            return predicted_target((logits.weights[0, :, None] * logits.experts[0]).sum(0), config.task)
+            return predicted_target(logits.mixed()[0], config.task)
         if config.task != "multilabel":
             return integer("target", target, least=0, most=config.classes - 1)
         chosen = [target] if isinstance(target, int) else list(target)

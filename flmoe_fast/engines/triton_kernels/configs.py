@@ -16,6 +16,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "configs"
 #: Kernels with entries, in the order in which a chunk launches them.
 KERNELS = ("context", "first", "project", "up", "down", "qkv", "later", "project_last", "up_last")
+#: The same of sparse feed-forward blocks.
+SPARSE_KERNELS = ("sparse_up", "sparse_down")
 #: Bytes of shared memory that one program may use.
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 
@@ -83,6 +85,12 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         return Config(64, 64 if precision in ("fp16", "bf16") else 32, 0, 4, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
+    if kernel == "choose":
+        return Config(64, 0, 32, 4, 2)
+    if kernel in ("scan", "place"):
+        return Config({"scan": 1024, "place": 128}[kernel], 0, 0, 4, 1)
+    if kernel in ("combine", "pool"):
+        return Config({"combine": 16, "pool": 32}[kernel], {"combine": 0, "pool": 128}[kernel], 0, 4, 1)
     if kernel == "corners":
         return Config(128, 0, 0, 4, 1)
     if kernel == "hidden":

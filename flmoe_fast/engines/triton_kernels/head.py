@@ -22,32 +22,34 @@ def _pooled_product(
     m_n,
     coalitions,
     tiles,
-    modalities,
+    groups,
     width,
     classes,
     BK: tl.constexpr,
 ):
-    """``total`` [BC, BN] plus the product of sums [E, C, tiles, M, width] with weights [E, M, width, classes]."""
+    """``total`` [BC, BN] plus the product of sums [E, C, tiles, G, width] with weights [E, G, width, classes]."""
     o_k = tl.arange(0, BK)
-    for modality in range(0, modalities):
+    for group in range(0, groups):
         for k in range(0, width, BK):
             m_k = k + o_k < width
             a = tl.zeros((o_c.shape[0], BK), dtype=tl.float32)
             for tile in range(0, tiles):
-                row = ((expert * coalitions + o_c) * tiles + tile) * modalities + modality  # [BC] int64
+                row = ((expert * coalitions + o_c) * tiles + tile) * groups + group  # [BC] int64
                 p_a = pooled_ptr + row[:, None] * width + k + o_k[None, :]
                 a += tl.load(p_a, mask=m_c[:, None] & m_k[None, :], other=0.0)
-            row = (expert * modalities + modality) * width + k + o_k
+            row = (expert * groups + group) * width + k + o_k
             w = tl.load(w_ptr + row[:, None] * classes + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0)
             total = tl.dot(a, w, total, input_precision="ieee")
     return total
 
 
-@triton.jit(do_not_specialize=["experts", "coalitions", "wide_tiles", "stream_tiles", "modalities", "classes"])
+@triton.jit(
+    do_not_specialize=["experts", "coalitions", "wide_tiles", "stream_tiles", "groups", "modalities", "classes"]
+)
 def head_kernel(
-    wide_ptr,  # [E, C, wide tiles, M, F] fp32: sums of the last hidden activations over each modality's tokens
+    wide_ptr,  # [E, C, wide tiles, G, F] fp32: sums of the last hidden activations over each modality's tokens
     stream_ptr,  # [E, C, stream tiles, M, H] fp32: sums of the residual stream
-    w_wide_ptr,  # [E, M, F, K] fp32
+    w_wide_ptr,  # [E, G, F, K] fp32; G is M, or M times the networks of a sparse block
     w_stream_ptr,  # [E, M, H, K] fp32
     bias_ptr,  # [E, K] fp32
     out_ptr,  # [C, E, K] fp64
@@ -55,6 +57,7 @@ def head_kernel(
     coalitions,
     wide_tiles,
     stream_tiles,
+    groups,
     modalities,
     wide,
     hidden,
@@ -73,7 +76,7 @@ def head_kernel(
     m_n = o_n < classes
     total = tl.zeros((BC, BN), dtype=tl.float32)
     total = _pooled_product(
-        total, wide_ptr, w_wide_ptr, expert, o_c, m_c, o_n, m_n, coalitions, wide_tiles, modalities, wide, classes, BK
+        total, wide_ptr, w_wide_ptr, expert, o_c, m_c, o_n, m_n, coalitions, wide_tiles, groups, wide, classes, BK
     )
     total = _pooled_product(
         total,
@@ -106,8 +109,8 @@ def head(
     *,
     config: Config,
 ) -> None:
-    """Expert logits ``out`` (C, E, K) float64 from pooled sums ``wide`` (E, C, tiles, M, F) and ``stream`` (.., H)."""
-    experts, coalitions, wide_tiles, modalities, width = wide.shape
+    """Expert logits ``out`` (C, E, K) float64 from sums ``wide`` (E, C, tiles, G, F) and ``stream`` (.., M, H)."""
+    experts, coalitions, wide_tiles, groups, width = wide.shape
     launch(
         head_kernel,
         experts * -(-coalitions // config.rows),
@@ -122,7 +125,8 @@ def head(
         coalitions,
         wide_tiles,
         stream.shape[2],
-        modalities,
+        groups,
+        stream.shape[3],
         width,
         stream.shape[4],
         bias.shape[1],

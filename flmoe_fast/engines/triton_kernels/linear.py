@@ -23,6 +23,79 @@ from flmoe_fast.engines.triton_kernels.precision import Precision
 EPSILON = 1e-5
 
 
+@triton.jit
+def normaliser(statistics_ptr, row, m_m, width, EPS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and one over the deviation of rows [BM] (int64), from what their producer left [rows, blocks, 2]."""
+    o_b = tl.arange(0, BLOCKS)
+    blocks = tl.cdiv(width, BLOCK)
+    share = tl.minimum(tl.maximum(width - o_b * BLOCK, 0), BLOCK).to(tl.float32)  # [BLOCKS]
+    p_s = statistics_ptr + (row[:, None] * blocks + o_b[None, :]) * 2
+    m_s = m_m[:, None] & (o_b < blocks)[None, :]
+    means = tl.load(p_s, mask=m_s, other=0.0)  # [BM, BLOCKS]
+    squares = tl.load(p_s + 1, mask=m_s, other=0.0)
+    mean = tl.sum(means * share[None, :], 1) / width
+    apart = means - mean[:, None]
+    squares += share[None, :] * apart * apart
+    return mean, 1.0 / tl.sqrt(tl.sum(squares, 1) / width + EPS)
+
+
+@triton.jit
+def product(
+    a_ptr,
+    a_plane,
+    row,  # [BM] int64
+    m_m,
+    mean,  # [BM], read where NORMALISE
+    scale,
+    w_ptr,  # [K, N]
+    o_n,
+    m_n,
+    width,
+    columns,
+    NORMALISE: tl.constexpr,
+    TERMS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Product [BM, BN] of rows of ``a`` with one matrix."""
+    o_k = tl.arange(0, BK)
+    p_a = a_ptr + row[:, None] * width + o_k[None, :]  # [BM, BK]
+    p_w = w_ptr + o_k[:, None] * columns + o_n[None, :]  # [BK, BN]
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, width, BK):
+        if EVEN:
+            m_a = m_m[:, None]
+            w = tl.load(p_w)
+        else:
+            m_k = k + o_k < width
+            m_a = m_m[:, None] & m_k[None, :]
+            w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        a = tl.load(p_a, mask=m_a, other=0.0)
+        if NORMALISE:
+            a = (a - mean[:, None]) * scale[:, None]
+            high = narrow(a, ARITHMETIC)
+            total = multiply(high, w, total, ARITHMETIC)
+            if TERMS == 2:
+                total = multiply(narrow(a - high.to(tl.float32), ARITHMETIC), w, total, ARITHMETIC)
+        else:
+            total = multiply(a, w, total, ARITHMETIC)
+            if TERMS == 2:
+                low = tl.load(p_a + a_plane, mask=m_a, other=0.0)
+                total = multiply(low, w, total, ARITHMETIC)
+        p_a += BK
+        p_w += BK * columns
+    return total
+
+
+@triton.jit
+def gelu(x):
+    """Exact GELU."""
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
 @triton.jit(
     do_not_specialize=["rows", "tiles", "coalitions", "length", "words", "modalities"],
     do_not_specialize_on_alignment=["words_ptr"],
@@ -87,51 +160,35 @@ def linear_kernel(
         m_m = o_m < rows - first
     base = expert * rows + first  # row of the tile among all experts' rows, int64
     o_n = block * BN + tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
     m_n = o_n < columns
 
+    mean = tl.zeros((BM,), dtype=tl.float32)
+    scale = mean
     if NORMALISE:
-        o_b = tl.arange(0, IN_BLOCKS)
-        share = tl.minimum(tl.maximum(width - o_b * IN_BLOCK, 0), IN_BLOCK).to(tl.float32)  # [IN_BLOCKS]
-        in_blocks = tl.cdiv(width, IN_BLOCK)
-        p_s = statistics_ptr + (base * in_blocks + o_m[:, None] * in_blocks + o_b[None, :]) * 2
-        m_s = m_m[:, None] & (o_b < in_blocks)[None, :]
-        means = tl.load(p_s, mask=m_s, other=0.0)  # [BM, IN_BLOCKS]
-        squares = tl.load(p_s + 1, mask=m_s, other=0.0)
-        mean = tl.sum(means * share[None, :], 1) / width
-        apart = means - mean[:, None]
-        squares += share[None, :] * apart * apart
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 1) / width + EPS)
-
-    p_a = a_ptr + base * width + o_m[:, None] * width + o_k[None, :]  # [BM, BK]
-    p_w = w_ptr + expert * width * columns + o_k[:, None] * columns + o_n[None, :]  # [BK, BN]
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(0, width, BK):
-        if EVEN:
-            m_a = m_m[:, None]
-            w = tl.load(p_w)
-        else:
-            m_k = k + o_k < width
-            m_a = m_m[:, None] & m_k[None, :]
-            w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        a = tl.load(p_a, mask=m_a, other=0.0)
-        if NORMALISE:
-            a = (a - mean[:, None]) * scale[:, None]
-            high = narrow(a, ARITHMETIC)
-            total = multiply(high, w, total, ARITHMETIC)
-            if TERMS == 2:
-                total = multiply(narrow(a - high.to(tl.float32), ARITHMETIC), w, total, ARITHMETIC)
-        else:
-            total = multiply(a, w, total, ARITHMETIC)
-            if TERMS == 2:
-                low = tl.load(p_a + a_plane, mask=m_a, other=0.0)
-                total = multiply(low, w, total, ARITHMETIC)
-        p_a += BK
-        p_w += BK * columns
-
+        mean, scale = normaliser(statistics_ptr, base + o_m, m_m, width, EPS, IN_BLOCKS, IN_BLOCK)
+    total = product(
+        a_ptr,
+        a_plane,
+        base + o_m,
+        m_m,
+        mean,
+        scale,
+        w_ptr + expert * width * columns,
+        o_n,
+        m_n,
+        width,
+        columns,
+        NORMALISE,
+        TERMS,
+        ARITHMETIC,
+        EVEN,
+        BM,
+        BN,
+        BK,
+    )
     x = total + tl.load(bias_ptr + expert * columns + o_n, mask=m_n, other=0.0)[None, :]
     if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        x = gelu(x)
     elif ACTIVATION == "relu":
         x = tl.maximum(x, 0.0)
     m_x = m_m[:, None] & m_n[None, :]

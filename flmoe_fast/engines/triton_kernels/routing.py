@@ -1,4 +1,4 @@
-"""Routing: mean features of each modality, normalised, and the softmax that ends the routing network.
+"""Routing: mean features of each modality, normalised; the softmax that ends the routing network, and the mixture.
 
 The mean features of a coalition are affine in its presence bits, so they are one product of bits with what each token
 adds. The network's hidden layers run through :mod:`flmoe_fast.engines.triton_kernels.linear` in fp32.
@@ -87,18 +87,22 @@ def mean_features(
     )
 
 
-@triton.jit(do_not_specialize=["coalitions", "experts"])
+@triton.jit(do_not_specialize=["coalitions", "experts", "classes"])
 def gate_kernel(
     a_ptr,  # [C, width] fp32
     w_ptr,  # [width, E] fp32
     bias_ptr,  # [E] fp32
+    logits_ptr,  # [C, E, K] fp64
     out_ptr,  # [C, E] fp64
+    mixture_ptr,  # [C, K] fp64
     coalitions,
     width,
     experts,
+    classes,  # K
     sharpness,  # 1 / temperature
     BC: tl.constexpr,
     BE: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Grid: blocks of BC coalitions."""
@@ -120,12 +124,31 @@ def gate_kernel(
     part = tl.exp(score - tl.max(score, 1)[:, None])
     gate = part / tl.sum(part, 1)[:, None]
     tl.store(out_ptr + o_c[:, None] * experts + o_e[None, :], gate, mask=m_c[:, None] & m_e[None, :])
+    o_n = tl.arange(0, BN)
+    m_n = m_c[:, None] & (o_n < classes)[None, :]
+    mixture = tl.zeros((BC, BN), dtype=tl.float64)
+    for expert in range(0, experts):
+        weight = tl.sum(tl.where((o_e == expert)[None, :], gate, 0.0), 1)
+        p_l = logits_ptr + (o_c.to(tl.int64)[:, None] * experts + expert) * classes + o_n[None, :]
+        mixture += weight[:, None] * tl.load(p_l, mask=m_n, other=0.0)
+    tl.store(mixture_ptr + o_c.to(tl.int64)[:, None] * classes + o_n[None, :], mixture, mask=m_n)
 
 
 def gate(
-    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, *, temperature: float, config: Config
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    mixture: torch.Tensor,
+    *,
+    temperature: float,
+    config: Config,
 ) -> None:
-    """Routing weights ``out`` (C, E) float64: softmax of ``(a @ weight + bias) / temperature``; a (C, width) fp32."""
+    """Routing weights ``out`` (C, E) float64: softmax of ``(a @ weight + bias) / temperature``; a (C, width) fp32.
+
+    With them, the ``mixture`` (C, K) of the experts' ``logits`` (C, E, K), both float64.
+    """
     coalitions, width = a.shape
     launch(
         gate_kernel,
@@ -134,12 +157,16 @@ def gate(
         a,
         weight,
         bias,
+        logits,
         out,
+        mixture,
         coalitions,
         width,
         out.shape[1],
+        mixture.shape[1],
         1.0 / temperature,
         BC=config.rows,
         BE=max(16, triton.next_power_of_2(out.shape[1])),
+        BN=triton.next_power_of_2(mixture.shape[1]),
         BK=config.inner,
     )

@@ -1,0 +1,3 @@
+#include "kernels.cuh"
+
+template struct flmoe::fused::Width<256>;

@@ -1,0 +1,341 @@
+"""Sparse feed-forward blocks in the Triton engine, against the reference and against their plain definition."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from edge_shapes import Edge, sparse
+from parity import ARITHMETIC, bound, flat
+from test_triton_engine import (
+    DEVICE,
+    break_kernels,
+    coalitions_of,
+    engine,
+    named,
+    poison,  # noqa: F401 - a fixture
+    problem_of,
+    pytestmark,  # noqa: F401 - the same condition
+    quick_interpreter,  # noqa: F401 - a fixture
+    rounded_problem,
+)
+
+from flmoe_fast import interactions
+from flmoe_fast.engines import dispatch, torch_engine
+from flmoe_fast.engines.problem import Logits
+from flmoe_fast.engines.triton_kernels import choice, combine, grouped, order
+from flmoe_fast.engines.triton_kernels.configs import find
+from flmoe_fast.model import sparse as sparse_blocks
+
+SWITCH, LAST, DEEP = (
+    sparse(Edge("tiny", (5, 3), (4, 3), hidden=16, heads=1, layers=layers), gate, networks, "reference")
+    for gate, networks, layers in (("switch", 6, 2), ("gshard", 6, 1), ("gshard", 6, 3))
+)
+#: Every gate, with a capacity that binds and without one, in first, middle and last layers.
+SHAPES = [
+    SWITCH,
+    DEEP,
+    named("absent modality, switch of 12, capacity reference"),
+    named("one layer, naive of 4, capacity none"),
+    named("original, noisy of 3, capacity none"),
+    sparse(Edge("no room", (2, 2), (2, 2), hidden=16, heads=1), "gshard", 12, "reference"),
+    sparse(Edge("many networks", (2, 2), (2, 1), hidden=20, heads=1, layers=1), "switch", 20, "none"),
+    # Every network has more slots than a tile has rows.
+    Edge("both used", (9, 5), (8, 5), hidden=16, heads=1, layers=1, gate="naive", ffn_experts=2),
+    named("MoE++"),
+]
+
+
+def corners_of(edge: Edge) -> torch.Tensor:
+    contexts, toggled = coalitions_of(edge)
+    return (contexts[:, None] ^ toggled).flatten(0, 1)
+
+
+@functools.cache
+def routed(edge: Edge, arithmetic: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's values (C, ...) on the edge's corners, and logits (N, X) of every gate and token.
+
+    In float64, or in float32 of an arithmetic.
+    """
+    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
+    seen = [torch.zeros(0, edge.ffn_experts)]
+    real = sparse_blocks.largest
+
+    def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # A switch gate compares probabilities; their logarithms differ as the logits do.
+        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
+        return real(values, count)
+
+    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
+    with patch.object(sparse_blocks, "largest", spy), products:
+        values = flat(reference.engine.evaluate(corners_of(edge)))
+    return values, torch.cat(seen)
+
+
+def limit(edge: Edge, arithmetic: str) -> float:
+    """What the arithmetic is allowed on these corners."""
+    return bound(routed(edge, arithmetic)[0], routed(edge, None)[0], arithmetic)
+
+
+def error_of(found: Logits, edge: Edge) -> float:
+    return float((flat(found).cpu() - routed(edge, None)[0]).abs().max())
+
+
+@pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)
+def test_values_equal_the_reference(edge: Edge):
+    """Contexts and toggles; the mixture is that of the experts."""
+    found = engine(edge).evaluate_toggles(*coalitions_of(edge))
+    assert error_of(found, edge) <= limit(edge, "fp32")
+    mixed = (found.weights[:, :, None] * found.experts).sum(1)
+    size = (found.weights[:, :, None] * found.experts.abs()).sum(1)
+    assert bool(((found.mixture - mixed).abs() <= len(found.weights[0]) * torch.finfo(torch.float64).eps * size).all())
+
+
+def gaps(logits: torch.Tensor, slots: int) -> torch.Tensor:
+    """How far each token's last chosen logit (N,) is above the first that is not."""
+    ordered = logits.sort(-1, descending=True)[0]
+    beyond = ordered[:, slots] if slots < logits.shape[1] else torch.tensor(-math.inf)
+    return ordered[:, slots - 1] - beyond
+
+
+@pytest.mark.parametrize("edge", [e for e in SHAPES if e.gate], ids=lambda e: e.name)
+def test_no_choice_hangs_on_rounding(edge: Edge):
+    """Otherwise a value could jump, and its error would say nothing about the engine."""
+    exact, found = routed(edge, None)[1], routed(edge, "fp32")[1]
+    # Two logits can come closer by twice the error, and tolerances allow twice the error of the reference.
+    assert bool((gaps(exact, edge.model().config.top_k) > 4 * (found - exact).abs().amax(-1)).all())
+
+
+@pytest.mark.parametrize("edge", (SWITCH, LAST), ids=lambda e: e.name)
+def test_split_operands_equal_the_reference(edge: Edge):
+    """Against the model with its weights, but not its gates, rounded alike; and there, too, no choice hangs on that."""
+    seen = []
+    choose = dispatch.choose
+
+    def spy(logits, *rest):
+        seen.append(logits.flatten(0, -2))
+        return choose(logits, *rest)
+
+    with patch.object(torch_engine, "choose", spy):
+        truth = flat(rounded_problem(problem_of(edge), torch.float16).evaluate_toggles(*coalitions_of(edge)))
+    error = (routed(edge, "fp16x2")[1] - routed(edge, None)[1]).abs().max()
+    assert float(gaps(torch.cat(seen), edge.model().config.top_k).min()) > 4 * float(error)
+    found = flat(engine(edge, "fp16x2").evaluate_toggles(*coalitions_of(edge))).cpu()
+    assert float((found - truth).abs().max()) <= limit(edge, "fp16x2")
+    assert float((found - routed(edge, None)[0]).abs().max()) > 3 * limit(edge, "fp16x2")  # a rounded weight is seen
+
+
+@pytest.mark.parametrize("edge", (SWITCH, LAST, DEEP), ids=lambda e: e.name)
+def test_the_capacity_of_these_shapes_binds(edge: Edge):
+    """Otherwise the mistakes below could not be seen."""
+    free = sparse(edge, edge.gate, edge.ffn_experts, "none")
+    assert float((routed(edge, None)[0] - routed(free, None)[0]).abs().max()) > 100 * limit(edge, "fp32")
+
+
+MISTAKES = {
+    "a queue one too long": (SWITCH, order, "kept = m_s & (queue < room)", "kept = m_s & (queue <= room)"),
+    "no capacity": (SWITCH, order, "kept = m_s & (queue < room)", "kept = m_s"),
+    "counts without capacity": (LAST, choice, "tl.minimum(count, tl.load(room_ptr + modality))", "count"),
+    "the modality's first token": (SWITCH, order, "* length * SLOTS + o_s", "* length * SLOTS + o_s - start"),
+    "all runs at the start": (SWITCH, order, "total + tl.cumsum(count, 0) - count,", "0 * count,"),
+    "all networks at the start": (SWITCH, order, "tl.cumsum(totals, 0) - totals", "0 * totals"),
+    "tile map off by one": (SWITCH, grouped, "(tl.cumsum(needed, 0) <= tile)", "(tl.cumsum(needed, 0) < tile)"),
+    "matrix of another network": (SWITCH, grouped, "expert * networks + network", "expert * networks + 0 * network"),
+    "rows not gathered": (SWITCH, grouped, "tl.load(order_ptr + place, mask=m_m, other=0) // SLOTS", "within"),
+    "dropped slots read": (SWITCH, combine, "mask=there[:, None] & m_x", "mask=m_x"),
+    "slots not added up": (DEEP, combine, "x += score[:, None]", "x = score[:, None]"),
+    "scores of other networks": (SWITCH, choice, "if AMONG_ALL:", "if not AMONG_ALL:"),
+    "gate without bias": (SWITCH, choice, "logits + bias[None, :]", "logits"),
+    "gate of rows not normalised": (LAST, choice, "a = (a - mean[:, None]) * scale[:, None]", "a = a + 0.0"),
+    "statistics not renewed": (SWITCH, combine, "tl.store(p_s, mean, mask=m_m)", "pass"),
+    "pool without scores": (LAST, combine, "tl.sum(score[:, None] * rows, 0)", "tl.sum(rows, 0)"),
+    "pool of another run": (LAST, combine, "+ tl.load(starts_ptr + run)", "+ 0 * tl.load(starts_ptr + run)"),
+    "no down-projection's bias": (LAST, combine, "tl.where(o_e == 0, weight, 0.0)", "tl.where(o_e < 0, weight, 0.0)"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_seen(what: str, monkeypatch, tmp_path: Path):
+    """Negative control: each kernel source, broken in one place, leaves the tolerance."""
+    edge, *change = MISTAKES[what]
+    break_kernels(*change, monkeypatch, tmp_path)
+    some, ours = [0, 4], engine(edge)
+    found = ours.plan(*ours.coalition_words(corners_of(edge)[some]), group=2).run()
+    error = (flat(found).cpu() - routed(edge, None)[0][some]).abs().max()
+    assert not float(error) <= 3 * limit(edge, "fp32")  # a NaN is seen as well
+
+
+def chosen_by_kernel(stream: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+    """Choices, scores and counts of rows (E, L, H) as one coalition of one modality."""
+    experts, length, width = stream.shape
+    mean = stream.mean(-1, keepdim=True)
+    statistics = torch.stack([mean, (stream - mean).square().sum(-1, keepdim=True)], dim=-1)
+    chosen = torch.full((experts, length, slots), -7, dtype=torch.int32, device=DEVICE)
+    scores = torch.full((experts, length, slots), torch.nan, device=DEVICE)
+    counts = torch.full((experts, weight.shape[2], 1), -7, dtype=torch.int32, device=DEVICE)
+    choice.choose(
+        stream.to(DEVICE),
+        statistics.to(DEVICE),
+        weight.to(DEVICE),
+        torch.zeros(experts, weight.shape[2], device=DEVICE),
+        torch.tensor([0, length], dtype=torch.int32, device=DEVICE),
+        torch.tensor([1000], dtype=torch.int32, device=DEVICE),
+        chosen,
+        scores,
+        counts,
+        length=length,
+        block=width,
+        among_all=False,
+        config=find("choose", "fp32", "sm_80"),
+    )
+    return chosen.cpu(), scores.cpu(), counts.cpu()
+
+
+def ties() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, more than a tile of them, and gates in which networks 1 and 3, and 2 and 4, cannot be told apart."""
+    generator = torch.Generator().manual_seed(5)
+    stream = torch.randn(2, 70, 16, generator=generator)
+    weight = torch.randn(2, 16, 5, generator=generator)
+    weight[..., 3], weight[..., 4] = weight[..., 1], weight[..., 2]
+    return stream, weight
+
+
+def test_equal_logits_go_to_the_lower_index():
+    stream, weight = ties()
+    chosen, scores, counts = chosen_by_kernel(stream, weight, 3)
+    logits = torch.layer_norm(stream.double(), (16,)) @ weight.double()
+    expected, weights = dispatch.choose(logits, "naive", 3)
+    assert torch.equal(chosen.long(), expected)
+    assert float((scores - weights).abs().max()) <= 32 * torch.finfo(torch.float32).eps
+    for network in range(5):
+        assert torch.equal(counts[:, network, 0].long(), (expected == network).sum((1, 2)))
+
+
+def test_the_wrong_order_of_ties_is_seen(monkeypatch, tmp_path: Path):
+    """Negative control: the higher index first."""
+    right = "tl.min(tl.where(left == value[:, None], o_x[None, :], networks - 1), 1)"
+    wrong = "tl.max(tl.where(left == value[:, None], o_x[None, :], 0), 1)"
+    break_kernels(choice, right, wrong, monkeypatch, tmp_path)
+    stream, weight = ties()
+    expected, _ = dispatch.choose(torch.layer_norm(stream.double(), (16,)) @ weight.double(), "naive", 3)
+    assert not torch.equal(chosen_by_kernel(stream, weight, 3)[0].long(), expected)
+
+
+#: Coalitions, tokens of two modalities, networks and slots: queues longer than a block of slots.
+QUEUES = 2, (150, 21), 5, 2
+
+
+def sorted_by_kernel(chosen: torch.Tensor, room: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Order, places and totals of choices (E, C * L, k); memory that nobody writes holds -7."""
+    count, tokens, networks, slots = QUEUES
+    edges = torch.tensor([0, tokens[0], sum(tokens)], dtype=torch.int32, device=DEVICE)
+    limits = torch.tensor(room, dtype=torch.int32, device=DEVICE)
+    by_run = chosen.view(-1, count, sum(tokens), slots).split(tokens, dim=2)
+    counts = torch.stack([(part.flatten(2)[..., None] == torch.arange(networks)).sum(2) for part in by_run], dim=2)
+    counts = counts.clamp(max=torch.tensor(room)[:, None]).permute(0, 3, 1, 2).flatten(2).int().contiguous().to(DEVICE)
+
+    def unwritten(*shape: int) -> torch.Tensor:
+        return torch.full(shape, -7, dtype=torch.int32, device=DEVICE)
+
+    starts, totals = unwritten(*counts.shape), unwritten(*counts.shape[:2])
+    order.scan(counts, starts, totals, config=find("scan", "fp32", "sm_80"))
+    into, places = unwritten(len(chosen), chosen[0].numel()), unwritten(*chosen.shape)
+    order.place(
+        chosen.int().to(DEVICE),
+        starts,
+        totals,
+        edges,
+        limits,
+        into,
+        places,
+        length=sum(tokens),
+        config=find("place", "fp32", "sm_80"),
+    )
+    return into.cpu(), places.cpu(), totals.cpu()
+
+
+def queues() -> torch.Tensor:
+    count, tokens, networks, slots = QUEUES
+    generator = torch.Generator().manual_seed(6)
+    return torch.rand(2, count * sum(tokens), networks, generator=generator).argsort(-1)[..., :slots]
+
+
+def sorted_plainly(chosen: torch.Tensor, room: tuple[int, int]) -> dispatch.Dispatch:
+    count, tokens, networks, _ = QUEUES
+    modality = torch.tensor([0] * tokens[0] + [1] * tokens[1]).repeat(count)
+    block = torch.arange(count).repeat_interleave(sum(tokens)) * 2 + modality
+    return dispatch.dispatch(chosen, networks, block, 2 * count, torch.tensor(room).repeat(count))
+
+
+@pytest.mark.parametrize("room", [(1000, 1000), (40, 3)], ids=["room for all", "a capacity"])
+def test_slots_are_sorted_as_defined(room: tuple[int, int]):
+    """The order is the plain definition's to the last slot; what has no place says so."""
+    chosen = queues()
+    into, places, totals = sorted_by_kernel(chosen, room)
+    expected = sorted_plainly(chosen, room)
+    bounds = torch.tensor(expected.bounds)
+    assert torch.equal(totals.flatten().long(), bounds.diff())
+    each, networks = chosen[0].numel(), QUEUES[2]
+    for expert in range(2):
+        start, stop = expected.bounds[networks * expert], expected.bounds[networks * (expert + 1)]
+        slots = expected.slot[start:stop] - each * expert
+        assert torch.equal(into[expert, : stop - start].long(), slots)
+        assert bool((into[expert, stop - start :] == -7).all())
+        at = torch.full((each,), -1)
+        at[slots] = torch.arange(stop - start)
+        assert torch.equal(places[expert].flatten().long(), at)
+
+
+def test_a_forgotten_block_of_slots_is_seen(monkeypatch, tmp_path: Path):
+    """Negative control: a queue that starts again with every block."""
+    break_kernels(order, "came += tl.sum(hot, 0)", "came += 0 * tl.sum(hot, 0)", monkeypatch, tmp_path)
+    chosen, room = queues(), (40, 3)
+    expected = sorted_plainly(chosen, room)
+    into, _, _ = sorted_by_kernel(chosen, room)
+    assert not torch.equal(into[0, : expected.bounds[QUEUES[2]]].long(), expected.slot[: expected.bounds[QUEUES[2]]])
+
+
+@pytest.mark.parametrize("slots, networks, rows", [(1, 5, 4), (12, 3, 4), (13, 3, 4), (7, 7, 1), (3, 9, 64)])
+def test_there_are_tiles_for_every_spread(slots: int, networks: int, rows: int):
+    """No spread of the slots over the networks needs more tiles, and one needs as many."""
+    generator = torch.Generator().manual_seed(7)
+    spreads = torch.randint(networks, (500, slots), generator=generator)
+    counts = (spreads[..., None] == torch.arange(networks)).sum(1)
+    # One slot in as many networks as there are slots for, the rest in the first.
+    few = min(slots, networks)
+    counts = torch.cat([counts, torch.tensor([[slots - few + 1] + [1] * (few - 1) + [0] * (networks - few)])])
+    assert int((-(-counts // rows)).sum(1).max()) == grouped.most_tiles(slots, networks, rows)
+
+
+def test_flops_count_every_product():
+    """By hand for three layers of which the first and the last are sparse."""
+    sizes = engine(DEEP).sizes
+    tokens, hidden, wide, slots, networks = 7, 16, 32, 2, 6
+    found = sizes.length, sizes.hidden, sizes.wide, sizes.slots, sizes.networks
+    assert found == (tokens, hidden, wide, slots, networks)
+    attention = 2 * tokens * hidden * 3 * hidden + 4 * tokens * tokens * hidden
+    projections = 3 * 2 * tokens * hidden * hidden
+    first_keys = 4 * tokens * 3 * hidden
+    dense = 2 * 2 * tokens * hidden * wide
+    gates = 2 * 2 * tokens * hidden * networks
+    of_networks = 3 * slots * 2 * tokens * hidden * wide
+    each = first_keys + projections + 2 * attention + dense + gates + of_networks
+    context = 4 * 2 * tokens * (tokens - 3) * hidden
+    assert sizes.flops(5, 2, 3) == 4 * (2 * context + 5 * each)
+
+
+def test_a_probe_runs_on_the_engine():
+    """An explanation of a sparse model through the public call; its choices are those of float64."""
+    edge = SWITCH
+    game = edge.game(dtype=torch.float32, backend="triton", device=DEVICE, heads=("mixture",), precision="fp32")
+    result = interactions(game, pairs=[(0, 5)], contexts=2, progress=False)
+    expected = interactions(edge.game(heads=("mixture",)), pairs=[(0, 5)], contexts=2, progress=False)
+    assert result.backend == "triton"
+    # Of four probabilities each, of a mixture whose weights and logits are off by no more than the limit.
+    most = 4 * limit(edge, "fp32") * (1 + 4 * float(routed(edge, None)[0][:, :-4].abs().max()))
+    assert float(abs(result.sii - expected.sii).max()) <= most
