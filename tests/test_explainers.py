@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import captum.attr
+import encoders
 import numpy as np
 import pytest
 import shap
@@ -443,6 +444,27 @@ def test_transformers_on_the_engine(kind):
     assert ours.path.startswith("engine") and furthest(found, theirs) < 2e-6
     _, other = both_attribute(forward, ours, inputs, **{**options, "target": torch.tensor([1, 1])})
     assert furthest(other, theirs) > 1e-3
+
+
+def test_a_dual_encoder_on_the_engine():
+    """The similarity of every example's image and text, each side encoded once for all coalitions of the other."""
+    model = encoders.clip()
+    ids = torch.tensor([[2, 9, 11, 7, 3], [2, 30, 8, 12, 3]])
+    inputs = (ids, torch.randn(2, 3, 12, 12, dtype=torch.float64))
+    patches = 5 + torch.arange(9).view(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    forward = ModelForward(model, ("input_ids", "pixel_values"))
+    ours = ShapleyInteractions(forward)
+    blank = ids.masked_fill((ids != 2) & (ids != 3), 4)  # start and end stay as they are
+    options = {"baselines": (blank, 0.0), "feature_mask": (torch.arange(5)[None], patches[None, None]), "n_samples": 3}
+    theirs, found = both_attribute(forward, ours, inputs, **options)
+    assert ours.path == "engine: dual encoder" and furthest(found, theirs) < 2e-6
+    # The text's end symbol, which says where the model reads, may not be switched off on the engine.
+    masked = {**options, "baselines": (4, 0.0)}
+    with pytest.warns(UserWarning, match="slow path: .* differs from the engine's"):
+        theirs_too, found = both_attribute(forward, ours, inputs, **masked)
+    assert "in batches" in ours.path and furthest(found, theirs_too) < 2e-6
+    swapped = (ids.flip(0), inputs[1])
+    assert furthest(both_attribute(forward, ours, swapped, **options)[1], theirs) > 1e-3
 
 
 def test_a_plain_module_with_encoder_layers_keeps_its_own_call():

@@ -168,12 +168,14 @@ def in_dtype(
 
 
 def check_with_model(tower: Tower) -> None:
-    """Compare a tower with the model itself on the full coalition and on every other player.
+    """Compare a tower with the model itself on the full coalition, and without every other player either way.
 
-    Players that only the engine can remove, because the model has no mask for them, are present both times.
+    Every player is thus absent once: a head that looks for a token of its own (an end symbol, say) would show. Players
+    that only the engine can remove, because the model has no mask for them, are present each time.
     """
-    some = torch.ones(2, tower.players.n, dtype=torch.bool)
+    some = torch.ones(3, tower.players.n, dtype=torch.bool)
     some[1, 1::2] = False
+    some[2, ::2] = False
     for part, columns in zip(tower.players.parts, tower.players.columns):
         if part.mask == "":
             some[:, columns] = True
