@@ -40,12 +40,12 @@ TABLES: dict[str, Callable[[], str]] = {}
 
 
 def results(name: str) -> Callable:
-    """Register a function of a results file's rows, which returns the tables and a note, as the table of its name.
+    """Make a function of a results file's rows, which returns the tables and a note, the table of its name, as text.
 
     Nothing is shown of a file that is not there, or where the function returns nothing.
     """
 
-    def register(tables: Callable[[list[dict]], tuple[str, str] | None]) -> Callable:
+    def register(tables: Callable[[list[dict]], tuple[str, str] | None]) -> Callable[[], str]:
         def text() -> str:
             found = read(name)
             shown = found and tables(found[1])
@@ -54,7 +54,7 @@ def results(name: str) -> Callable:
             return f"{shown[0]}\n\n{_machine(found[0])} {shown[1]}".rstrip()
 
         TABLES[tables.__name__] = text
-        return tables
+        return text
 
     return register
 
