@@ -1,6 +1,7 @@
 """Compile every kernel launch of an engine for GPUs that are not here, and report what each needs.
 
-``python tests/aot.py TARGET [PRECISION ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to resources.
+``python tests/aot.py TARGET [PRECISION ...] [DEPTH ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to
+resources.
 The engine runs its whole host side on CPU tensors; instead of launching, each kernel is compiled with exactly the
 arguments, specialisations and configuration it would have been launched with, by the ptxas that triton carries.
 """
@@ -30,6 +31,7 @@ from flmoe_fast.engines.triton_kernels import (
     choice,
     combine,
     configs,
+    contexts,
     corners,
     grouped,
     head,
@@ -115,18 +117,20 @@ def resources(compiled) -> dict[str, int]:
     }
 
 
-#: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners.
-ENDS = ("head", "mean_features", "hidden", "gate", "corners")
+#: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners; draws.
+DRAWS = ("sliced", "hypercube", "members")
+ENDS = ("head", "mean_features", "hidden", "gate", "corners", *DRAWS)
 ORDER = ("states", *KERNELS, *ENDS)
 SENT = ("choose", "scan", "place", "sparse_up")
 SPARSE_ORDER = ("states", "context", "first", "project", *SENT, "sparse_down", "combine", "qkv", "later")
 SPARSE_ORDER += ("project", "up", "down", "qkv", "later", "project_last", *SENT, "pool", *ENDS)
 
 
-def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]:
+def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()) -> dict[str, dict[str, int]]:
     """Configuration and resources of kernels on ``target`` ("sm_90"), by entry.
 
-    Of the precisions named, with every head width; without any, what the target's file has, and what has no file.
+    Of the precisions named, with the head widths named or every one; without any, what the target's file has, and what
+    has no file.
     """
     driver.set_active(NoDevice(int(target[3:])))
     # The engine then takes CPU tensors; the kernels were decorated before, and are compiled.
@@ -136,7 +140,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
 
     def compile_instead(kernel, programs, config, *args, **constants):
         name = names.pop(0)
-        plain = name in (*PLAIN, "corners")
+        plain = name in (*PLAIN, "corners", *DRAWS)
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         # Narrower heads change attention only; what the states are projected with is the later layers' kernel.
@@ -147,12 +151,12 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
         found[key] = asdict(config) | resources(compiled)
 
     with contextlib.ExitStack() as stack:
-        for module in (linear, attention, head, routing, corners, choice, order, grouped, combine):
+        for module in (linear, attention, head, routing, corners, choice, order, grouped, combine, contexts):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
         shipped = configs._file(target)
         for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
             for depth, edge in (*SHAPES.items(), (64, SPARSE)):
-                if not (precisions or entry("later", precision, depth) in shipped):
+                if depths and depth not in depths or not (precisions or entry("later", precision, depth) in shipped):
                     continue
                 names[:] = SPARSE_ORDER if edge is SPARSE else ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem
@@ -160,10 +164,16 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
-                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, 0.0)
+                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, "ratio", 0.0)
+                drawn, sizes = torch.empty(4, 3, dtype=torch.int64), torch.empty(2, dtype=torch.float64)
+                for mode in ("stratified", "size"):
+                    contexts.contexts(
+                        drawn, sizes, players=129, seed=3, mode=mode, antithetic=True, replicate=0, target=target
+                    )
                 assert not names
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1], sys.argv[2:])))
+    named = [name for name in sys.argv[2:] if not name.isdigit()]
+    print(json.dumps(compile_all(sys.argv[1], named, tuple(int(name) for name in sys.argv[2:] if name.isdigit()))))
