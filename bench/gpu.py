@@ -41,7 +41,7 @@ COMPILED = {
     ),
 }
 #: Products of one term in the arithmetic of a precision, for one counted product (attention has three in fp16x2).
-PRODUCTS = {"fp16x2": 2, "fp16": 1, "bf16": 1}
+PRODUCTS = {"fp16x2": 2, "mixed": 2, "fp16": 1, "bf16": 1}
 MATRIX = 8192
 
 

@@ -143,8 +143,12 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
         plain = name in (*PLAIN, "corners", *DRAWS)
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
-        # Narrower heads change attention only; what the states are projected with is the later layers' kernel.
-        if key in found or name == "states" or not (precisions or plain or key in shipped):
+        tiles = configs.TILES.get(precision, precision)
+        # Narrower heads, and precisions with another one's tiles, change attention only; what the states are projected
+        # with is the later layers' kernel.
+        if key in found or name == "states" or (tiles != precision and not depth):
+            return
+        if not (precisions or plain or entry(name, tiles, depth) in shipped):
             return
         options = {"num_warps": config.warps, "num_stages": config.stages}
         compiled = kernel.warmup(*args, **constants, **options, grid=(programs,))
@@ -154,9 +158,10 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
         for module in (linear, attention, head, routing, corners, choice, order, grouped, combine, contexts):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
         shipped = configs._file(target)
-        for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
+        for precision in precisions or [*sorted({key.split("/")[1] for key in shipped}, reverse=True), *configs.TILES]:
+            tiles = configs.TILES.get(precision, precision)
             for depth, edge in (*SHAPES.items(), (64, SPARSE)):
-                if depths and depth not in depths or not (precisions or entry("later", precision, depth) in shipped):
+                if depths and depth not in depths or not (precisions or entry("later", tiles, depth) in shipped):
                     continue
                 names[:] = SPARSE_ORDER if edge is SPARSE else ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem

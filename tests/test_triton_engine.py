@@ -7,11 +7,12 @@ import functools
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from edge_shapes import BACKEND_EDGES, EDGES, SPARSE_EDGES, Edge, sparse
-from parity import allowed, flat, toggles
+from parity import Mixed, allowed, flat, toggles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
@@ -50,7 +51,11 @@ BANDS = 4096
 #: The interpreter takes milliseconds per program: where the shape is not the point, it is as small as it gets.
 TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
 #: What the interpreter has time for; a GPU runs every precision on every one of these shapes.
-CORNERS = {"padded": ("fp32", "tf32", "fp16x2", "fp16"), "original": ("fp16x2",), "players past a word": ("fp16x2",)}
+CORNERS = {
+    "padded": ("fp32", "tf32", "fp16x2", "mixed", "fp16"),
+    "original": ("fp16x2",),
+    "players past a word": ("fp16x2",),
+}
 
 
 #: Sparse blocks both before another layer and at the end, and room that does not suffice.
@@ -167,6 +172,12 @@ def limit(edge: Edge, precision: str) -> float:
     contexts, toggled = coalitions_of(edge)
     corners = (contexts[:, None] ^ toggled).flatten(0, 1)
     exact = flat(edge.game(backend="reference").engine.evaluate(corners))
+    if precision == "mixed":
+        with mock.patch.object(Mixed, "scale"):
+            found = []
+            for Mixed.scale in (1.0, 1.1, 1.2, 1.3, 1.4):
+                found.append(allowed(edge, "mixed", corners, exact))
+        return max(found)
     return allowed(edge, "fp32" if precision == "tf32" and not GPU else precision, corners, exact)
 
 
@@ -202,6 +213,14 @@ def test_one_fp16_term_is_seen():
     edge = TINY
     ours = engine(edge, "fp16").evaluate_toggles(*coalitions_of(edge))
     assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
+
+
+def test_one_term_of_queries_and_weights_is_seen():
+    """Negative control of the same: where only they are one term, it is less than where all are, and yet too much."""
+    edge = named("padded")
+    ours = engine(edge, "mixed").evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
+    assert limit(edge, "mixed") < limit(edge, "fp16")
 
 
 def break_kernels(module, right: str, wrong: str, monkeypatch, tmp_path: Path) -> None:
@@ -444,15 +463,15 @@ def test_game_runs_on_the_engine():
     """An explanation through the public call, with its noise measured against float64."""
     edge = TINY
     game = edge.game(dtype=torch.float32, backend="triton", device=DEVICE, heads=("mixture",))
-    assert game.backend == "triton" and game.about()["precision"] == "fp16x2"
+    assert game.backend == "triton" and game.about()["precision"] == "mixed"
     result = interactions(game, pairs=[(0, 2)], contexts=2, progress=False)
     plain = edge.game(heads=("mixture",))
     plain.engine = rounded_problem(problem_of(edge), torch.float16)
     expected = interactions(plain, pairs=[(0, 2)], contexts=2, progress=False)
     assert result.backend == "triton" and expected.sii.shape == result.sii.shape
     # Of four probabilities each, of a mixture whose weights and logits are off by no more than the limit.
-    experts = truth(edge, "fp16x2")[:, :-4]
-    assert float(abs(result.sii - expected.sii).max()) <= 4 * limit(edge, "fp16x2") * (1 + 4 * experts.abs().max())
+    experts = truth(edge, "mixed")[:, :-4]
+    assert float(abs(result.sii - expected.sii).max()) <= 4 * limit(edge, "mixed") * (1 + 4 * experts.abs().max())
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,14 @@ class TokenGame(Game):
         missing on a machine. Asked for by name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
+<<<<<<< HEAD
     precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
         Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first three. Other backends
         take only "auto".
+=======
+    precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
+        Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
+>>>>>>> tritonwork
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int, optional

@@ -18,6 +18,8 @@ FOLDER = Path(__file__).parent / "configs"
 KERNELS = ("context", "first", "project", "up", "down", "qkv", "later", "project_last", "up_last")
 #: The same of sparse feed-forward blocks.
 SPARSE_KERNELS = ("sparse_up", "sparse_down")
+#: Precisions that take the tiles of another one.
+TILES = {"mixed": "fp16x2"}
 #: Bytes of shared memory that one program may use.
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 
@@ -60,6 +62,7 @@ def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
 
     An older architecture with more shared memory than the target has is no help.
     """
+    precision = TILES.get(precision, precision)
     architecture = int(target[3:]) if re.fullmatch(r"sm_\d+", target) else 0
     older = sorted((int(n[3:]) for n in shipped() if re.fullmatch(r"sm_\d+", n)), reverse=True)
     shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))

@@ -40,6 +40,8 @@ PRECISIONS = {
     p.name: p
     for p in (
         Precision("fp16x2", torch.float16, 2, (2, 2, 2), (2, 2, 2, 2), 22),
+        # Queries and attention weights hardly matter, see docs/precision.md: a third less to multiply in attention.
+        Precision("mixed", torch.float16, 2, (2, 2, 2), (1, 2, 1, 2), 11),
         Precision("fp16", torch.float16, 1, (1, 1, 1), (1, 1, 1, 1), 11),
         Precision("tf32", torch.float32, 1, (1, 1, 1), (1, 1, 1, 1), 11),
         Precision("fp32", torch.float32, 1, (1, 1, 1), (1, 1, 1, 1), 24),
