@@ -22,10 +22,10 @@ step() { # seconds, name, command...
   { echo "bench/gpu.sh: needs a CUDA device, torch and triton" >&2; exit 2; }
 step 90 "build" "$py" setup.py -q build_ext --inplace
 if [ "$mode" = quick ]; then
-  step 120 "tests" "$py" -m pytest -q -x tests/test_triton_gpu.py
+  step 150 "tests" "$py" -m pytest -q -x tests/test_triton_gpu.py
   tools="memcheck"
 else
-  step 170 "tests" "$py" -m pytest -q tests/test_triton_gpu.py tests/test_triton_engine.py
+  step 170 "tests" "$py" -m pytest -q tests/test_triton_gpu.py tests/test_triton_engine.py tests/test_triton_sparse.py
   tools="memcheck racecheck"
 fi
 if command -v compute-sanitizer >/dev/null; then

@@ -2,7 +2,8 @@
 
     python -m bench.tune [--shape mmimdb] [--precisions fp16x2 fp16] [--coalitions 484] [--dry]
 
-One kernel at a time, the others at their best so far: a candidate counts by the time of a whole chunk. Candidates that
+One kernel at a time, the others at their best so far: a candidate counts by the time of a whole chunk. A shape with a
+gate (enrico-gshard) has the kernels of sparse blocks as well. Candidates that
 do not run, or give other numbers than the configuration in use, are left out. The file is
 flmoe_fast/engines/triton_kernels/configs/<device>.json; it starts from the configurations in use.
 """
@@ -21,7 +22,7 @@ from bench.shapes import SHAPES
 from flmoe_fast.engines import triton_engine, triton_ops
 from flmoe_fast.engines.triton_engine import TritonEngine
 from flmoe_fast.engines.triton_kernels import configs
-from flmoe_fast.engines.triton_kernels.configs import KERNELS, Config
+from flmoe_fast.engines.triton_kernels.configs import KERNELS, SPARSE_KERNELS, Config
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 
 ROUNDS = 7
@@ -50,7 +51,8 @@ class Trial:
         count = max(1, coalitions // self.corners.evaluations)
         self.contexts = torch.rand(count, self.problem.n, generator=torch.Generator().manual_seed(0)) < 0.5
         self.target = target
-        self.chosen = {name: self.find(name, precision, self.target, self.at(name)) for name in KERNELS}
+        kernels = (*KERNELS, *SPARSE_KERNELS) if made.gate else KERNELS
+        self.chosen = {name: self.find(name, precision, self.target, self.at(name)) for name in kernels}
         self.expected: torch.Tensor | None = None
 
     def at(self, kernel: str) -> int:
@@ -89,7 +91,7 @@ class Trial:
         if best is None:
             raise SystemExit("the configurations in use do not run here")
         print(f"{self.precision}: {1e3 * best:.2f} ms a chunk with what is in use")
-        for kernel in KERNELS:
+        for kernel in list(self.chosen):
             for candidate in candidates(kernel, self.chosen[kernel]):
                 if candidate == self.chosen[kernel]:
                     continue

@@ -1,6 +1,7 @@
 """Compile every kernel launch of an engine for GPUs that are not here, and report what each needs.
 
-``python tests/aot.py TARGET [PRECISION ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to resources.
+``python tests/aot.py TARGET [PRECISION ...] [DEPTH ...]`` (not under TRITON_INTERPRET) prints one JSON object: entry to
+resources.
 The engine runs its whole host side on CPU tensors; instead of launching, each kernel is compiled with exactly the
 arguments, specialisations and configuration it would have been launched with, by the ptxas that triton carries.
 """
@@ -125,10 +126,11 @@ SPARSE_ORDER = ("states", "context", "first", "project", *SENT, "sparse_down", "
 SPARSE_ORDER += ("project", "up", "down", "qkv", "later", "project_last", *SENT, "pool", *ENDS)
 
 
-def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]:
+def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()) -> dict[str, dict[str, int]]:
     """Configuration and resources of kernels on ``target`` ("sm_90"), by entry.
 
-    Of the precisions named, with every head width; without any, what the target's file has, and what has no file.
+    Of the precisions named, with the head widths named or every one; without any, what the target's file has, and what
+    has no file.
     """
     driver.set_active(NoDevice(int(target[3:])))
     # The engine then takes CPU tensors; the kernels were decorated before, and are compiled.
@@ -154,7 +156,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
         shipped = configs._file(target)
         for precision in precisions or sorted({key.split("/")[1] for key in shipped}, reverse=True):
             for depth, edge in (*SHAPES.items(), (64, SPARSE)):
-                if not (precisions or entry("later", precision, depth) in shipped):
+                if depths and depth not in depths or not (precisions or entry("later", precision, depth) in shipped):
                     continue
                 names[:] = SPARSE_ORDER if edge is SPARSE else ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem
@@ -162,7 +164,7 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
-                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, 0.0)
+                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, "ratio", 0.0)
                 drawn, sizes = torch.empty(4, 3, dtype=torch.int64), torch.empty(2, dtype=torch.float64)
                 for mode in ("stratified", "size"):
                     contexts.contexts(
@@ -173,4 +175,5 @@ def compile_all(target: str, precisions: list[str]) -> dict[str, dict[str, int]]
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1], sys.argv[2:])))
+    named = [name for name in sys.argv[2:] if not name.isdigit()]
+    print(json.dumps(compile_all(sys.argv[1], named, tuple(int(name) for name in sys.argv[2:] if name.isdigit()))))

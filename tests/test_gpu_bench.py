@@ -57,7 +57,7 @@ def test_not_measured_where_there_is_no_file(no_device):
 def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SHAPES", {"digits": TINY})
     gpu.sanitize()
-    assert capsys.readouterr().out == "fp16 done\n"
+    assert capsys.readouterr().out == "tiny fp16 done\ndigits-gshard fp16 done\n"
 
 
 def test_tuner_keeps_what_is_faster_and_can_run(no_device, monkeypatch):

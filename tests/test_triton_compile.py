@@ -24,6 +24,7 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 
 from flmoe_fast.engines import triton_ops  # noqa: E402
 from flmoe_fast.engines.triton_kernels import configs  # noqa: E402
+from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
 
 #: Kernels whose products are small, in fp32, and not made for tensor cores.
 PLAIN = (*triton_ops.PLAIN, "corners", "sliced", "hypercube", "members")
@@ -43,7 +44,10 @@ pytestmark = pytest.mark.skipif(bool(missing_tool()), reason=missing_tool() or "
 
 @functools.cache
 def compiled(target: str, *precisions: str) -> dict[str, dict[str, int]]:
-    """What every kernel needs on a target: what is shipped for it, or everything in the precisions named."""
+    """What every kernel needs on a target: what is shipped for it, or everything in the precisions named.
+
+    A number among them is the only head width.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)  # a kernel defined under the interpreter cannot be compiled
     command = [sys.executable, str(HERE / "aot.py"), target, *precisions]
@@ -78,6 +82,15 @@ def test_every_shipped_configuration_is_within_budget(target: str):
     assert set(configs._file(target)) <= set(found)
     assert set(found) == set(budgets)
     assert [line for name in found for line in violations(found[name], budgets[name], target, name)] == []
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_100"))
+def test_what_has_no_file_fits_as_well(target: str):
+    """Default configurations of the precisions that nobody tuned, at the usual head width."""
+    found = compiled(target, "bf16", "tf32", "64")
+    assert {f"{kernel}/{name}" for kernel in ("up", "sparse_down") for name in ("bf16", "tf32")} <= set(found)
+    assert [line for name in found for line in violations(found[name], found[name], target, name)] == []
+    assert all(found[name]["mma"] for name in found if name.split("/")[0] not in PLAIN)
 
 
 def test_excess_is_seen():
@@ -116,7 +129,7 @@ def main() -> None:
     rows = [f"{json.dumps(t)}: {{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in b.items()) + "\n}"
             for t, b in budgets.items()]  # fmt: skip
     BUDGETS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    everything = {**budgets, "sm_90 (all)": compiled("sm_90", "fp16x2", "fp16", "tf32", "fp32", "bf16")}
+    everything = budgets | {f"{target} (all)": compiled(target, *PRECISIONS) for target in TARGETS}
     columns = ("rows", "columns", "inner", "warps", "stages", "registers", "stack", "spills", "shared", "wgmma", "mma")
     print(f"{'target':12}{'kernel':24}" + "".join(f"{name:>10}" for name in columns))
     for target, found in everything.items():

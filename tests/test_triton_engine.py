@@ -37,6 +37,8 @@ from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
 from flmoe_fast.environment import backends  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
 from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
+from flmoe_fast.probes.moments import unit_means  # noqa: E402
+from flmoe_fast.probes.run import Run, corner_values  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -464,24 +466,40 @@ def grid():
     return grid, contexts, values
 
 
-def reduced(grid: CornerGrid, contexts: torch.Tensor, values: torch.Tensor):
-    return engine(TINY).reduce_corners(values, contexts, grid.pairs, grid.single, LEAST_JOINT_COST)
+def reduced(grid: CornerGrid, contexts: torch.Tensor, values: torch.Tensor, kind: str = "sum"):
+    return engine(TINY).reduce_corners(values, contexts, grid.pairs, grid.single, kind, LEAST_JOINT_COST)
 
 
-def test_corner_reduction_equals_its_definition(grid):
+@pytest.mark.parametrize("kind", GAPS)
+def test_corner_reduction_equals_its_definition(kind: str, grid):
     made, contexts, values = grid
-    found = reduced(*grid)
+    found = reduced(*grid, kind)
     v = made.corners(contexts, values)
-    second = v[0] - v[1] - v[2] + v[3]
-    assert torch.equal(found.second.cpu(), second)
-    for gap, kind in zip(found.gaps.cpu(), GAPS):
-        expected, defined = redundancy_gap(kind, *v)
-        assert float((gap - expected).abs().max()) <= 4 * torch.finfo(torch.float64).eps * float(values.abs().max())
-    assert torch.equal(found.defined.cpu().bool(), defined) and 0 < int(defined.sum()) < defined.numel()
-    eps = 16 * torch.finfo(torch.float64).eps
-    assert float((found.mean.cpu() - second.mean(0)).abs().max()) <= eps * float(second.abs().max())
-    squares = (second - second.mean(0)).square().sum(0)
-    assert float((found.squares.cpu() - squares).abs().max()) <= eps * float(squares.max())
+    assert torch.equal(found.second.cpu(), v[0] - v[1] - v[2] + v[3])
+    expected, defined = redundancy_gap(kind, *v)
+    assert float((found.gap.cpu() - expected).abs().max()) <= 4 * torch.finfo(torch.float64).eps * float(
+        values.abs().max()
+    )
+    assert (found.defined is None) == (defined is None)
+    if defined is not None:
+        assert torch.equal(found.defined.cpu(), defined) and 0 < int(defined.sum()) < defined.numel()
+
+
+@pytest.mark.parametrize("kind", GAPS)
+def test_probes_reduce_on_the_device(kind: str, monkeypatch):
+    """What a probe draws is what PyTorch makes of the same values, and only samples leave the device."""
+    game = TINY.game(dtype=torch.float32, backend="triton", device=DEVICE)
+    grid = CornerGrid.of(torch.tensor([[0, 2], [1, 2]]), game.n)
+    run = Run(game, kind, 0, False, (), 0)
+    monkeypatch.setattr(type(game), "corner_values", None)  # not to be used
+    drawn = run.draw(grid, torch.arange(2), 4)
+    monkeypatch.undo()
+    v = grid.corners(drawn.contexts, corner_values(game, drawn.contexts, grid))
+    assert torch.equal(drawn.second, v[0] - v[1] - v[2] + v[3])
+    gap, defined = redundancy_gap(kind, *v)
+    eps = torch.finfo(torch.float64).eps  # of numbers between -2 and 2
+    assert float((run.gap[0].total - unit_means(gap, drawn.per_unit)).abs().max()) <= 8 * eps
+    assert (run.gap[0].defined is None) == (defined is None)
 
 
 @pytest.mark.parametrize(

@@ -108,19 +108,15 @@ class Corners:
     ----------
     second : Tensor (K, P, O)
         Second differences.
-    gaps : Tensor (4, K, P, O)
-        Redundancy gaps of the kinds max, sum, strict, ratio; an undefined ratio is zero.
-    defined : Tensor (K, P, O) int8
-        Where the ratio is defined.
-    mean, squares : Tensor (P, O)
-        Mean of the second differences over the contexts, and the sum of squared deviations from it.
+    gap : Tensor (K, P, O)
+        Redundancy gaps of the kind asked for; an undefined ratio is zero.
+    defined : Tensor (K, P, O) bool, or None
+        Where the ratio is defined; None for the other kinds.
     """
 
     second: torch.Tensor
-    gaps: torch.Tensor
-    defined: torch.Tensor
-    mean: torch.Tensor
-    squares: torch.Tensor
+    gap: torch.Tensor
+    defined: torch.Tensor | None
 
 
 @dataclass
@@ -177,31 +173,7 @@ class Plan:
 
     def run_part(self, start: int, stop: int, contexts: int, offset: int, out: Logits) -> None:
         """Evaluate coalitions start..stop into their rows of ``out``."""
-        engine = self.engine
-        packed = engine.weights
-        found = torch.ops.flmoe_fast.coalition_logits(
-            self.words[start:stop],
-            self.constant,
-            self.varying,
-            packed.states,
-            packed.residual,
-            engine.segments,
-            list(packed.layers),
-            list(packed.routing),
-            self.workspace,
-            engine.heads,
-            self.group,
-            offset,
-            contexts,
-            packed.added,
-            engine.problem.masked,
-            packed.temperature,
-            engine.target,
-            engine.precision,
-            list(packed.networks),
-            packed.slots,
-            packed.among_all,
-        )
+        found = self.engine.evaluate_part(self, self.words[start:stop], contexts, offset)
         out.experts[start:stop], out.weights[start:stop], out.mixture[start:stop] = found
 
 
@@ -257,10 +229,7 @@ class TritonEngine:
         edges = [start for start, _ in problem.segments] + [problem.length]
         self.segments = torch.tensor(edges, dtype=torch.int32, device=device)
         self.weights = self._weights()
-        w = self.weights
-        self.sizes: Sizes = sizes_of(
-            w.residual, self.segments, w.layers, w.routing, self.heads, target, self.precision, w.networks, w.slots
-        )
+        self.sizes = self._sizes()
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
 
     # ---- public -----------------------------------------------------------------------------------------------------
@@ -276,6 +245,35 @@ class TritonEngine:
         if not len(contexts) or not len(toggled):
             return self.outputs(0)
         return self._run(*self.toggle_words(contexts, toggled), group=len(toggled))
+
+    def evaluate_part(
+        self, plan: Plan, words: torch.Tensor, contexts: int, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, routing and mixture of one chunk of a plan; see :meth:`Plan.parts`."""
+        packed = self.weights
+        return torch.ops.flmoe_fast.coalition_logits(
+            words,
+            plan.constant,
+            plan.varying,
+            packed.states,
+            packed.residual,
+            self.segments,
+            list(packed.layers),
+            list(packed.routing),
+            plan.workspace,
+            self.heads,
+            plan.group,
+            offset,
+            contexts,
+            packed.added,
+            self.problem.masked,
+            packed.temperature,
+            self.target,
+            self.precision,
+            list(packed.networks),
+            packed.slots,
+            packed.among_all,
+        )
 
     def coalition_words(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Presence words (C, ceil(L / 64)) of coalitions (C, n), and which tokens vary (L,) bool; on the CPU."""
@@ -323,32 +321,37 @@ class TritonEngine:
         return Logits(*(torch.empty(*shape, dtype=torch.float64, device=self.device) for shape in shapes))
 
     def reduce_corners(
-        self, values: torch.Tensor, contexts: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
+        self,
+        values: torch.Tensor,
+        contexts: torch.Tensor,
+        pairs: torch.Tensor,
+        single: torch.Tensor,
+        kind: str,
+        least: float,
     ) -> Corners:
         """Second differences and gaps of the ``values`` (K, G, O) that a corner grid's coalitions have.
 
         ``contexts`` (K, n) bool, ``pairs`` (P, 2) players and ``single`` (P, 2), the corners in which one of them is
-        toggled; corner 0 is the context, the last P toggle both. Joint costs up to ``least`` define no ratio.
+        toggled; corner 0 is the context, the last P toggle both. ``kind`` is "max", "sum", "strict" or "ratio"; joint
+        costs up to ``least`` define no ratio.
         """
         from flmoe_fast.engines.triton_kernels.corners import corners
 
         shape = (len(contexts), len(pairs), values.shape[2])
-        options = {"dtype": torch.float64, "device": self.device}
-        second, gaps = torch.empty(shape, **options), torch.empty(4, *shape, **options)
-        moments = torch.empty(2, *shape[1:], **options)
-        defined = torch.empty(shape, dtype=torch.int8, device=self.device)
+        second, gap = (torch.empty(shape, dtype=torch.float64, device=self.device) for _ in range(2))
+        defined = torch.empty(shape, dtype=torch.int8, device=self.device) if kind == "ratio" else None
         corners(
             values.to(self.device, torch.float64).contiguous(),
             contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
             single.to(self.device).contiguous(),
             second,
-            gaps,
+            gap,
             defined,
-            moments,
+            kind=kind,
             least=least,
             config=find("corners", "fp32", self.target),
         )
-        return Corners(second, gaps, defined, *moments)
+        return Corners(second, gap, None if defined is None else defined.bool())
 
     # ---- host side --------------------------------------------------------------------------------------------------
 
@@ -397,6 +400,12 @@ class TritonEngine:
         return tokens
 
     # ---- what is computed once per sample ---------------------------------------------------------------------------
+
+    def _sizes(self) -> Sizes:
+        w = self.weights
+        return sizes_of(
+            w.residual, self.segments, w.layers, w.routing, self.heads, self.target, self.precision, w.networks, w.slots
+        )
 
     def _weights(self) -> Weights:
         problem, kind = self.problem, PRECISIONS[self.precision]

@@ -55,9 +55,15 @@ class Game:
         return values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
     def corner_samples(
-        self, contexts: torch.Tensor, toggled: torch.Tensor, pairs: torch.Tensor, single: torch.Tensor, least: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Second differences (K, P, O), gaps (4, K, P, O) and where their ratio is defined, of a corner grid.
+        self,
+        contexts: torch.Tensor,
+        toggled: torch.Tensor,
+        pairs: torch.Tensor,
+        single: torch.Tensor,
+        kind: str,
+        least: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Second differences and gaps (K, P, O) of a corner grid, and where a ratio is defined (else None).
 
         None where the game leaves it to the caller to reduce :meth:`corner_values`. See
         :meth:`~flmoe_fast.engines.triton_engine.TritonEngine.reduce_corners` for the arguments.

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game
-from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap
+from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate, complete_players, contrast
 from flmoe_fast.probes.moments import Draw, combine, unit_means
@@ -118,10 +118,10 @@ class Run:
         self, grid: CornerGrid, contexts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Second differences and gaps (K, P, O), and where the gaps are defined; reduced where the values are."""
-        found = self.game.corner_samples(contexts, grid.toggled, grid.pairs, grid.single, LEAST_JOINT_COST)
+        asked = grid.toggled, grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST
+        found = self.game.corner_samples(contexts, *asked)
         if found is not None:
-            second, gaps, defined = found
-            return second, gaps[GAPS.index(self.gap_kind)], defined if self.gap_kind == "ratio" else None
+            return found
         corners = grid.corners(contexts, corner_values(self.game, contexts, grid))
         return second_difference(corners), *redundancy_gap(self.gap_kind, *corners)
 

@@ -80,9 +80,12 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
             return Config(32, 16, 0, 8, 2)
         if precision == "fp32" and depth > 32:
             return Config(32, 32 if depth <= 64 else 16, 0, 4 if depth <= 64 else 8, 2)
+        single = precision in ("fp16", "bf16")
         if depth > 64:
-            return Config(64, 16 if precision == "fp16x2" else 32, 0, 8, 2)
-        return Config(64, 64 if precision in ("fp16", "bf16") else 32, 0, 4, 2)
+            return Config(64, 16 if precision == "fp16x2" else 32, 0, 4 if single else 8, 2)
+        if precision == "fp16x2":
+            return Config(128, 32, 0, 8, 2)
+        return Config(64, 64 if single else 32, 0, 4, 2)
     if kernel in ("head", "mean_features", "gate"):
         return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
     if kernel == "choose":
