@@ -18,7 +18,7 @@ export MAX_JOBS ?= 2
 VENV := .venv
 OUT ?= out/demo
 ARGS ?=
-BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/*)
+BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/fused/*)
 
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python

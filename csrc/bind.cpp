@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "binding.h"
 #include "coalition.h"
 #include "cpu/bind.h"
 #include "draw.h"
@@ -24,21 +25,12 @@ using std::uintptr_t;
 
 namespace {
 
-[[noreturn]] void fail(const char* function, const std::string& cause) {
-  throw std::runtime_error(std::string(function) + ": " + cause);
-}
-
-// A size given from Python: not negative.
-void check_size(const char* function, const char* name, int64_t size) {
-  if (size < 0) fail(function, std::string(name) + " is " + std::to_string(size) + ", expected >= 0");
-}
-
-// An address given from Python: not null unless there is nothing behind it.
-template <typename T>
-T* pointer(const char* function, const char* name, uintptr_t address, int64_t elements) {
-  if (address == 0 && elements != 0) fail(function, std::string(name) + " is a null pointer");
-  return reinterpret_cast<T*>(address);
-}
+#ifdef FLMOE_WITH_CUDA
+using flmoe::check_launch;
+#endif
+using flmoe::check_size;
+using flmoe::fail;
+using flmoe::pointer;
 
 flmoe::Draw make_draw(const char* function, int64_t units, int64_t players, uint64_t seed, int64_t replicate, int mode,
                       bool antithetic) {
@@ -129,11 +121,6 @@ void sample_contexts(uintptr_t words, uintptr_t sizes, int64_t units, int64_t pl
 
 #ifdef FLMOE_WITH_CUDA
 
-void check_launch(const char* kernel, int code) {
-  if (code == 0) return;
-  fail(kernel, "CUDA error " + std::to_string(code) + " (" + flmoe::error_name(code) + "): " + flmoe::error_text(code));
-}
-
 void cuda_unpack(uintptr_t words, uintptr_t bytes, int64_t coalitions, int64_t players, uintptr_t stream) {
   const char* kernel = "coalition_unpack";
   check_size(kernel, "coalitions", coalitions);
@@ -199,7 +186,7 @@ py::dict info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Coalition words in C++: functions over raw addresses; flmoe_fast.coalitions is the face to use.";
+  m.doc() = "The C++ core: functions over raw addresses, which flmoe_fast.coalitions and flmoe_fast.engines use.";
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("info", &info, "What this module was built with: cuda, nvcc, archs, compiler, version.");
   m.def("pack", &pack, release(), py::arg("bytes"), py::arg("words"), py::arg("coalitions"), py::arg("players"));
@@ -214,6 +201,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("width"), py::arg("groups"), py::arg("size"));
   m.def("sample_contexts", &sample_contexts, release(), py::arg("words"), py::arg("sizes"), py::arg("units"),
         py::arg("players"), py::arg("seed"), py::arg("replicate"), py::arg("mode"), py::arg("antithetic"));
+  flmoe::bind_core(m);
   flmoe::cpu::bind(m);
   flmoe::fused::bind(m);
 #ifdef FLMOE_WITH_CUDA

@@ -1,10 +1,10 @@
 """Checks of the C++ and CUDA sources that need no GPU.
 
-``python csrc/check.py host`` builds host_test and cpu_test under sanitizers with CMake and runs them.
+``python csrc/check.py host`` builds host_test, core_test and cpu_test under sanitizers with CMake and runs them.
 ``python csrc/check.py portable`` builds cpu_test for a 64-bit Arm and, with every level in one program, for x86-64, and
 runs both under QEMU: on Arm, and on x86-64 processors that lack the newer levels.
-``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning and each
-register spill as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
+``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning, each
+register spill and each product that cannot run on by itself as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
 and succeeds.
 """
 
@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
-HOST_TESTS = ("host_test", "cpu_test")
+HOST_TESTS = ("host_test", "core_test", "fused_test", "cpu_test")
 ARCHS = ("sm_80", "sm_90a")
 WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 LEVELS = {
@@ -36,8 +37,12 @@ EMULATED = (
 )
 #: What QEMU is asked to be: from before AVX, and with AVX2.
 PROCESSORS = {"aarch64": [[]], "x86_64": [["-cpu", "Nehalem"], ["-cpu", "Haswell"]]}
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
 NVCC_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+#: Groups of 64 rows in a block of the fused kernels, their last template argument; code for others is empty.
+GROUPS = {"sm_80": 1, "sm_90a": 2}
+#: What ptxas says where it has to wait for every product of Hopper's by itself.
+SERIALIZED = "wgmma.mma_async instructions are serialized"
 RESOURCES = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -56,7 +61,7 @@ def tool(module: str, directory: str) -> str | None:
 
 
 def host() -> int:
-    """Build host_test and cpu_test in build/host and run them. Returns an exit status."""
+    """Build the host tests in build/host and run them. Returns an exit status."""
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if not (cmake and ninja and compiler):
@@ -106,14 +111,42 @@ def portable() -> int:
     return failed
 
 
-def kernel_name(mangled: str) -> str:
-    """The last component of a mangled nested name: a length and that many characters, repeated."""
+def kernel_name(mangled: str) -> tuple[str, tuple[int, ...]]:
+    """The last component of a mangled nested name, a length and that many characters, and its integer arguments."""
     rest, name = re.sub(r"^_ZN?", "", mangled), mangled
     while match := re.match(r"\d+", rest):
         length = int(match.group())
         rest = rest[match.end() :]
         name, rest = rest[:length], rest[length:]
-    return name
+    arguments = re.match(r"I((?:Li\d+E)+)E", rest)
+    return name, tuple(map(int, re.findall(r"Li(\d+)E", arguments[1]))) if arguments else ()
+
+
+def compiled(compiler: str, source: Path, arch: str) -> tuple[bool, str]:
+    """Whether one source compiles for one architecture as it must, and what to print of it."""
+    fused = source.parent != CSRC
+    flags = [*NVCC_FLAGS, *([] if fused else ["--fmad=false"])]
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [compiler, *flags, f"-arch={arch}", str(source), "-o", str(Path(scratch) / "out.cubin")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = result.stdout + result.stderr
+    kernels = list(RESOURCES.finditer(log))
+    if result.returncode or not kernels or SERIALIZED in log:
+        return False, f"{source.name} for {arch} failed:\n{log}"
+    good, lines = True, []
+    for kernel in kernels:
+        name, arguments = kernel_name(kernel["name"])
+        if fused and arguments[-1] != GROUPS[arch]:
+            continue
+        stack, stores, loads = (int(kernel[field]) for field in ("stack", "stores", "loads"))
+        spilled = stores + loads + stack
+        good &= spilled == 0
+        label = f"{name}<{', '.join(map(str, arguments))}>" if arguments else name
+        lines.append(
+            f"{source.name:20} {arch:7} {label:28} {int(kernel['registers']):3} registers, "
+            f"{stack} B stack, {stores + loads} B spilled" + ("  FAILED" if spilled else "")
+        )
+    return good, "\n".join(lines)
 
 
 def nvcc() -> int:
@@ -122,26 +155,13 @@ def nvcc() -> int:
     if not compiler:
         print("nvcc check: skipped, there is no nvcc")
         return 0
-    failures = 0
-    for source in sorted(CSRC.glob("*.cu")):
-        for arch in ARCHS:
-            with tempfile.TemporaryDirectory() as scratch:
-                command = [compiler, *NVCC_FLAGS, f"-arch={arch}", str(source), "-o", str(Path(scratch) / "out.cubin")]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-            log = result.stdout + result.stderr
-            kernels = list(RESOURCES.finditer(log))
-            if result.returncode or not kernels:
-                print(f"{source.name} for {arch} failed:\n{log}")
-                failures += 1
-            for kernel in kernels:
-                stack, stores, loads = (int(kernel[field]) for field in ("stack", "stores", "loads"))
-                spilled = stores + loads + stack
-                failures += spilled > 0
-                print(
-                    f"{source.name} {arch:7} {kernel_name(kernel['name']):24} {int(kernel['registers']):3} registers, "
-                    f"{stack} B stack, {stores + loads} B spilled" + ("  FAILED" if spilled else "")
-                )
-    return 1 if failures else 0
+    failed = False
+    tasks = [(compiler, source, arch) for source in sorted(CSRC.rglob("*.cu")) for arch in ARCHS]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or "2")) as pool:
+        for good, text in pool.map(lambda task: compiled(*task), tasks):
+            print(text, flush=True)
+            failed |= not good
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,24 +1,9 @@
 // Kernels over coalition words: each computes an index, calls the function that the host shares, and stores.
-#include <cuda_runtime_api.h>
-
+#include "kernels.cuh"
 #include "launch.h"
 
 namespace flmoe {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-static_assert(kThreads % kWarp == 0, "a warp must not straddle blocks");
-
-// Grid-stride kernels: the grid is capped, the loop covers the rest.
-unsigned blocks_for(std::int64_t threads) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 20;
-  const std::int64_t blocks = (threads + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < kMost ? blocks : kMost);
-}
-
-__device__ std::int64_t first_index() { return std::int64_t{blockIdx.x} * kThreads + threadIdx.x; }
-__device__ std::int64_t grid_stride() { return std::int64_t{gridDim.x} * kThreads; }
 
 // Grid: one thread a byte.
 __global__ void __launch_bounds__(kThreads)
@@ -54,13 +39,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__device__ void store_word(const Draw& draw, std::int64_t unit, std::int64_t w, std::int64_t players,
+                           std::uint64_t word, std::uint64_t* words, double* sizes) {
+  const std::int64_t width = words_for(players);
+  std::uint64_t* row = words + unit * width * rows_per_unit(draw);
+  row[w] = word;
+  if (draw.antithetic) row[width + w] = ~word & valid_bits(players, w);
+  if (w == 0) sizes[unit] = unit_size(draw, unit);
+}
+
+// Grid: one thread a word of one unit, for the modes with independent U.
+__global__ void __launch_bounds__(kThreads)
+    coalition_sliced_contexts(Draw draw, std::int64_t players, std::uint64_t* __restrict__ words,
+                              double* __restrict__ sizes) {
+  const std::int64_t width = words_for(players);
+  for (std::int64_t i = first_index(); i < draw.units * width; i += grid_stride()) {
+    const std::int64_t unit = i / width;
+    const std::int64_t w = i % width;
+    const std::uint64_t word = sliced_word(draw, unit, w, players, threshold(unit_size(draw, unit)));
+    store_word(draw, unit, w, players, word, words, sizes);
+  }
+}
+
 // Grid: one warp a word of one unit; a lane decides two players, and two ballots make the word. Each lane recomputes its
 // player's ranks, so no element depends on another and no memory is needed between them.
 __global__ void __launch_bounds__(kThreads)
     coalition_contexts(Draw draw, std::int64_t players, std::uint64_t* __restrict__ words,
                        double* __restrict__ sizes) {
   const std::int64_t width = words_for(players);
-  const std::int64_t stride = width * rows_per_unit(draw);
   const int lane = threadIdx.x % kWarp;
   for (std::int64_t i = first_index() / kWarp; i < draw.units * width; i += grid_stride() / kWarp) {
     const std::int64_t unit = i / width;
@@ -71,15 +77,9 @@ __global__ void __launch_bounds__(kThreads)
       const bool member = player < players && is_member(draw, unit, player, players);
       word |= std::uint64_t{__ballot_sync(0xFFFFFFFFu, member)} << (kWarp * half);
     }
-    if (lane == 0) {
-      words[unit * stride + w] = word;
-      if (draw.antithetic) words[unit * stride + width + w] = ~word & valid_bits(players, w);
-      if (w == 0) sizes[unit] = unit_size(draw, unit);
-    }
+    if (lane == 0) store_word(draw, unit, w, players, word, words, sizes);
   }
 }
-
-int launched() { return static_cast<int>(cudaGetLastError()); }
 
 }  // namespace
 
@@ -109,8 +109,14 @@ int launch_popcount(const std::uint64_t* words, std::int64_t* counts, std::int64
 
 int launch_contexts(const Draw& draw, std::int64_t players, std::uint64_t* words, double* sizes, void* stream) {
   if (draw.units == 0 || players == 0) return 0;
-  coalition_contexts<<<blocks_for(draw.units * words_for(players) * kWarp), kThreads, 0,
-                       static_cast<cudaStream_t>(stream)>>>(draw, players, words, sizes);
+  const std::int64_t count = draw.units * words_for(players);
+  if (is_hypercube(draw.mode)) {
+    coalition_contexts<<<blocks_for(count * kWarp), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(draw, players,
+                                                                                                     words, sizes);
+  } else {
+    coalition_sliced_contexts<<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(draw, players,
+                                                                                                    words, sizes);
+  }
   return launched();
 }
 

@@ -11,6 +11,10 @@
 //
 // Every random number is philox4x32_10(key = seed, counter = (k, p, stream, replicate)). Only +, *, / and comparisons of
 // doubles follow, so that any implementation of IEEE arithmetic without contraction gives the same bits.
+//
+// Independent U (modes stratified and iid) are drawn by slices: slice s of 64 players is one random word, whose bit b is
+// the s-th binary digit of player 64 w + b's U, and p in the counter is w. A comparison with u then goes digit by digit,
+// 64 players at a time, and is over for all of them after eight slices or so of the 53.
 #pragma once
 
 #include "coalition.h"
@@ -36,6 +40,10 @@ struct Draw {
 
 constexpr std::uint32_t kMemberStream = 0;  // word 0: rank key; words 2, 3: jitter
 constexpr std::uint32_t kSizeStream = 1;    // words 2, 3: jitter
+constexpr std::uint32_t kSliceStream = 2;   // + i: slices 2 i (words 0, 1) and 2 i + 1 (words 2, 3), high half first
+
+constexpr int kDigits = 53;  // of a U drawn by slices, a multiple of 2^-53 like every jitter
+constexpr int kSlicePairs = (kDigits + 1) / 2;
 
 FLMOE_HD bool is_hypercube(Mode mode) { return mode == Mode::lhs || mode == Mode::size; }
 
@@ -57,11 +65,15 @@ FLMOE_HD double in_stratum(std::int64_t position, double offset, std::int64_t ce
   return (static_cast<double>(position) + offset) / static_cast<double>(cells);
 }
 
-// u_k.
-FLMOE_HD double unit_size(const Draw& draw, std::int64_t unit) {
-  const double offset = jitter(element(draw, unit, 0, kSizeStream));
+// u_k, given its jitter.
+FLMOE_HD double size_of(const Draw& draw, std::int64_t unit, double offset) {
   const double size = draw.mode == Mode::iid ? offset : in_stratum(unit, offset, draw.units);
   return draw.antithetic ? 0.5 * size : size;
+}
+
+// u_k.
+FLMOE_HD double unit_size(const Draw& draw, std::int64_t unit) {
+  return size_of(draw, unit, jitter(element(draw, unit, 0, kSizeStream)));
 }
 
 // How many units precede `unit` in the player's order. Recomputes the m keys: what a lone element needs; a bulk draw
@@ -73,22 +85,77 @@ FLMOE_HD std::int64_t lhs_rank(const Draw& draw, std::int64_t unit, std::int64_t
   return rank;
 }
 
+FLMOE_HD std::uint64_t slice(const Philox4& bits, bool odd) {
+  return odd ? std::uint64_t{bits.x[2]} << 32 | bits.x[3] : std::uint64_t{bits.x[0]} << 32 | bits.x[1];
+}
+
+// How 64 players stand in the comparison of their U with u.
+struct Compared {
+  std::uint64_t members;    // U < u for sure
+  std::uint64_t undecided;  // all digits so far are those of u
+};
+
+// One more digit: `digits` of the players, `of_u` all ones or zero. Who is undecided at the end has U = u, and is out.
+FLMOE_HD void compare(Compared& word, std::uint64_t digits, std::uint64_t of_u) {
+  word.members |= word.undecided & ~digits & of_u;
+  word.undecided &= ~(digits ^ of_u);
+}
+
+// ceil(u 2^53): for a U that is a multiple of 2^-53, U < u says U 2^53 < this, exactly.
+FLMOE_HD std::uint64_t threshold(double u) {
+  const double scaled = u * 9007199254740992.0;
+  const auto whole = static_cast<std::uint64_t>(scaled);
+  return whole + (static_cast<double>(whole) < scaled);
+}
+
+// All ones if digit `s` (0 is the most significant of 53) of a threshold below 2^53 is one, else zero.
+FLMOE_HD std::uint64_t digit(std::uint64_t threshold, int s) { return -((threshold >> (kDigits - 1 - s)) & 1); }
+
+// Players 64 w .. 64 w + 63 before the first digit. At u = 1, to which (m - 1 + jitter) / m can round, all are members.
+FLMOE_HD Compared compare_from(std::uint64_t threshold, std::int64_t players, std::int64_t w) {
+  const std::uint64_t everybody = valid_bits(players, w);
+  return threshold >> kDigits ? Compared{everybody, 0} : Compared{0, everybody};
+}
+
+// Word w of the unit's coalition, in a mode with independent U.
+FLMOE_HD std::uint64_t sliced_word(const Draw& draw, std::int64_t unit, std::int64_t w, std::int64_t players,
+                                   std::uint64_t threshold) {
+  Compared word = compare_from(threshold, players, w);
+  for (int pair = 0; pair < kSlicePairs && word.undecided != 0; ++pair) {
+    const Philox4 bits = element(draw, unit, w, kSliceStream + static_cast<std::uint32_t>(pair));
+    compare(word, slice(bits, false), digit(threshold, 2 * pair));
+    if (2 * pair + 1 < kDigits) compare(word, slice(bits, true), digit(threshold, 2 * pair + 1));
+  }
+  return word.members;
+}
+
+// U[p, k] from its 53 slices: the definition, which a comparison by words never computes.
+FLMOE_HD double sliced_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
+  std::uint64_t digits = 0;
+  for (int s = 0; s < kDigits; ++s) {
+    const Philox4 bits = element(draw, unit, player >> 6, kSliceStream + static_cast<std::uint32_t>(s / 2));
+    digits = digits << 1 | ((slice(bits, s % 2 != 0) >> (player & 63)) & 1);
+  }
+  return static_cast<double>(digits) * (1.0 / 9007199254740992.0);
+}
+
 // U[p, k].
 FLMOE_HD double member_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
+  if (!is_hypercube(draw.mode)) return sliced_uniform(draw, unit, player);
   const double offset = jitter(element(draw, unit, player, kMemberStream));
-  if (!is_hypercube(draw.mode)) return offset;
   return in_stratum(lhs_rank(draw, unit, player), offset, draw.units);
 }
 
-// Members of a coalition of n players in mode `size`; u = 1 cannot occur, as a jitter is below 1.
+// Members of a coalition of n players in mode `size`: all of them also at u = 1.
 FLMOE_HD std::int64_t member_count(double u, std::int64_t players) {
-  return static_cast<std::int64_t>(u * static_cast<double>(players + 1));
+  const auto members = static_cast<std::int64_t>(u * static_cast<double>(players + 1));
+  return members < players ? members : players;
 }
 
 // Whether player p with number a comes before player q with number b: equal numbers go by player.
 FLMOE_HD bool precedes(double a, std::int64_t p, double b, std::int64_t q) { return a < b || (a == b && p < q); }
 
-// Whether `player` is in the unit's coalition, by itself; a bulk draw sorts instead (draw.h).
+// Whether `player` is in the unit's coalition, by itself; a bulk draw sorts or compares words instead (draw.h).
 FLMOE_HD bool is_member(const Draw& draw, std::int64_t unit, std::int64_t player, std::int64_t players) {
   const double u = unit_size(draw, unit);
   const double own = member_uniform(draw, unit, player);

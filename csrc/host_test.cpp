@@ -2,32 +2,19 @@
 // exact-size heap block, so a word too far is an error and not luck.
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "coalition.h"
 #include "contexts.h"
 #include "draw.h"
 #include "philox.h"
+#include "testing.h"
 
 namespace {
 
 using namespace flmoe;
 using Words = std::vector<std::uint64_t>;
 using Bytes = std::vector<std::uint8_t>;
-
-long checks = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
 
 const std::int64_t kPlayers[] = {1, 2, 63, 64, 65, 128, 129, 516};
 
@@ -75,6 +62,38 @@ void test_philox() {
   CHECK(unit_double(0, 0) == 0.0, "lowest");
   CHECK(unit_double(0xffffffffu, 0xffffffffu) == 1.0 - 0x1p-53, "highest");
   CHECK(unit_double(0x80000000u, 0) == 0.5, "middle");
+}
+
+void test_lanes() {
+  std::uint32_t counters[4][kLanes];
+  for (int i = 0; i < 4; ++i) {
+    for (int l = 0; l < kLanes; ++l) counters[i][l] = 0x9E3779B9u * static_cast<std::uint32_t>(4 * l + i + 1);
+  }
+  std::uint32_t hashed[4][kLanes];
+  std::copy(&counters[0][0], &counters[0][0] + 4 * kLanes, &hashed[0][0]);
+  philox4x32_10(hashed, 0xa4093822u, 0x299f31d0u);
+  for (int l = 0; l < kLanes; ++l) {
+    const Philox4 alone =
+        philox4x32_10({{counters[0][l], counters[1][l], counters[2][l], counters[3][l]}}, 0xa4093822u, 0x299f31d0u);
+    for (int i = 0; i < 4; ++i) CHECK(hashed[i][l] == alone.x[i], "lane %d, word %d", l, i);
+  }
+}
+
+// A comparison digit by digit is the comparison of the numbers, where digits end among others.
+void test_comparison() {
+  const double unit = 0x1p-53;
+  for (const double u : {0.0, unit * 0.25, unit, 0.3, 0.5, 0.5 + unit, 1 - unit, 1.0}) {
+    const std::uint64_t limit = threshold(u);
+    for (const double near : {u - 2 * unit, u - unit, u, u + unit, u + 2 * unit, 0.0, 0.25, 1 - unit}) {
+      if (near < 0 || near >= 1) continue;
+      const auto digits = static_cast<std::uint64_t>(near / unit);
+      const double uniform = static_cast<double>(digits) * unit;
+      Compared word = compare_from(limit, 1, 0);
+      for (int s = 0; s < kDigits; ++s) compare(word, digit(digits, s), digit(limit, s));
+      CHECK(word.members == (uniform < u ? 1u : 0u), "%a below %a", uniform, u);
+    }
+  }
+  CHECK(member_count(1.0, 7) == 7 && member_count(1 - unit, 7) == 7 && member_count(0.0, 7) == 0, "counts");
 }
 
 void test_words(std::int64_t n) {
@@ -188,6 +207,8 @@ void test_ties() {
 
 int main() {
   test_philox();
+  test_lanes();
+  test_comparison();
   test_ties();
   test_eights();
   CHECK(words_for(0) == 0, "nobody");
@@ -201,6 +222,6 @@ int main() {
       }
     }
   }
-  std::printf("host_test: %ld checks passed\n", checks);
+  std::printf("host_test: %ld checks passed\n", flmoe::testing::checks);
   return 0;
 }

@@ -23,7 +23,8 @@ MODES = ("lhs", "stratified", "iid", "size")
 """How :func:`sample_contexts` spreads a draw; a mode's position is its number in C++."""
 
 _MOST = 2**32 - 1  # units, players and replicates are words of the generator's counter
-_MEMBER_STREAM, _SIZE_STREAM = 0, 1
+_MEMBER_STREAM, _SIZE_STREAM, _SLICE_STREAM = 0, 1, 2  # slices: and those after it, two slices a stream
+_DIGITS = 53  # of a number that is drawn by slices
 
 
 class Contexts(NamedTuple):
@@ -144,7 +145,8 @@ def sample_contexts(
     strata ascend with k, so a draw is one sample as a whole: a subset of its rows does not follow the law.
 
     Every number is a hash of (seed, replicate, k, p), so the same arguments give the same bits on every machine, and
-    replicates of one seed are independent draws.
+    replicates of one seed are independent draws. Independent numbers are drawn and compared with u_k one binary digit
+    of 64 players at a time, which makes ``stratified`` and ``iid`` the modes for very many contexts.
 
     Args:
         n: players, at least 1.
@@ -235,11 +237,9 @@ def _sizes(units: int, seed: int, replicate: int, mode: int, antithetic: bool) -
     return 0.5 * u if antithetic else u
 
 
-def _uniforms(n: int, units: int, seed: int, replicate: int, mode: int) -> np.ndarray:
-    """U[k, p]: float64 (units, n)."""
+def _uniforms(n: int, units: int, seed: int, replicate: int) -> np.ndarray:
+    """U[k, p] of a Latin hypercube: float64 (units, n)."""
     bits = _element(units, n, _MEMBER_STREAM, replicate, seed)
-    if MODES[mode] not in ("lhs", "size"):
-        return _jitter(bits)
     # Equal keys rank by unit, so the order is total and every sort finds the same one.
     keys = (bits[0] << np.uint64(32)) | np.arange(units, dtype=np.uint64)[:, None]
     ranks = np.empty((units, n), dtype=np.int64)
@@ -247,15 +247,43 @@ def _uniforms(n: int, units: int, seed: int, replicate: int, mode: int) -> np.nd
     return (ranks + _jitter(bits)) / units
 
 
-def _members(n: int, units: int, seed: int, replicate: int, mode: int, u: np.ndarray) -> np.ndarray:
-    """Who is in T_k: bool (units, n)."""
-    uniforms = _uniforms(n, units, seed, replicate, mode)
+def _hypercube_members(n: int, units: int, seed: int, replicate: int, mode: int, u: np.ndarray) -> np.ndarray:
+    """Who is in T_k, in a mode with a Latin hypercube: bool (units, n)."""
+    uniforms = _uniforms(n, units, seed, replicate)
     if MODES[mode] != "size":
         return uniforms < u[:, None]
     ranks = np.empty((units, n), dtype=np.int64)
     # A stable sort lets equal numbers go by player.
     np.put_along_axis(ranks, uniforms.argsort(axis=1, kind="stable"), np.arange(n)[None, :], axis=1)
     return ranks < (u * (n + 1)).astype(np.int64)[:, None]
+
+
+def _sliced_words(everybody: np.ndarray, units: int, seed: int, replicate: int, u: np.ndarray) -> np.ndarray:
+    """T_k in a mode with independent U: uint64 (units, W); ``everybody`` (W,) has the words of all players.
+
+    Slice s of a word is 64 bits, the s-th binary digits of its players' U. A player's first digit that is not u_k's
+    decides; words whose players are all decided are dropped.
+    """
+    limit = np.ceil(u * 2.0**_DIGITS).astype(np.uint64)  # U, a multiple of 2^-53, is below u if U 2^53 is below this
+    always = np.where(limit >> np.uint64(_DIGITS), everybody[:, None], np.uint64(0)).T.copy()  # u = 1
+    members = always.reshape(-1)
+    unit, word = (index.ravel() for index in np.indices((units, len(everybody)), dtype=np.uint64))
+    undecided = np.tile(everybody, units) & ~members
+    open_ = np.arange(len(members))
+    for pair in range((_DIGITS + 1) // 2):
+        open_ = open_[undecided[open_] != 0]
+        if not len(open_):
+            break
+        stream, again = np.array([_SLICE_STREAM + pair], np.uint64), np.array([replicate], np.uint64)
+        bits = _philox((unit[open_], word[open_], stream, again), seed)
+        left, digits = undecided[open_], limit[unit[open_]]
+        for s, (high, low) in enumerate(((bits[0], bits[1]), (bits[2], bits[3]))[: _DIGITS - 2 * pair]):
+            slice_ = (high << np.uint64(32)) | low
+            one = np.uint64(0) - ((digits >> np.uint64(_DIGITS - 1 - 2 * pair - s)) & np.uint64(1))  # all ones, or zero
+            members[open_] |= left & ~slice_ & one
+            left &= ~(slice_ ^ one)
+        undecided[open_] = left
+    return members.reshape(units, -1)
 
 
 class _NumPy:
@@ -290,7 +318,11 @@ class _NumPy:
         self, n: int, units: int, seed: int, replicate: int, mode: int, antithetic: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         u = _sizes(units, seed, replicate, mode, antithetic)
-        words = self.pack(torch.from_numpy(_members(n, units, seed, replicate, mode, u)))
+        if MODES[mode] in ("lhs", "size"):
+            words = self.pack(torch.from_numpy(_hypercube_members(n, units, seed, replicate, mode, u)))
+        else:
+            everybody = self.pack(torch.ones(1, n, dtype=torch.bool))[0].numpy().view(np.uint64)
+            words = torch.from_numpy(_sliced_words(everybody, units, seed, replicate, u).view(np.int64))
         if antithetic:
             words = torch.stack([words, self.complement(words, n)], dim=1).flatten(0, 1)
         return words, torch.from_numpy(u)

@@ -79,10 +79,6 @@ def backends() -> Backends:
     extension, missing = coalitions.extension()
     info = extension.info() if extension is not None else {}
     gpu = _gpu()
-    if info.get("cuda"):
-        kernels = f"coalition kernels built by nvcc {info['nvcc']} for {info['archs']}"
-    else:
-        kernels = "coalition kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on"
     return Backends(
         (
             Backend("reference", True, "", "one coalition at a time, float64: what the others are checked against"),
@@ -96,7 +92,7 @@ def backends() -> Backends:
                 if info
                 else "C++ for coalition words; NumPy gives the same bits meanwhile",
             ),
-            Backend("cuda", False, "no CUDA engine in this version", kernels),
+            _cuda_engine(info),
             _triton_engine(),
         )
     )
@@ -124,6 +120,16 @@ def _triton_engine() -> Backend:
     if capability < (8, 0):
         return Backend("triton", False, f"{_gpu()} has compute capability {capability}, and 8.0 is needed", about)
     return Backend("triton", True, "", f"{about}, {_gpu()}")
+
+
+def _cuda_engine(info: dict) -> Backend:
+    """The fused CUDA kernels; they need the Triton engine beside them."""
+    about = "fused CUDA kernels for dense float32 games on NVIDIA GPUs (fp16x2 or fp16 products)"
+    if not info.get("cuda"):
+        return Backend("cuda", False, "kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on", about)
+    about += f", built by nvcc {info['nvcc']} for {info['archs']}"
+    beside = _triton_engine()
+    return Backend("cuda", beside.available, beside.reason, about)
 
 
 def environment() -> dict[str, str | int | None]:

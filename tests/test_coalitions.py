@@ -34,7 +34,7 @@ KNOWN_SIZE_WORDS = [
     [12813769226133952311, 3],
 ]
 KNOWN_U = [0.14222395501366297, 0.857776044986337, 0.45970716849006604, 0.540292831509934]
-CHI_SQUARE_19 = 43.8  # exceeded with probability 0.001 at 19 degrees of freedom
+CHI_SQUARE = {19: 43.8, 79: 123.6}  # exceeded with probability 0.001, by degrees of freedom
 
 IMPLEMENTATIONS = {"numpy": coalitions._NumPy()}
 if coalitions.extension()[0] is not None:
@@ -224,11 +224,38 @@ def test_torch_random_state_is_left_alone(implementation):
 
 @pytest.mark.parametrize("units", [1, 2, 16, 101])
 def test_every_player_visits_every_stratum_once(units):
-    strata = np.floor(coalitions._uniforms(40, units, 3, 0, MODES.index("lhs")) * units).astype(int)
+    strata = np.floor(coalitions._uniforms(40, units, 3, 0) * units).astype(int)
     assert (np.sort(strata, axis=0) == np.arange(units)[:, None]).all()
     if units >= 16:  # control: independent uniforms do not
-        strata = np.floor(coalitions._uniforms(40, units, 3, 0, MODES.index("iid")) * units).astype(int)
+        strata = np.floor(sliced_uniforms(40, units, 3, 0) * units).astype(int)
         assert not (np.sort(strata, axis=0) == np.arange(units)[:, None]).all(axis=0).any()
+
+
+def sliced_uniforms(n: int, units: int, seed: int, replicate: int) -> np.ndarray:
+    """U[k, p] of the modes with independent U, from all its digits: float64 (units, n)."""
+    unit, word = np.indices((units, words_for(n)), dtype=np.uint64)
+    uniforms = np.zeros((units, n))
+    for s in range(53):
+        stream = np.full_like(unit, 2 + s // 2)
+        bits = coalitions._philox((unit, word, stream, np.full_like(unit, replicate)), seed)[2 * (s % 2) :][:2]
+        words = torch.from_numpy(((bits[0] << np.uint64(32)) | bits[1]).view(np.int64))
+        everybody = complement(torch.zeros_like(words), n)
+        uniforms += unpack(words & everybody, n).numpy() * 2.0 ** -(s + 1)
+    return uniforms
+
+
+@pytest.mark.parametrize("mode", ["stratified", "iid"])
+@pytest.mark.parametrize("n", [1, 63, 64, 130])
+def test_words_are_compared_as_numbers_are(implementation, mode, n):
+    """Digit by digit, 64 players at a time, is U < u; at a u that no U equals, and at one that some do."""
+    words, u = sample_contexts(n, 50, seed=6, mode=mode, antithetic=False, replicate=3)
+    uniforms = sliced_uniforms(n, 50, 6, 3)
+    assert np.array_equal(unpack(words, n).numpy(), uniforms < u.numpy()[:, None])
+    assert not np.array_equal(unpack(words, n).numpy(), uniforms < 0.5)
+    everybody = complement(torch.zeros(1, words_for(n), dtype=torch.int64), n)[0].numpy().view(np.uint64)
+    for limit in (uniforms[:, n // 2], np.nextafter(uniforms[:, 0], 1), np.zeros(50), np.ones(50)):
+        found = coalitions._sliced_words(everybody, 50, 6, 3, limit)
+        assert np.array_equal(unpack(torch.from_numpy(found.view(np.int64)), n).numpy(), uniforms < limit[:, None])
 
 
 @pytest.mark.parametrize("mode", ["lhs", "stratified", "size"])
@@ -243,21 +270,32 @@ def test_independent_sizes_are_not_stratified(implementation):
     assert not torch.equal((u * 40).long().sort().values, torch.arange(40))
 
 
+def size_chi_square(words: torch.Tensor, n: int) -> float:
+    """Distance of the sizes of coalitions (C, W) from equal shares of 0..n."""
+    counts = torch.bincount(popcount(words), minlength=n + 1).double()
+    assert len(counts) == n + 1
+    expected = len(words) / (n + 1)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_sizes_follow_the_law(implementation, mode, antithetic):
+@pytest.mark.parametrize("n", CHI_SQUARE)
+def test_sizes_follow_the_law(implementation, mode, antithetic, n):
     """Integrating Bernoulli(u) over u makes every size 0..n equally likely."""
-    n, contexts, replicates = 19, 20, 250
-    sizes = torch.cat(
-        [
-            popcount(sample_contexts(n, contexts, seed=11, mode=mode, antithetic=antithetic, replicate=r).words)
-            for r in range(replicates)
-        ]
-    )
-    counts = torch.bincount(sizes, minlength=n + 1).double()
-    assert len(counts) == n + 1
-    expected = contexts * replicates / (n + 1)
-    assert float(((counts - expected) ** 2 / expected).sum()) < CHI_SQUARE_19
+    draws = [sample_contexts(n, 20, seed=11, mode=mode, antithetic=antithetic, replicate=r).words for r in range(250)]
+    assert size_chi_square(torch.cat(draws), n) < CHI_SQUARE[n]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", CHI_SQUARE)
+def test_a_biased_draw_is_noticed(mode, n, monkeypatch):
+    """Control: the same draws with u in [0.06, 0.94]."""
+    monkeypatch.setattr(coalitions, "_active", IMPLEMENTATIONS["numpy"])
+    fair = coalitions._sizes
+    monkeypatch.setattr(coalitions, "_sizes", lambda *arguments: 0.06 + 0.88 * fair(*arguments))
+    draws = [sample_contexts(n, 20, seed=11, mode=mode, antithetic=False, replicate=r).words for r in range(250)]
+    assert size_chi_square(torch.cat(draws), n) > CHI_SQUARE[n]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -270,11 +308,35 @@ def test_players_are_independent_given_u(implementation, mode):
     assert float(both) == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_wrong_laws_are_noticed():
-    """Control for the chi-square: coalitions of fair coins have the wrong sizes."""
-    sizes = (torch.rand(5000, 19) < 0.5).sum(1)
-    counts = torch.bincount(sizes, minlength=20).double()
-    assert float(((counts - 250) ** 2 / 250).sum()) > CHI_SQUARE_19
+# ---- Triton
+
+
+def drawn_by_triton(device: str, n: int, units: int, seed: int, replicate: int, mode: str, antithetic: bool):
+    """Words and sizes from the Triton kernels; memory that they should fill holds garbage."""
+    from flmoe_fast.engines.triton_kernels.contexts import contexts
+
+    words = torch.full((units * (2 if antithetic else 1), words_for(n)), -7, dtype=torch.int64, device=device)
+    sizes = torch.full((units,), -7.0, dtype=torch.float64, device=device)
+    options = {"players": n, "seed": seed, "mode": mode, "antithetic": antithetic, "replicate": replicate}
+    contexts(words, sizes, **options, target="sm_90")
+    return words.cpu(), sizes.cpu()
+
+
+#: Players, units, seed, replicate.
+DRAWS = [(1, 1, 2**64 - 1, 2**32 - 1), (64, 3, 2**32, 1), (70, 17, 5, 0)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_triton_kernels_have_the_same_bits(mode, antithetic):
+    pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for n, units, seed, replicate in DRAWS:
+        expected = IMPLEMENTATIONS["numpy"].sample(n, units, seed, replicate, MODES.index(mode), antithetic)
+        found = drawn_by_triton(device, n, units, seed, replicate, mode, antithetic)
+        assert all(map(torch.equal, found, expected)), (n, units)
+    other = drawn_by_triton(device, n, units, seed + 1, replicate, mode, antithetic)  # control: another seed
+    assert not torch.equal(other[0], expected[0]) and not torch.equal(other[1], expected[1])
 
 
 # ---- GPU

@@ -11,24 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "../testing.h"
 #include "dispatch.h"
 
 namespace {
 
 using namespace flmoe::cpu;
-
-long checks = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    ++checks;                                                              \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -524,6 +512,6 @@ int main() {
   test_whole({1, 3, 5, 24, 2, 40, 2, 2, true, 3, 3, false, 3}, 9);
   test_whole({1, 3, 11, 16, 2, 32, 2, 2, false, 5, 2, false, 5}, 13, {2, 1});
   test_whole({1, 2, 230, 32, 1, 40, 2, 2, true, 2, 1, true, 1}, 1, {40, 0});
-  std::printf("cpu_test: %ld checks passed\n", checks);
+  std::printf("cpu_test: %ld checks passed\n", flmoe::testing::checks);
   return 0;
 }

@@ -5,6 +5,7 @@
 
 #include "../binding.h"
 #include "emulator.h"
+#include "pack.h"
 
 namespace py = pybind11;
 using std::int64_t;
@@ -65,19 +66,6 @@ py::dict layout(int hidden, int terms, int depth, int length, int wide) {
     return 0;
   });
   return about;
-}
-
-// Weights (inputs, outputs) of halves, row-major, to stages: 64 inputs each, or 64 outputs each.
-template <int H>
-void pack_stages(const std::uint16_t* from, char* to, int inputs, int outputs, bool wide) {
-  using T = Tile<H, 1, 1>;
-  for (int i = 0; i < inputs; ++i) {
-    for (int o = 0; o < outputs; ++o) {
-      const int slab = (wide ? i : o) / kSlab;
-      const int offset = wide ? T::Wide::offset(o, i % kSlab) : T::Tall::offset(o % kSlab, i);
-      std::memcpy(to + int64_t{slab} * T::kStageBytes + offset, from + int64_t{i} * outputs + o, sizeof(std::uint16_t));
-    }
-  }
 }
 
 void pack(uintptr_t from, uintptr_t to, int inputs, int outputs, int hidden, bool wide) {

@@ -281,7 +281,9 @@ class Emulated {
       return;
     }
     sync_warp();
-    for (std::size_t i = 0; i < asked_.size(); ++i) asked_[i].run(*this, i);
+    if (lane() == 0) {
+      for (std::size_t i = 0; i < asked_.size(); ++i) asked_[i].run(*this, i);
+    }
     sync_warp();
     asked_.clear();
   }
@@ -295,32 +297,43 @@ class Emulated {
     void (*run)(Emulated&, std::size_t);
   };
 
-  // What the tensor cores do for this thread: two rows of the left operand, in the registers of the four threads that share
-  // them, times its columns of the right one.
+  // What the tensor cores do for a warp: sixteen rows of the left operand, of which four threads hold two each, times the
+  // columns of the right one; in fp32, one product after the other.
   template <class B>
   static void multiply(Emulated& m, std::size_t index) {
-    const Product& product = m.asked_[index];
-    float a[2][16];
-    for (int k = 0; k < 16; ++k) {
-      const Emulated& holder = *m.others_[m.thread_ / 4 * 4 + k % 8 / 2];
-      for (int row = 0; row < 2; ++row) {
-        const std::uint32_t pair = holder.asked_[index].a.r[k / 8 * 2 + row];
-        a[row][k] = k % 2 ? second_of(pair) : first_of(pair);
+    const Product& asked = m.asked_[index];
+    float a[16][16], b[16][B::kN];
+    for (int n = 0; n < B::kN; ++n) {
+      for (int k = 0; k < 16; ++k) {
+        int at = B::offset(n, 16 * asked.step + k);
+        if (m.block_.fault == Fault::wrong_swizzle) at ^= 16;
+        std::uint16_t half;
+        std::memcpy(&half, asked.operand + at, sizeof half);
+        b[k][n] = half_value(half);
       }
     }
-    for (int block = 0; block < B::kN / 8; ++block) {
-      for (int i = 0; i < 2; ++i) {
-        const int n = 8 * block + 2 * (m.lane() % 4) + i;
-        for (int k = 0; k < 16; ++k) {
-          int at = B::offset(n, 16 * product.step + k);
-          if (m.block_.fault == Fault::wrong_swizzle) at ^= 16;
-          std::uint16_t half;
-          std::memcpy(&half, product.operand + at, sizeof half);
-          const float b = half_value(half);
-          for (int row = 0; row < 2; ++row) product.acc[4 * block + 2 * row + i] += a[row][k] * b;
-        }
+    for (int lane = 0; lane < kLane; ++lane) {
+      const Fragment& held = m.others_[m.thread_ + lane]->asked_[index].a;
+      for (int r = 0; r < 4; ++r) {
+        float* to = &a[lane / 4 + r % 2 * 8][r / 2 * 8 + lane % 4 * 2];
+        to[0] = first_of(held.r[r]);
+        to[1] = second_of(held.r[r]);
       }
     }
+    for (int row = 0; row < 16; ++row) {
+      float sums[B::kN];
+      for (int n = 0; n < B::kN; ++n) sums[n] = *m.result(index, row, n);
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < B::kN; ++n) sums[n] += a[row][k] * b[k][n];
+      }
+      for (int n = 0; n < B::kN; ++n) *m.result(index, row, n) = sums[n];
+    }
+  }
+
+  // Where a number of the product lies, in the registers of which thread.
+  float* result(std::size_t index, int row, int n) const {
+    const int lane = row % 8 * 4 + n % 8 / 2;
+    return others_[thread_ + lane]->asked_[index].acc + 4 * (n / 8) + row / 8 * 2 + n % 2;
   }
 
   Emulator& block_;

@@ -175,31 +175,7 @@ class Plan:
 
     def run_part(self, start: int, stop: int, contexts: int, offset: int, out: Logits) -> None:
         """Evaluate coalitions start..stop into their rows of ``out``."""
-        engine = self.engine
-        packed = engine.weights
-        found = torch.ops.flmoe_fast.coalition_logits(
-            self.words[start:stop],
-            self.constant,
-            self.varying,
-            packed.states,
-            packed.residual,
-            engine.segments,
-            list(packed.layers),
-            list(packed.routing),
-            self.workspace,
-            engine.heads,
-            self.group,
-            offset,
-            contexts,
-            packed.added,
-            engine.problem.masked,
-            packed.temperature,
-            engine.target,
-            engine.precision,
-            list(packed.networks),
-            packed.slots,
-            packed.among_all,
-        )
+        found = self.engine.evaluate_part(self, self.words[start:stop], contexts, offset)
         out.experts[start:stop], out.weights[start:stop], out.mixture[start:stop] = found
 
 
@@ -256,10 +232,7 @@ class TritonEngine:
         edges = [start for start, _ in problem.segments] + [problem.length]
         self.segments = torch.tensor(edges, dtype=torch.int32, device=device)
         self.weights = self._weights()
-        w = self.weights
-        self.sizes: Sizes = sizes_of(
-            w.residual, self.segments, w.layers, w.routing, self.heads, target, self.precision, w.networks, w.slots
-        )
+        self.sizes = self._sizes()
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
 
     # ---- public -----------------------------------------------------------------------------------------------------
@@ -275,6 +248,35 @@ class TritonEngine:
         if not len(contexts) or not len(toggled):
             return self.outputs(0)
         return self._run(*self.toggle_words(contexts, toggled), group=len(toggled))
+
+    def evaluate_part(
+        self, plan: Plan, words: torch.Tensor, contexts: int, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, routing and mixture of one chunk of a plan; see :meth:`Plan.parts`."""
+        packed = self.weights
+        return torch.ops.flmoe_fast.coalition_logits(
+            words,
+            plan.constant,
+            plan.varying,
+            packed.states,
+            packed.residual,
+            self.segments,
+            list(packed.layers),
+            list(packed.routing),
+            plan.workspace,
+            self.heads,
+            plan.group,
+            offset,
+            contexts,
+            packed.added,
+            self.problem.masked,
+            packed.temperature,
+            self.target,
+            self.precision,
+            list(packed.networks),
+            packed.slots,
+            packed.among_all,
+        )
 
     def coalition_words(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Presence words (C, ceil(L / 64)) of coalitions (C, n), and which tokens vary (L,) bool; on the CPU."""
@@ -401,6 +403,12 @@ class TritonEngine:
         return tokens
 
     # ---- what is computed once per sample ---------------------------------------------------------------------------
+
+    def _sizes(self) -> Sizes:
+        w = self.weights
+        return sizes_of(
+            w.residual, self.segments, w.layers, w.routing, self.heads, self.target, self.precision, w.networks, w.slots
+        )
 
     def _weights(self) -> Weights:
         problem, kind = self.problem, PRECISIONS[self.precision]

@@ -234,7 +234,7 @@ def project_states(
     return out
 
 
-def _check(words: torch.Tensor, others: list[torch.Tensor]) -> None:
+def check(words: torch.Tensor, others: list[torch.Tensor]) -> None:
     """Refuse what the kernels would read wrongly: another dtype, strides, or memory of another device."""
     if words.dtype != torch.int64:
         raise ArgumentError("words", words.dtype, "torch.int64")
@@ -243,6 +243,91 @@ def _check(words: torch.Tensor, others: list[torch.Tensor]) -> None:
             raise ArgumentError("words", f"{words.device} beside a tensor on {tensor.device}", "tensors of one device")
         if not tensor.is_contiguous():
             raise ArgumentError("tensors", f"strides {tensor.stride()}", "contiguous tensors")
+
+
+def new_results(words: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (C, E, K), routing (C, E) and mixture (C, K), uninitialised."""
+    count, options = words.shape[0], {"dtype": torch.float64, "device": words.device}
+    shapes = (count, sizes.experts, sizes.classes), (count, sizes.experts), (count, sizes.classes)
+    return tuple(torch.empty(*shape, **options) for shape in shapes)
+
+
+def scratch(workspace: torch.Tensor, sizes: Sizes, coalitions: int, contexts: int) -> dict[str, torch.Tensor]:
+    """The arrays of a chunk in the workspace."""
+    needed = sizes.bytes(coalitions, contexts)
+    if workspace.dtype != torch.uint8 or workspace.numel() < needed:
+        raise ArgumentError("workspace", f"{workspace.numel()} bytes", f"at least {needed} bytes of torch.uint8")
+    return _views(workspace, sizes.arrays(coalitions, contexts))
+
+
+def layer_one_attention(
+    words: torch.Tensor,
+    constant: torch.Tensor,
+    varying: torch.Tensor,
+    states: torch.Tensor,
+    sizes: Sizes,
+    arrays: dict[str, torch.Tensor],
+    group: int,
+    offset: int,
+    contexts: int,
+) -> None:
+    """Attention of the first layer into ``attended``: once per context, then per coalition what varies."""
+    from flmoe_fast.engines.triton_kernels.attention import attention
+
+    sums = arrays["numerators"], arrays["scalars"]
+    common = {"length": sizes.length, "heads": sizes.heads, "precision": sizes.precision}
+    common |= {"words": words, "sums": sums, "group": group, "offset": offset}
+    attention("context", states, batches=contexts, keys=constant, config=sizes.config("context"), **common)
+    out = arrays["attended"]
+    attention("first", states, batches=len(words), keys=varying, out=out, config=sizes.config("first"), **common)
+
+
+def logits_and_routing(
+    words: torch.Tensor,
+    segments: torch.Tensor,
+    weights: list[torch.Tensor],
+    routing: list[torch.Tensor],
+    sizes: Sizes,
+    arrays: dict[str, torch.Tensor],
+    normalised: bool,
+    temperature: float,
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """``results`` from the pooled sums, and from the means of the features; the head is what ``weights`` ends with."""
+    from flmoe_fast.engines.triton_kernels.head import head
+    from flmoe_fast.engines.triton_kernels.linear import linear
+    from flmoe_fast.engines.triton_kernels.routing import gate, mean_features
+
+    count = len(words)
+    head(
+        arrays["pooled_wide"],
+        arrays["pooled_stream"],
+        *weights[-HEAD_WEIGHTS:],
+        results[0],
+        config=sizes.config("head"),
+    )
+
+    absent, step, *network = routing
+    means = arrays["means"]
+    mean_features(words, segments, absent, step, means, normalise=normalised, config=sizes.config("mean_features"))
+    hidden = means.view(1, count, -1)
+    for index in range(len(sizes.routing) - 1):
+        weight, bias = network[2 * index : 2 * index + 2]
+        following = arrays[f"routing{index}"]
+        linear(
+            hidden.unsqueeze(0),
+            weight,
+            bias,
+            following,
+            rows=count,
+            precision=PRECISIONS["fp32"],
+            terms=1,
+            config=sizes.config("hidden"),
+            activation="relu",
+        )
+        hidden = following
+    last_w, last_b = network[-2][0], network[-1][0]
+    gate(hidden[0], last_w, last_b, *results, temperature=temperature, config=sizes.config("gate"))
 
 
 def _coalition_logits(
@@ -272,23 +357,16 @@ def _coalition_logits(
     from flmoe_fast.engines.triton_kernels.choice import choose
     from flmoe_fast.engines.triton_kernels.combine import combine, pool
     from flmoe_fast.engines.triton_kernels.grouped import grouped
-    from flmoe_fast.engines.triton_kernels.head import head
     from flmoe_fast.engines.triton_kernels.linear import linear
     from flmoe_fast.engines.triton_kernels.order import place, scan
-    from flmoe_fast.engines.triton_kernels.routing import gate, mean_features
 
     sizes = sizes_of(residual, segments, weights, routing, heads, target, precision, networks, slots)
     kind, count, length = sizes.precision, words.shape[0], sizes.length
-    experts_out = torch.empty(count, sizes.experts, sizes.classes, dtype=torch.float64, device=words.device)
-    weights_out = torch.empty(count, sizes.experts, dtype=torch.float64, device=words.device)
-    mixture_out = torch.empty(count, sizes.classes, dtype=torch.float64, device=words.device)
+    results = new_results(words, sizes)
     if not count:
-        return experts_out, weights_out, mixture_out
-    _check(words, [constant, varying, states, residual, segments, *weights, *routing, *networks, workspace])
-    needed = sizes.bytes(count, contexts)
-    if workspace.dtype != torch.uint8 or workspace.numel() < needed:
-        raise ArgumentError("workspace", f"{workspace.numel()} bytes", f"at least {needed} bytes of torch.uint8")
-    arrays = _views(workspace, sizes.arrays(count, contexts))
+        return results
+    check(words, [constant, varying, states, residual, segments, *weights, *routing, *networks, workspace])
+    arrays = scratch(workspace, sizes, count, contexts)
     stream, statistics, attended = arrays["stream"], arrays["statistics"], arrays["attended"]
     common = {"rows": count * length, "precision": kind, "length": length}
     block = sizes.block()
@@ -337,13 +415,8 @@ def _coalition_logits(
         grouped(wide, *down, found, sent["totals"], terms=of_hidden, config=sizes.config("sparse_down"), **same)
         combine(found, places, sent["scores"], stream, statistics, block=block, config=sizes.config("combine"))
 
-    sums = arrays["numerators"], arrays["scalars"]
-    at_tokens = {"words": words, "sums": sums, "group": group, "offset": offset}
+    layer_one_attention(words, constant, varying, states, sizes, arrays, group, offset, contexts)
     attend = {"length": length, "heads": heads, "precision": kind}
-    attention("context", states, batches=contexts, keys=constant, config=sizes.config("context"), **at_tokens, **attend)
-    attention(
-        "first", states, batches=count, keys=varying, out=attended, config=sizes.config("first"), **at_tokens, **attend
-    )
     for layer in range(sizes.layers):
         first, last = layer == 0, layer == sizes.layers - 1
         at = LATER_WEIGHTS * layer
@@ -387,36 +460,7 @@ def _coalition_logits(
         qkv = between(3 * sizes.hidden)
         normalising(qkv_w, qkv_b, qkv, "qkv")
         attention("later", qkv, batches=count, out=attended, config=sizes.config("later"), **attend)
-    head(
-        arrays["pooled_wide"],
-        arrays["pooled_stream"],
-        *weights[-HEAD_WEIGHTS:],
-        experts_out,
-        config=sizes.config("head"),
-    )
-
-    absent, step, *network = routing
-    means = arrays["means"]
-    mean_features(words, segments, absent, step, means, normalise=normalised, config=sizes.config("mean_features"))
-    hidden = means.view(1, count, -1)
-    for index in range(len(sizes.routing) - 1):
-        weight, bias = network[2 * index : 2 * index + 2]
-        following = arrays[f"routing{index}"]
-        linear(
-            hidden.unsqueeze(0),
-            weight,
-            bias,
-            following,
-            rows=count,
-            precision=PRECISIONS["fp32"],
-            terms=1,
-            config=sizes.config("hidden"),
-            activation="relu",
-        )
-        hidden = following
-    last_w, last_b = network[-2][0], network[-1][0]
-    results = experts_out, weights_out, mixture_out
-    gate(hidden[0], last_w, last_b, *results, temperature=temperature, config=sizes.config("gate"))
+    logits_and_routing(words, segments, weights, routing, sizes, arrays, normalised, temperature, results)
     return results
 
 
@@ -431,19 +475,19 @@ def _on_cpu(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _coalition_logits(*arguments)
 
 
-_library = torch.library.Library("flmoe_fast", "DEF")
-_library.define(
+library = torch.library.Library("flmoe_fast", "DEF")
+library.define(
     NAME + "(Tensor words, Tensor constant, Tensor varying, Tensor states, Tensor residual, Tensor segments, "
     "Tensor[] weights, Tensor[] routing, Tensor(a!) workspace, int heads, int group, SymInt offset, SymInt contexts, "
     "bool added, bool normalised, float temperature, str target, str precision, Tensor[] networks, int slots, "
     "bool among_all) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl(NAME, _coalition_logits, "CUDA")
-_library.impl(NAME, _on_cpu, "CPU")
+library.impl(NAME, _coalition_logits, "CUDA")
+library.impl(NAME, _on_cpu, "CPU")
 
 
-@torch.library.register_fake(f"flmoe_fast::{NAME}", lib=_library)
+@torch.library.register_fake(f"flmoe_fast::{NAME}", lib=library)
 def _(
     words,
     constant,

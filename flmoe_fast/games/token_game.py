@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
-from flmoe_fast.engines import cpu_engine, torch_engine, triton_engine
+from flmoe_fast.engines import cpu_engine, cuda_engine, torch_engine, triton_engine
 from flmoe_fast.engines.cpu_engine import CpuEngine
+from flmoe_fast.engines.cuda_engine import CudaEngine
+from flmoe_fast.engines.fastest import fastest
 from flmoe_fast.engines.gated_engine import GatedEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import TritonEngine
+from flmoe_fast.engines.triton_engine import DEFAULT_PRECISION, TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
@@ -29,7 +31,9 @@ DEFAULT_MEMORY = 1 << 27
 #: Modalities whose first token is the start symbol of a text, which is no player.
 TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
-BACKENDS = ("auto", "cpu", "torch", "triton", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "cuda", "reference")
+#: Backends whose engine is a :class:`TritonEngine`, on a GPU.
+ON_GPU = ("triton", "cuda")
 
 
 class TokenGame(Game):
@@ -61,19 +65,25 @@ class TokenGame(Game):
     value : "prob" or "logit"
         The output of a regression model has no probability; it is its own value either way.
     heads : subset of ("mixture", "experts", "weighted")
-    backend : "auto", "cpu", "torch", "triton" or "reference"
+    backend : "auto", "cpu", "torch", "triton", "cuda" or "reference"
         "cpu" is the native engine: transformers in float32 on the CPU, with the compiled extension. "triton" is float32
-        on an NVIDIA GPU. "auto" takes the one of the device where it can run, else "torch", else "reference";
+        on an NVIDIA GPU, and so is "cuda", for the models and precisions that its fused kernels have. "auto" takes the one of the device where it can run, else "torch", else "reference";
         :meth:`about` says why where the model is the reason, and :func:`flmoe_fast.environment.backends` what is
         missing on a machine. Asked for by name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
+<<<<<<< HEAD
+    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
+        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first three. Other backends
+        take only "auto".
+=======
     precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
         Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
+>>>>>>> tritonwork
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int, optional
-        Bytes of activations the engine may hold at a time; by default 128 MiB, and 4 GiB for the Triton engine.
+        Bytes of activations the engine may hold at a time; by default 128 MiB, and 4 GiB for the GPU engines.
 
     Raises
     ------
@@ -111,12 +121,12 @@ class TokenGame(Game):
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
-        self.backend, self.reason = self._choose(backend)
         self.precision = one_of("precision", precision, ("auto", *PRECISIONS))
-        if self.backend != "triton" and precision != "auto":
+        self.backend, self.reason = self._choose(backend)
+        if self.backend not in ON_GPU and precision != "auto":
             got = f"{precision!r} with backend {self.backend!r}"
-            raise ArgumentError("precision", got, "'auto', or backend 'triton'")
-        tokens = GPU_BLOCK_TOKENS if self.backend == "triton" else BLOCK_TOKENS
+            raise ArgumentError("precision", got, "'auto', or backend 'triton' or 'cuda'")
+        tokens = GPU_BLOCK_TOKENS if self.backend in ON_GPU else BLOCK_TOKENS
         self.block = max(1, tokens // self.problem.length)
         self.engine = self._make_engine(self.backend, self.dtype)
         self.more_exact = "dtype=torch.float64"
@@ -212,11 +222,21 @@ class TokenGame(Game):
             return "reference", torch_engine.why_not(self.problem)
         if self.device.type == "cuda":
             if not triton_engine.why_not(self.dtype, self.device, self.problem):
-                return "triton", ""
+                return self._fastest_on_gpu(), ""
             return "torch", triton_engine.model_reason(self.problem)
         if not cpu_engine.why_not(self.dtype, self.device, config):
             return "cpu", ""
         return "torch", cpu_engine.model_reason(config)
+
+    def _fastest_on_gpu(self) -> str:
+        """The GPU backend that was measured to be the faster one on this device and shape."""
+        config = self.problem.model.config
+        precision = DEFAULT_PRECISION if self.precision == "auto" else self.precision
+        name = torch.cuda.get_device_name(self.device)
+        best = fastest(name, config.hidden, config.heads, self.problem.length, precision)
+        if best == "cuda" and cuda_engine.why_not(self.dtype, self.device, self.problem, precision):
+            return "triton"
+        return best
 
     def _make_engine(
         self, backend: str, dtype: torch.dtype
@@ -224,8 +244,9 @@ class TokenGame(Game):
         where = {"dtype": dtype, "device": self.device}
         if backend == "reference":
             return ReferenceEngine(self.problem, **where)
-        if backend == "triton":
-            return TritonEngine(self.problem, **where, memory=self.memory, precision=self.precision)
+        if backend in ON_GPU:
+            engine = CudaEngine if backend == "cuda" else TritonEngine
+            return engine(self.problem, **where, memory=self.memory, precision=self.precision)
         engine = CpuEngine if backend == "cpu" else TorchEngine
         if backend == "torch" and self.problem.model.config.fusion == "interpretcc":
             engine = GatedEngine

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton engine, at the size of a real model. Skipped, with the reason, without one."""
+"""What only a GPU can show of its engines, at the size of a real model. Skipped, with the reason, without one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.cuda_engine import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.engines.triton_engine import TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
@@ -22,6 +23,8 @@ from flmoe_fast.probes.grid import CornerGrid
 pytestmark = pytest.mark.gpu
 LARGE = Edge("320 + 196 tokens", (320, 196), (320, 196), hidden=256, heads=4)
 MEDIUM = Edge("90 + 70 tokens, three layers", (90, 80), (90, 70), hidden=128, heads=4, layers=3)
+NARROW = Edge("33 + 31 tokens, two heads of 32", (33, 31), (33, 30), hidden=64, heads=2)
+ONE_HEAD = Edge("70 + 75 tokens, one head of 256", (70, 75), (70, 75), hidden=256, heads=1, layers=1)
 #: Every token uses both networks, so that no choice hangs on rounding, however coarse.
 BOTH = Edge("160 + 150 tokens, both networks", (160, 150), (160, 150), hidden=256, heads=4, gate="naive", ffn_experts=2)
 #: Sparse blocks before another layer and at the end, and queues longer than the room.
@@ -36,8 +39,11 @@ def problem(edge: Edge):
 
 
 @functools.cache
-def engine(edge: Edge, precision: str = "fp16x2") -> TritonEngine:
-    return TritonEngine(problem(edge), precision=precision)
+def engine(edge: Edge, precision: str = "fp16x2", backend: str = "triton") -> TritonEngine:
+    if backend == "cuda" and not backends()["cuda"].available:
+        pytest.skip(backends()["cuda"].reason)
+    made = CudaEngine if backend == "cuda" else TritonEngine
+    return made(problem(edge), precision=precision)
 
 
 @functools.cache
@@ -82,6 +88,14 @@ def test_every_precision_equals_float64(edge: Edge, precision: str):
     assert float((found - truth(edge, PRECISIONS[precision].operand)).abs().max()) <= limit(edge, precision)
 
 
+@pytest.mark.parametrize("precision", FUSED_PRECISIONS)
+@pytest.mark.parametrize("edge", [LARGE, MEDIUM, NARROW, ONE_HEAD], ids=lambda e: e.name)
+def test_fused_kernels_equal_float64(edge: Edge, precision: str):
+    corners, contexts = grid(edge)
+    found = engine(edge, precision, "cuda").evaluate_toggles(contexts, corners.toggled).experts.cpu()
+    assert float((found - truth(edge, PRECISIONS[precision].operand)).abs().max()) <= limit(edge, precision)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16x2"])
 def test_sparse_blocks_equal_float64(precision: str):
     """In nearly every coalition and expert."""
@@ -102,10 +116,16 @@ def test_one_fp16_term_is_seen():
     assert float((found - truth(LARGE, torch.float16)).abs().max()) > limit(LARGE, "fp16x2")
 
 
-@pytest.mark.parametrize("edge", [LARGE, SPARSE], ids=lambda e: e.name)
-def test_the_same_bits_again_and_in_other_chunks(edge: Edge):
+BOTH_ENGINES = pytest.mark.parametrize(
+    ("edge", "backend"), [(LARGE, "triton"), (SPARSE, "triton"), (LARGE, "cuda"), (MEDIUM, "cuda")],
+    ids=lambda of: getattr(of, "name", of),
+)  # fmt: skip
+
+
+@BOTH_ENGINES
+def test_the_same_bits_again_and_in_other_chunks(edge: Edge, backend: str):
     corners, contexts = grid(edge)
-    made = engine(edge)
+    made = engine(edge, backend=backend)
     words, varies = made.toggle_words(contexts, corners.toggled)
     first = made.plan(words, varies, group=corners.evaluations).run()
     again = made.plan(words, varies, group=corners.evaluations).run()
@@ -114,10 +134,10 @@ def test_the_same_bits_again_and_in_other_chunks(edge: Edge):
         assert torch.equal(first.experts, other.experts) and torch.equal(first.mixture, other.mixture)
 
 
-@pytest.mark.parametrize("edge", [MEDIUM, SPARSE], ids=lambda e: e.name)
-def test_a_plan_does_not_wait_for_the_device(edge: Edge):
+@BOTH_ENGINES
+def test_a_plan_does_not_wait_for_the_device(edge: Edge, backend: str):
     corners, contexts = grid(edge)
-    made = engine(edge)
+    made = engine(edge, backend=backend)
     plan = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
     plan.run()  # kernels are compiled and loaded
     torch.cuda.synchronize()
@@ -128,10 +148,10 @@ def test_a_plan_does_not_wait_for_the_device(edge: Edge):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("edge", [MEDIUM, SPARSE], ids=lambda e: e.name)
-def test_a_plan_is_captured_in_a_graph_and_replayed_on_other_coalitions(edge: Edge):
+@BOTH_ENGINES
+def test_a_plan_is_captured_in_a_graph_and_replayed_on_other_coalitions(edge: Edge, backend: str):
     corners, contexts = grid(edge)
-    made = engine(edge)
+    made = engine(edge, backend=backend)
     plan = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
     plan.run()
     torch.cuda.synchronize()
@@ -146,9 +166,10 @@ def test_a_plan_is_captured_in_a_graph_and_replayed_on_other_coalitions(edge: Ed
     assert torch.equal(captured.experts, expected.experts) and torch.equal(captured.mixture, expected.mixture)
 
 
-def test_arrays_past_two_billion_elements():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_arrays_past_two_billion_elements(backend: str):
     """A chunk whose Q, K and V have more elements than an int32 counts."""
-    made = engine(LARGE)
+    made = engine(LARGE, backend=backend)
     count = -(-(2**31) // (made.sizes.experts * made.sizes.length * 3 * made.sizes.hidden)) + 40
     needed = made.sizes.bytes(count, 1)
     if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
@@ -160,20 +181,23 @@ def test_arrays_past_two_billion_elements():
     assert torch.equal(whole.experts, parts.experts) and torch.equal(whole.weights, parts.weights)
 
 
-def test_twenty_thousand_evaluations_of_516_players():
-    game = LARGE.game(LARGE.model(scale=0.02), dtype=torch.float32, backend="triton", device="cuda")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_twenty_thousand_evaluations_of_516_players(backend: str):
+    if not backends()[backend].available:
+        pytest.skip(backends()[backend].reason)
+    game = LARGE.game(LARGE.model(scale=0.02), dtype=torch.float32, backend=backend, device="cuda")
     rows, cols = range(10), range(320, 330)
     result = interactions(game, rows=rows, cols=cols, budget=20_000, progress=False)
-    assert result.backend == "triton" and 19_000 < result.evaluations <= 20_000
+    assert result.backend == backend and 19_000 < result.evaluations <= 20_000
     assert float(result.noise_share.max()) < 0.01
 
 
-def test_auto_takes_triton_on_a_gpu():
+def test_auto_takes_a_gpu_engine():
     found = backends()["triton"]
     assert found.available, found.reason
     edge = MEDIUM
     game = edge.game(edge.model(scale=0.02), dtype=torch.float32, device="cuda")
-    assert game.backend == "triton"
+    assert game.backend in ("triton", "cuda")
     assert edge.game(device="cuda").backend == "torch"  # float64
 
 

@@ -1,0 +1,224 @@
+"""The fused CUDA kernels against the reference: emulated on the CPU, or compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from edge_shapes import Edge, sparse
+
+triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+
+from test_triton_engine import (  # noqa: E402
+    DEVICE,
+    GPU,
+    coalitions_of,
+    error_of,
+    limit,
+    poison,  # noqa: F401
+    problem_of,
+    quick_interpreter,  # noqa: F401
+)
+
+from flmoe_fast.checks import ArgumentError  # noqa: E402
+from flmoe_fast.coalitions import extension  # noqa: E402
+from flmoe_fast.engines import cuda_engine, cuda_ops, fastest, triton_engine  # noqa: E402
+from flmoe_fast.engines.cuda_engine import CudaEngine  # noqa: E402
+from flmoe_fast.engines.cuda_ops import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
+
+EXTENSION, MISSING = extension()
+pytestmark = [
+    pytest.mark.skipif(EXTENSION is None, reason=f"no extension: {MISSING}"),
+    pytest.mark.skipif(
+        not (GPU or triton_engine.interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started"
+    ),
+]
+SMALL = {"hidden": 64, "heads": 2}
+TINY = Edge("tiny", (3, 2), (3, 1), **SMALL)
+#: One token each; tiles of rows, queries and keys that are not full, or more than one; every number of heads; the stages
+#: of the last kernel; one head of 256; three and four modalities, and one that is absent; both generations.
+SHAPES = [
+    Edge("one token each", (1, 1), (1, 1), **SMALL),
+    Edge("no masks, one head", (4, 5), None, hidden=64, heads=1),
+    Edge("two query tiles", (40, 31), (37, 29), **SMALL),
+    Edge("many key tiles", (19, 20), (18, 17), hidden=64, heads=1),
+    Edge("four heads", (6, 7), (3, 5), hidden=128, heads=4),
+    Edge("one head of 256", (3, 2), (3, 2), hidden=256, heads=1),
+    Edge("absent modality", (4, 3, 6), (4, 0, 2), **SMALL),
+    Edge("four modalities", (2, 3, 1, 4), (2, 3, 1, 2), **SMALL),
+    Edge("one layer", (4, 3), (4, 2), layers=1, **SMALL),
+    Edge("three layers", (4, 3), (4, 2), layers=3, **SMALL),
+    Edge("original", (4, 4), None, generation="original", **SMALL),
+    Edge("original, one layer", (4, 4, 4), None, generation="original", layers=1, **SMALL),
+]
+#: Planted mistakes (csrc/fused/emulator.h), and how each shows: as an error, or as numbers out of bounds.
+FAULTS = {
+    "consumers wait for no copy": (1, "an arrival too many"),
+    "copies wait for no consumer": (2, "an arrival too many"),
+    "consumers keep their stages": (3, "nobody can go on: .*warp 8 waits for barrier"),
+    "products are not waited for": (4, None),
+    "swizzle": (5, None),
+}
+on_cpu = pytest.mark.skipif(GPU, reason="the emulator is for CPUs; a GPU has no planted mistakes")
+
+
+def engine(edge: Edge, precision: str = "fp16x2", **options) -> CudaEngine:
+    return CudaEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
+
+
+@pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)
+def test_corners_equal_the_reference(edge: Edge):
+    """Contexts and toggles, against the float64 model with its weights rounded to fp16."""
+    ours = engine(edge).evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, "fp16x2") <= limit(edge, "fp16x2")
+
+
+@pytest.mark.parametrize("edge", (TINY, SHAPES[4]), ids=lambda e: e.name)
+def test_one_term_equals_the_reference(edge: Edge):
+    ours = engine(edge, "fp16").evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, "fp16") <= limit(edge, "fp16")
+    # Negative control of the tolerance of two terms.
+    assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
+
+
+@on_cpu
+def test_blocks_and_order_of_threads_change_no_bit(monkeypatch):
+    """Blocks of 64 rows, as on compute capability 8.0, of 128, as on 9.0, and threads that run in another order."""
+    edge = Edge("two groups", (40, 31), (40, 29), **SMALL)
+    coalitions = edge.coalitions(problem_of(edge).n)[[3, 7]]
+    found = []
+    for groups, backwards in ((TWO_GROUPS, False), (ONE_GROUP, False), (TWO_GROUPS, True)):
+        monkeypatch.setattr(cuda_ops, "emulation", Emulation(groups, backwards))
+        found.append(engine(edge).evaluate(coalitions))
+    for other in found[1:]:
+        assert torch.equal(other.experts, found[0].experts) and torch.equal(other.weights, found[0].weights)
+
+
+@on_cpu
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_planted_mistake_is_seen(what: str, monkeypatch):
+    """Negative control: each missing wait, arrival or swizzle leaves the tolerance, or nobody can go on."""
+    fault, message = FAULTS[what]
+    monkeypatch.setattr(cuda_ops, "emulation", Emulation(fault=fault))
+    contexts, toggled = coalitions_of(TINY)
+    made = engine(TINY)
+    plan = made.plan(*made.toggle_words(contexts, toggled), group=len(toggled))
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            plan.run()
+        return
+    error = error_of(plan.run(), TINY, "fp16x2")
+    assert not error <= 3 * limit(TINY, "fp16x2")  # a NaN is seen as well
+
+
+def test_chunks_change_no_bit():
+    contexts, toggled = coalitions_of(TINY)
+    made = engine(TINY)
+    words, varies = made.toggle_words(contexts, toggled)
+    whole = made.plan(words, varies, group=len(toggled)).run()
+    parts = made.plan(words, varies, group=len(toggled), chunk=2).run()
+    assert torch.equal(whole.experts, parts.experts) and torch.equal(whole.weights, parts.weights)
+
+
+@pytest.mark.parametrize(("layers", "launches"), [(1, 3 + 4), (2, 4 + 4), (3, 6 + 4)])
+def test_launches(layers: int, launches: int):
+    """Context and coalition attention, chains and the last layer; then head, means and two routing layers."""
+    edge = Edge("tiny", (3, 2), (3, 1), layers=layers, **SMALL)
+    assert engine(edge).sizes.launches() == launches
+
+
+def test_op_is_well_registered():
+    made = engine(TINY)
+    contexts, toggled = coalitions_of(TINY)
+    plan = made.plan(*made.toggle_words(contexts[:1], toggled[:1]), group=1)
+    packed = made.weights
+    arguments = (
+        *(plan.words, plan.constant, plan.varying, packed.states, packed.residual, made.segments),
+        *(list(packed.layers), list(packed.routing), plan.workspace, made.heads, 1, 0, 1, packed.added, True, 1.0),
+        *(made.target, made.precision),
+    )
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.flmoe_fast.fused_coalitions.default, arguments, test_utils=tests)
+
+
+@functools.cache
+def packed(inputs: int, outputs: int, hidden: int, wide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of distinct halves, as bits, and its stages (count, 16-bit words)."""
+    matrix = torch.arange(inputs * outputs, dtype=torch.int32).to(torch.int16).view(inputs, outputs)
+    stages = torch.empty(matrix.numel() // (64 * hidden), 64 * hidden, dtype=torch.int16)
+    EXTENSION.fused_pack(matrix.data_ptr(), stages.data_ptr(), inputs, outputs, hidden, wide)
+    return matrix, stages
+
+
+@pytest.mark.parametrize("hidden", (64, 128, 256))
+@pytest.mark.parametrize("wide", (True, False), ids=("64 inputs", "64 outputs"))
+def test_stages_hold_every_weight_where_the_hardware_expects_it(hidden: int, wide: bool):
+    """128-byte swizzle: rows of 64 halves, whose sixteen-byte chunks are exchanged by the row's last three bits."""
+    matrix, stages = packed(128, hidden, hidden, True) if wide else packed(hidden, 128, hidden, False)
+    rows = hidden if wide else 64
+    parts = matrix.split(64, dim=0 if wide else 1)
+    for part, stage in zip(parts, stages):
+        panels = part.T.unflatten(1, (-1, 64))  # (row, panel, 64)
+        chunk = torch.arange(8)[None] ^ (torch.arange(rows)[:, None] % 8)  # where chunk c of a row is
+        expected = torch.empty(panels.shape[1], rows, 8, 8, dtype=torch.int16)
+        for panel in range(panels.shape[1]):
+            expected[panel].scatter_(
+                1, chunk[..., None].expand(-1, -1, 8), panels[:, panel].reshape(rows, 8, 8).contiguous()
+            )
+        assert torch.equal(stage, expected.flatten())
+
+
+REFUSED = {
+    "gate": (sparse(TINY, "switch", 4, "none"), "fp16x2", "for dense transformers, and the model has gate 'switch'"),
+    "width": (Edge("narrow", (2, 2), (2, 2)), "fp16x2", "the width is 24 with heads of 8"),
+    "heads": (Edge("heads", (2, 2), (2, 2), hidden=64, heads=4), "fp16x2", "with heads of 16"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_it_cannot_run_is_refused_by_name(what: str):
+    edge, precision, message = REFUSED[what]
+    with pytest.raises(ArgumentError, match=f"backend: got 'cuda', but .*{message}"):
+        engine(edge, precision)
+
+
+def test_a_precision_it_does_not_have_is_refused():
+    with pytest.raises(ArgumentError, match="precision: got 'bf16'.*'fp16x2', 'fp16'"):
+        engine(TINY, "bf16")
+
+
+@on_cpu
+def test_a_device_without_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_engine, "interpreted", lambda: False)
+    with pytest.raises(ArgumentError, match="backend: got 'cuda', but the device is cpu"):
+        TINY.game(backend="cuda", dtype=torch.float32)
+
+
+@on_cpu
+def test_game_runs_on_it():
+    """By name, with the mixture and the value of a game."""
+    ours = TINY.game(backend="cuda", dtype=torch.float32)
+    assert ours.backend == "cuda" and isinstance(ours.engine, CudaEngine)
+    coalitions = TINY.coalitions(ours.n, 3)
+    exact = TINY.game(backend="reference")(coalitions)
+    # Rounding the weights to fp16 is a change of model: 2^-11 a weight, over some twenty products in a row.
+    assert float((ours(coalitions) - exact).abs().max()) < 20 * 2.0**-11
+
+
+def test_auto_takes_what_was_faster(monkeypatch):
+    rows = [
+        {"device": "GPU", "hidden": 256, "heads": 4, "tokens": 100, "precision": "fp16", "fastest": "triton"},
+        {"device": "GPU", "hidden": 256, "heads": 4, "tokens": 500, "precision": "fp16", "fastest": "cuda"},
+    ]
+    monkeypatch.setattr(fastest, "_measured", lambda: rows)
+    assert fastest.fastest("GPU", 256, 4, 400, "fp16") == "cuda"
+    assert fastest.fastest("GPU", 256, 4, 120, "fp16") == "triton"
+    for other in (("other", 256, 4), ("GPU", 128, 4), ("GPU", 256, 1)):
+        assert fastest.fastest(*other, 400, "fp16") == "triton"
+    assert fastest.fastest("GPU", 256, 4, 400, "fp16x2") == "triton"
+
+
+def test_reason_names_the_extension(monkeypatch):
+    monkeypatch.setattr(cuda_engine, "extension", lambda: (None, "not compiled here"))
+    assert cuda_engine.why_not(torch.float32, DEVICE, problem_of(TINY)) == "not compiled here"
