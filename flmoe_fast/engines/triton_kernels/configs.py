@@ -88,11 +88,13 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
             return Config(64, 16 if precision == "fp16x2" else 32, 0, 4 if single else 8, 2)
         if precision == "fp16x2":
             return Config(128, 32, 0, 8, 2)
-        return Config(64, 64 if single else 32, 0, 4, 2)
-    if kernel in ("head", "mean_features", "gate"):
-        return Config(16, 0, {"head": 64, "mean_features": 16, "gate": 32}[kernel], 4, 2)
+        return Config(64, 64 if single and depth <= 32 else 32, 0, 4, 2)
+    if kernel in ("mean_features", "gate"):
+        return Config(16, 0, {"mean_features": 16, "gate": 32}[kernel], 4, 2)
+    if kernel == "head":
+        return Config(32, 0, 32, 4, 2)
     if kernel == "choose":
-        return Config(64, 0, 32, 4, 2)
+        return Config(64, 0, 16, 4, 2)
     if kernel in ("scan", "place"):
         return Config({"scan": 1024, "place": 128}[kernel], 0, 0, 4, 1)
     if kernel in ("combine", "pool"):
