@@ -1,11 +1,11 @@
 """Checks of the C++ and CUDA sources that need no GPU.
 
-``python csrc/check.py host`` builds host_test, core_test and cpu_test under sanitizers with CMake and runs them.
+``python csrc/check.py host`` builds the host tests under sanitizers with CMake and runs them.
 ``python csrc/check.py portable`` builds cpu_test for a 64-bit Arm and, with every level in one program, for x86-64, and
 runs both under QEMU: on Arm, and on x86-64 processors that lack the newer levels.
 ``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning, each
-register spill and each product that cannot run on by itself as an error, and prints what every kernel uses. Without the tools, either one prints why it was skipped
-and succeeds.
+register spill and each product that cannot run on by itself as an error, and prints what every kernel uses. Without the
+tools, each prints why it was skipped and succeeds.
 """
 
 from __future__ import annotations

@@ -31,13 +31,14 @@ EXTENSION, MISSING = extension()
 pytestmark = [
     pytest.mark.skipif(EXTENSION is None, reason=f"no extension: {MISSING}"),
     pytest.mark.skipif(
-        not (GPU or triton_engine.interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started"
+        not (GPU or triton_engine.interpreted()),
+        reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started",
     ),
 ]
 SMALL = {"hidden": 64, "heads": 2}
 TINY = Edge("tiny", (3, 2), (3, 1), **SMALL)
-#: One token each; tiles of rows, queries and keys that are not full, or more than one; every number of heads; the stages
-#: of the last kernel; one head of 256; three and four modalities, and one that is absent; both generations.
+#: One token each; tiles of rows, queries and keys that are not full, or more than one; every number of heads; the
+#: stages of the last kernel; one head of 256; three and four modalities, and one that is absent; both generations.
 SHAPES = [
     Edge("one token each", (1, 1), (1, 1), **SMALL),
     Edge("no masks, one head", (4, 5), None, hidden=64, heads=1),

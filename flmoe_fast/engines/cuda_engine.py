@@ -1,7 +1,7 @@
 """The fused CUDA kernels as an engine: two launches for the two layers of a model where the Triton engine has seven.
 
-What a kernel multiplies with lies on its own "tape": the stages it copies to shared memory, byte for byte and in the order
-of use (csrc/fused/traits.h). Everything else, planning and chunks included, is the Triton engine's.
+What a kernel multiplies with lies on its own "tape": the stages it copies to shared memory, byte for byte and in the
+order of use (csrc/fused/traits.h). Everything else, planning and chunks included, is the Triton engine's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def model_reason(problem: TokenProblem, precision: str = "auto") -> str:
     depth, wide = config.hidden // config.heads, config.hidden * config.ffn_multiple
     if not module.fused_supported(config.hidden, depth):
         return (
-            f"the width is {config.hidden} with heads of {depth}, and the fused kernels are for 64, 128 or 256 with one, "
-            f"two or four heads of at least 32"
+            f"the width is {config.hidden} with heads of {depth}, and the fused kernels are for 64, 128 or 256 with "
+            f"one, two or four heads of at least 32"
         )
     if wide % SLAB:
         return f"the hidden width is {wide}, and the fused kernels take multiples of {SLAB}"
@@ -147,7 +147,7 @@ class CudaEngine(TritonEngine):
         return replace(weights, layers=(*packed, w_wide, w_stream, bias))
 
     def _tape(self, matrices: list[torch.Tensor]) -> torch.Tensor:
-        """Output projection (E, H, H) and up (E, H, F); before the last layer down (E, F, H) and Q, K, V (E, H, 3 H)."""
+        """Output projection (E, H, H), up (E, H, F); before the last layer down (E, F, H) and Q, K, V (E, H, 3 H)."""
         tapes = []
         for out, up, *rest in zip(*matrices):
             stages = [_stages(out, wide=True)]
@@ -164,7 +164,7 @@ class CudaEngine(TritonEngine):
 
 
 def _stages(matrix: torch.Tensor, wide: bool) -> torch.Tensor:
-    """A matrix (inputs, outputs) of halves as stages (count, bytes): 64 inputs each if ``wide``, else 64 outputs each."""
+    """A matrix (inputs, outputs) of halves as stages (count, bytes): of 64 inputs if ``wide``, else of 64 outputs."""
     matrix = matrix.contiguous()
     inputs, outputs = matrix.shape
     hidden, count = (outputs, inputs // SLAB) if wide else (inputs, outputs // SLAB)

@@ -1,8 +1,8 @@
 """The op that evaluates one chunk of coalitions with the fused CUDA kernels, ``torch.ops.flmoe_fast.fused_coalitions``.
 
 Everything between two attentions is one kernel (csrc/fused/chain.h), and so is the last layer (csrc/fused/last.h). The
-first layer's attention, the head and the routing, which are small, are the Triton kernels' (triton_ops.py). On tensors of
-the CPU, where Triton's interpreter stands in for its kernels, the emulator of csrc/fused/emulator.h stands in for these.
+first layer's attention, the head and the routing, which are small, are the Triton kernels' (triton_ops.py). On tensors
+of the CPU, where Triton's interpreter stands in for its kernels, csrc/fused/emulator.h stands in for these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flmoe_fast.engines.triton_ops import (
 )
 
 NAME = "fused_coalitions"
-#: Tensors of the last layer and of every other one, in the op's list of weights; the head's come after the last layer's.
+#: Tensors of the last layer and of every other one, in the op's list of weights; after them come the head's.
 LAST_WEIGHTS, CHAIN_WEIGHTS = 3, 5
 #: csrc/fused: Residual, Stage and Where.
 NO_RESIDUAL, STATES, STREAM = 0, 1, 2

@@ -67,19 +67,15 @@ class TokenGame(Game):
     heads : subset of ("mixture", "experts", "weighted")
     backend : "auto", "cpu", "torch", "triton", "cuda" or "reference"
         "cpu" is the native engine: transformers in float32 on the CPU, with the compiled extension. "triton" is float32
-        on an NVIDIA GPU, and so is "cuda", for the models and precisions that its fused kernels have. "auto" takes the one of the device where it can run, else "torch", else "reference";
-        :meth:`about` says why where the model is the reason, and :func:`flmoe_fast.environment.backends` what is
-        missing on a machine. Asked for by name, a backend that cannot run is an error.
+        on an NVIDIA GPU, and so is "cuda", for the models and precisions that its fused kernels have. "auto" takes the
+        one of the device where it can run, the faster one on a GPU, else "torch", else "reference"; :meth:`about` says
+        why where the model is the reason, and :func:`flmoe_fast.environment.backends` what is missing on a machine.
+        Asked for by name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
-<<<<<<< HEAD
-    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first four. Other backends
-        take only "auto".
-=======
     precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
->>>>>>> tritonwork
+        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first four. Other
+        backends take only "auto".
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int, optional
