@@ -1,15 +1,18 @@
-"""What an NVIDIA GPU makes of the probes: the naive loop, batched PyTorch, the torch engine and every Triton precision.
+"""What an NVIDIA GPU makes of the probes: the naive loop, batched PyTorch, the torch engine, Triton and CUDA engines.
 
-    python -m bench.gpu quick|full [--shapes mmimdb enrico mimic]
+    python -m bench.gpu quick|full|sanitize|profile [--shapes mmimdb enrico mimic]
 
 All candidates of a shape take turns in one run. A candidate too slow for a whole explanation (10 x 10 pairs in 64
 contexts) is timed on a part of it, and its row says how large; times of a whole explanation are then scaled. Fractions
-are of this machine's own 16-bit matrix product rate, measured in the same run. Rows go to bench/results/gpu.jsonl.
+are of this machine's own 16-bit matrix product rate, measured in the same run. Rows go to bench/results/gpu.jsonl, and
+which of the two GPU engines was faster to flmoe_fast/engines/fastest.json, which ``backend="auto"`` goes by.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +24,10 @@ from bench.baselines import BatchedSDPA
 from bench.shapes import SHAPES, Shape
 from bench.tables import gpu as table
 from bench.timing import spread, write
-from flmoe_fast.engines.problem import Logits
+from flmoe_fast.engines import cuda_engine
+from flmoe_fast.engines.cuda_engine import FUSED_PRECISIONS, CudaEngine
+from flmoe_fast.engines.fastest import FILE
+from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.engines.triton_engine import TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
@@ -104,6 +110,37 @@ def noise_shares(shape: Shape, game, engines: dict[str, Callable]) -> dict[str, 
     return shares
 
 
+def gpu_engines(problem: TokenProblem) -> dict[str, TritonEngine]:
+    """Every GPU engine in every precision that it has for the problem."""
+    made = {}
+    for precision in PRECISIONS:
+        made[f"triton {precision}"] = TritonEngine(problem, device=DEVICE, precision=precision)
+        if precision in FUSED_PRECISIONS and not cuda_engine.why_not(torch.float32, torch.device(DEVICE), problem):
+            made[f"cuda {precision}"] = CudaEngine(problem, device=DEVICE, precision=precision)
+    return made
+
+
+def fastest(rows: list[dict], device: str) -> list[dict]:
+    """Which engine was faster on each shape and precision that both have, as engines/fastest.json keeps it."""
+    medians = {
+        (row["shape"], row["candidate"]): row["ms_per_1000"]["median"] for row in rows if "candidate" in row
+    }
+    found = []
+    for shape, precision in itertools.product(sorted({shape for shape, _ in medians}), FUSED_PRECISIONS):
+        times = {name: medians.get((shape, f"{name} {precision}")) for name in ("triton", "cuda")}
+        if None not in times.values():
+            of = SHAPES[shape]
+            key = {"device": device, "hidden": of.hidden, "heads": of.heads, "tokens": sum(of.tokens)}
+            found.append({**key, "precision": precision, "fastest": min(times, key=times.get)})
+    return found
+
+
+def keep_fastest(found: list[dict], device: str) -> None:
+    """Replace what engines/fastest.json says of a device."""
+    others = [row for row in json.loads(FILE.read_text()) if row["device"] != device]
+    FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in others + found) + "\n]\n")
+
+
 def measure(
     shape: Shape, rounds: int, compiled: tuple[tuple[str, str], ...], rates: tuple[float, float], limit: float
 ) -> list[dict]:
@@ -146,9 +183,7 @@ def measure(
     )  # fmt: skip
     ways["torch engine fp32"] = engine.evaluate
     plans, memory = {}, {}
-    for precision in PRECISIONS:
-        made = TritonEngine(problem, device=DEVICE, precision=precision)
-        label = f"triton {precision}"
+    for label, made in gpu_engines(problem).items():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         plans[label] = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
@@ -208,33 +243,43 @@ def measure(
 def sanitize() -> None:
     """One small chunk in every precision, of dense and of sparse blocks, to be run under compute-sanitizer."""
     dense = SHAPES["digits"]
-    for shape in (dense, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
+    fused = replace(dense, name="digits-fused", hidden=64, heads=2, layers=3)
+    for shape in (dense, fused, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
         game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
         game.problem.model.set_capacity("reference")
         corners = shape.corners(2)
         contexts = torch.rand(2, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
-        for precision in PRECISIONS:
-            made = TritonEngine(game.problem, device=DEVICE, precision=precision)
+        for name, made in gpu_engines(game.problem).items():
             logits = made.evaluate_toggles(contexts, corners.toggled)
             values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
             for kind in GAPS:
                 made.reduce_corners(values, contexts, corners.pairs, corners.single, kind, LEAST_JOINT_COST)
             torch.cuda.synchronize()
-            print(shape.name, precision, "done", flush=True)
+            print(shape.name, name, "done", flush=True)
+
+
+def profile() -> None:
+    """One chunk of the largest shape by the fused kernels, to be run under a profiler."""
+    shape = SHAPES["mmimdb"]
+    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
+    corners = shape.corners(SIDE)
+    contexts = torch.rand(1, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
+    CudaEngine(game.problem, device=DEVICE, precision="fp16x2").evaluate_toggles(contexts, corners.toggled)
+    torch.cuda.synchronize()
 
 
 def main() -> None:
     """Measure, write bench/results/gpu.jsonl and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("quick", "full", "sanitize"))
+    parser.add_argument("mode", choices=("quick", "full", "sanitize", "profile"))
     shapes = ["mmimdb", "enrico", "mimic", "enrico-gshard"]
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=shapes)
     parser.add_argument("--seconds", type=float, default=20.0, help="no new round of a shape after that long")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "bench.gpu: torch finds no CUDA device\n")
-    if options.mode == "sanitize":
-        sanitize()
+    if options.mode in ("sanitize", "profile"):
+        sanitize() if options.mode == "sanitize" else profile()
         return
     rates = machine_rates()
     rows = [{"machine_rates": True, "matmul_flops": rates[0], "copy_bytes": rates[1]}]
@@ -245,6 +290,8 @@ def main() -> None:
         rows += measure(SHAPES[name], rounds, compiled, rates, options.seconds)
         path = write("gpu", rows)  # after every shape: what is measured is not lost to a time limit
         print(f"{name}: wrote {path}", flush=True)
+    device = torch.cuda.get_device_name()
+    keep_fastest(fastest(rows, device), device)
     print(table())
 
 

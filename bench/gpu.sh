@@ -8,6 +8,7 @@ case $mode in quick|full) ;; *) echo "usage: bash bench/gpu.sh quick|full" >&2; 
 cd "$(dirname "$0")/.."
 py=${PY:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 unset TRITON_INTERPRET
 worst=0
 step() { # seconds, name, command...
@@ -20,22 +21,27 @@ step() { # seconds, name, command...
 }
 "$py" -c 'import torch, triton; assert torch.cuda.is_available(); print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' ||
   { echo "bench/gpu.sh: needs a CUDA device, torch and triton" >&2; exit 2; }
-step 90 "build" "$py" setup.py -q build_ext --inplace
+step 60 "build" "$py" setup.py -q build_ext --inplace
 if [ "$mode" = quick ]; then
-  step 150 "tests" "$py" -m pytest -q -x tests/test_triton_gpu.py
-  tools="memcheck"
+  step 150 "tests" "$py" -m pytest -q -x tests/test_gpu.py
+  tools="memcheck" each=45
 else
-  step 170 "tests" "$py" -m pytest -q tests/test_triton_gpu.py tests/test_triton_engine.py tests/test_triton_sparse.py
-  tools="memcheck racecheck"
+  step 150 "tests" "$py" -m pytest -q tests/test_gpu.py tests/test_triton_engine.py tests/test_triton_sparse.py tests/test_cuda_engine.py
+  tools="memcheck racecheck initcheck synccheck" each=28
 fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in $tools; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 step 45 "compute-sanitizer $tool" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 step $each "compute-sanitizer $tool" \
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$py" -m bench.gpu sanitize
   done
 else
   echo "== compute-sanitizer: skipped, it is not on PATH"
 fi
-step 190 "benchmark" "$py" -m bench.gpu "$mode"
+if [ "$mode" = full ] && command -v ncu >/dev/null; then
+  metrics=sm__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum,lts__t_sectors.avg.pct_of_peak_sustained_elapsed
+  metrics+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active
+  step 35 "ncu" ncu --kernel-name regex:fused_ --launch-count 4 --metrics "$metrics" "$py" -m bench.gpu profile
+fi
+step 180 "benchmark" "$py" -m bench.gpu "$mode"
 "$py" -m bench.tables --print gpu
 exit $worst

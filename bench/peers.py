@@ -1,7 +1,7 @@
 """Error and coverage at equal evaluations against every estimator of the SII that shapiq has, on several games.
 
-    python -m bench.peers [--kinds digits-prob digits-logit vit soum large] [--games 2] [--seeds 3]
-                          [--coverage-seeds 100] [--coverage-only]
+    python -m bench.peers [--kinds digits-prob digits-logit vit soum large] [--budgets 1024 2048 4096]
+                          [--games 2] [--seeds 3] [--coverage-seeds 100] [--coverage-only]
 
 - ``digits-prob``, ``digits-logit``: held-out digits seen by the demonstration's model (run make demo first), 16 tokens.
 - ``vit``: a vision transformer of Hugging Face's library, trained here on the same images as 16 patches of 2 x 2
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("out/demo/model.safetensors"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--games", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--coverage-seeds", type=int, default=100)
@@ -257,7 +258,7 @@ def main() -> None:
 
     for kind in options.kinds:
         games, pairs, truths = games_of(kind, 1 if kind == "large" else options.games, options.model)
-        for budget in () if options.coverage_only else BUDGETS:
+        for budget in () if options.coverage_only else options.budgets:
             for name in options.estimators:
                 if missing(kind=kind, estimator=name, budget=budget):
                     seeds = 1 if kind == "large" else options.seeds

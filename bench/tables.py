@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/accuracy.md from the files under bench/results.
+"""Fill the tables of README.md and of pages under docs from the files under bench/results.
 
     python -m bench.tables [--check]
 
@@ -12,12 +12,13 @@ import argparse
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md")
 
 
 def _machine(head: dict) -> str:
@@ -35,12 +36,32 @@ def _range(values: dict, digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['q1']:.{digits}f}–{values['q3']:.{digits}f})"
 
 
-def cpu() -> str:
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def results(name: str) -> Callable:
+    """Make a function of a results file's rows, which returns the tables and a note, the table of its name, as text.
+
+    Nothing is shown of a file that is not there, or where the function returns nothing.
+    """
+
+    def register(tables: Callable[[list[dict]], tuple[str, str] | None]) -> Callable[[], str]:
+        def text() -> str:
+            found = read(name)
+            shown = found and tables(found[1])
+            if not shown:
+                return "not measured"
+            return f"{shown[0]}\n\n{_machine(found[0])} {shown[1]}".rstrip()
+
+        TABLES[tables.__name__] = text
+        return text
+
+    return register
+
+
+@results("cpu-engine")
+def cpu(rows: list[dict]) -> tuple[str, str]:
     """Speed on the CPU, and what rounding is worth, of every candidate."""
-    found = read("cpu-engine")
-    if found is None:
-        return "not measured"
-    head, rows = found
     _, rounding = read("cpu-noise") or ({}, [])
     noise = {row["candidate"]: row["noise_share"] for row in rounding}
     rows = [row for row in rows if "ms_per_coalition" in row]
@@ -65,15 +86,24 @@ def cpu() -> str:
     note = "Medians and quartiles. Products are counted as in the arithmetic used, against PyTorch's own GEMM."
     if rounding:
         note += f" Noise: {rounding[0]['model']}, held-out accuracy {rounding[0]['accuracy']:.1%}."
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def accuracy() -> str:
+@results("cpu-noise")
+def noise(rows: list[dict]) -> tuple[str, str]:
+    """Rounding noise of every arithmetic of the CPU."""
+    table = [[row["candidate"], f"{row['noise_share']:.1e}"] for row in rows]
+    some = rows[0]
+    note = (
+        f"A model trained on {some['model']}, held-out accuracy {some['accuracy']:.1%}; {some['samples']} samples, "
+        f"{some['contexts']} contexts each."
+    )
+    return _markdown(["arithmetic", "noise share"], table), note
+
+
+@results("accuracy")
+def accuracy(rows: list[dict]) -> tuple[str, str]:
     """nMSE at equal evaluations."""
-    found = read("accuracy")
-    if found is None:
-        return "not measured"
-    head, rows = found
     rows = [row for row in rows if "estimator" in row]
     budgets = sorted({row["budget"] for row in rows})
     named: dict[tuple[str, str], dict[int, float]] = {}
@@ -84,15 +114,12 @@ def accuracy() -> str:
     columns = ["value", "estimator", *(f"{b:,}" for b in budgets)]
     games = f"{some['games']} games x {some['seeds']} seeds, 16 tokens, 64 cross-modal pairs"
     note = f"nMSE against enumeration (0 is exact, 1 is what all zeros would score), mean over {games}."
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def coverage() -> str:
+@results("accuracy")
+def coverage(rows: list[dict]) -> tuple[str, str]:
     """Coverage of the 95 % intervals."""
-    found = read("accuracy")
-    if found is None:
-        return "not measured"
-    head, rows = found
     rows = [row for row in rows if "coverage_budget" in row]
     table = [
         [
@@ -107,15 +134,13 @@ def coverage() -> str:
     ]
     columns = ["value", "allocation", "evaluations", "SII", "gap (max)", "gap (strict)"]
     note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def memory() -> str:
+@results("memory")
+def memory(rows: list[dict]) -> tuple[str, str]:
     """Peak memory of a long run."""
-    found = read("memory")
-    if found is None:
-        return "not measured"
-    head, [row] = found
+    [row] = rows
     columns = ["players", "evaluations", "peak memory", "seconds", "noise share"]
     cells = [
         str(row["players"]),
@@ -124,15 +149,12 @@ def memory() -> str:
         f"{row['seconds']:.0f}",
         f"{row['noise_share']:.1e}",
     ]
-    return f"{_markdown(columns, [cells])}\n\n{_machine(head)}"
+    return _markdown(columns, [cells]), ""
 
 
-def hdxor() -> str:
+@results("hdxor")
+def hdxor(rows: list[dict]) -> tuple[str, str]:
     """What the probes say about data whose interactions are known."""
-    found = read("hdxor")
-    if found is None:
-        return "not measured"
-    head, rows = found
     table = []
     for count in sorted({row["modalities"] for row in rows}):
         for setting in ("synergy", "redundancy", "uniqueness0"):
@@ -163,15 +185,12 @@ def hdxor() -> str:
         "of columns a modality; means over all cross-modal pairs. InterSHAP is the share of interactions, which are "
         "half of the SII, in the absolute values of a sample; the published figures are those of another network."
     )
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def digits() -> str:
+@results("digits")
+def digits(rows: list[dict]) -> tuple[str, str]:
     """Faithfulness and masking beside a dense Transformer."""
-    found = read("digits")
-    if found is None:
-        return "not measured"
-    head, rows = found
     table = []
     models = list(dict.fromkeys(row["model"] for row in rows))
     for model in models:
@@ -208,15 +227,12 @@ def digits() -> str:
         "AOPC over 5 to 25 % of the tokens, and the probability lost with the top pairs minus that with random tokens, "
         "in %."
     )
-    return f"{faithful}\n\n{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return f"{faithful}\n\n{_markdown(columns, table)}", note
 
 
-def pipeline() -> str:
+@results("pipeline")
+def pipeline(rows: list[dict]) -> tuple[str, str]:
     """Times of a training step and of a sample's faithfulness."""
-    found = read("pipeline")
-    if found is None:
-        return "not measured"
-    head, rows = found
     table = []
     for row in rows:
         ratio = row.get("times_sequential") or row.get("times_loop")
@@ -224,7 +240,11 @@ def pipeline() -> str:
         times = f"{ratio['median']:.1f}x" if ratio else ""
         table.append([row["shape"], what, row["candidate"], _range(row["ms"], 1), times])
     columns = ["shape", "", "", "ms", "times as fast"]
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} Medians and quartiles; one run, candidates in turns."
+    return _markdown(columns, table), "Medians and quartiles; one run, candidates in turns."
+
+
+def _times(ratio: dict) -> str:
+    return f"{ratio['median']:.1f}x ({ratio['q1']:.1f}–{ratio['q3']:.1f})"
 
 
 def _mean(values: list[float]) -> float:
@@ -236,12 +256,9 @@ def _seeds(values: list[float], digits: int, sign: str = "") -> str:
     return f"{_mean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
 
 
-def adapt() -> str:
+@results("adapt")
+def adapt(rows: list[dict]) -> tuple[str, str]:
     """Other people's models on the engine against themselves."""
-    found = read("adapt")
-    if found is None:
-        return "not measured"
-    head, rows = found
     table = [
         [
             row["case"] + (f", {row['layers']} layers" if "layers" in row else ""),
@@ -258,15 +275,12 @@ def adapt() -> str:
         "model. Difference: the largest between engine and model relative to the largest value, in float64 for whole "
         "models, in float32 against grouped_mm for the experts."
     )
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def gpu() -> str:
+@results("gpu")
+def gpu(rows: list[dict]) -> tuple[str, str]:
     """Milliseconds of an explanation on a GPU, per candidate."""
-    found = read("gpu")
-    if found is None:
-        return "not measured"
-    head, rows = found
     [machine] = [row for row in rows if "machine_rates" in row]
     table = [
         [
@@ -289,15 +303,12 @@ def gpu() -> str:
         "An explanation is 10 x 10 pairs in 64 contexts (7,744 coalitions); (scaled) from a part of it. "
         f"Matrix products in fp16 run at {product:.0f} TFLOP/s there, copies at {copy:.1f} TB/s."
     )
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} {note}"
+    return _markdown(columns, table), note
 
 
-def peers() -> str:
+@results("peers")
+def peers(rows: list[dict]) -> tuple[str, str]:
     """nMSE at equal evaluations on several kinds of games, against shapiq's estimators."""
-    found = read("peers")
-    if found is None:
-        return "not measured"
-    head, rows = found
     rows = [row for row in rows if "estimator" in row]
     budgets = sorted({row["budget"] for row in rows})
     named: dict[tuple[str, str], dict[int, str]] = {}
@@ -307,15 +318,15 @@ def peers() -> str:
     table = [[kind, name, *(by.get(b, "not measured") for b in budgets)] for (kind, name), by in sorted(named.items())]
     counts = sorted({f"{row['games']} x {row['seeds']}" for row in rows})
     columns = ["game", "estimator", *(f"{b:,}" for b in budgets)]
-    return f"{_markdown(columns, table)}\n\n{_machine(head)} Mean over games x seeds: {', '.join(counts)}."
+    return _markdown(columns, table), f"Mean over games x seeds: {', '.join(counts)}."
 
 
-def intervals() -> str:
+@results("peers")
+def intervals(rows: list[dict]) -> tuple[str, str] | None:
     """Coverage of the surrogate's 95 % intervals."""
-    found = read("peers")
-    rows = [row for row in found[1] if "coverage_budget" in row] if found is not None else []
+    rows = [row for row in rows if "coverage_budget" in row]
     if not rows:
-        return "not measured"
+        return None
 
     def percent(row: dict, of: str) -> str:
         share = row.get(f"coverage_{of}")
@@ -327,22 +338,27 @@ def intervals() -> str:
     ]
     note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
     columns = ["game", "evaluations", "SII", "gap (max)", "gap (strict)"]
-    return f"{_markdown(columns, table)}\n\n{_machine(found[0])} {note}"
+    return _markdown(columns, table), note
 
 
-TABLES = {
-    "adapt": adapt,
-    "gpu": gpu,
-    "cpu": cpu,
-    "accuracy": accuracy,
-    "coverage": coverage,
-    "memory": memory,
-    "hdxor": hdxor,
-    "digits": digits,
-    "pipeline": pipeline,
-    "peers": peers,
-    "intervals": intervals,
-}
+@results("explainers")
+def explainers(rows: list[dict]) -> tuple[str, str]:
+    """captum and shapiq with and without this package."""
+    table = []
+    for row in rows:
+        what = row["explainer"]
+        if "perturbations_per_eval" in row:
+            what += f", {row['perturbations_per_eval']} perturbations a pass"
+        table.append([what, "its function, batched", _times(row["times_faster"]), f"{row['largest_difference']:.0e}"])
+        if "times_faster_on_engine" in row:
+            apart = f"{row['largest_difference_on_engine']:.0e}"
+            table.append([what, "its model, on the engine", _times(row["times_faster_on_engine"]), apart])
+        else:
+            table[-1][1] = "its game, on the engine"
+    columns = ["explainer", "given to this package", "times as fast", "largest difference"]
+    return _markdown(
+        columns, table
+    ), "Medians and quartiles of ratios; the same model, coalitions and seeds in one run."
 
 
 def filled(text: str) -> str:

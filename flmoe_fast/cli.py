@@ -18,13 +18,15 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
-from flmoe_fast.environment import doctor
+from flmoe_fast.environment import MissingExtra, doctor
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
 from flmoe_fast.pipeline.report import report
 from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.indices import ORDERS
+from flmoe_fast.probes.interactions import METHODS
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             arguments.run(arguments)
-        except (ArgumentError, CheckpointError, DataError, OSError) as problem:
+        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     spend = one.add_mutually_exclusive_group()
     spend.add_argument("--contexts", type=int, metavar="K", help="contexts, each one sample of every pair (64)")
     spend.add_argument("--budget", type=int, metavar="B", help="model evaluations, part of them spent where it pays")
+    one.add_argument("--method", choices=METHODS, default="grid", help="how interactions are estimated (%(default)s)")
+    one.add_argument("--also", nargs="+", choices=ORDERS, default=(), metavar="INDEX", help=f"of {', '.join(ORDERS)}")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--gap", choices=GAPS, default="max", help="kind of redundancy gap (%(default)s)")
     one.add_argument("--value", choices=("prob", "logit"), default="prob", help="what is explained (%(default)s)")
@@ -196,6 +200,8 @@ def _explain(arguments: argparse.Namespace) -> None:
         candidates=arguments.candidates,
         contexts=arguments.contexts,
         budget=arguments.budget,
+        method=arguments.method,
+        also=arguments.also,
         seed=arguments.seed,
         gap=arguments.gap,
         progress=arguments.progress,
@@ -211,7 +217,8 @@ def _explain(arguments: argparse.Namespace) -> None:
     text = f"{arguments.sample} in {arguments.model}\n{report(found)}"
     (out / "report.txt").write_text(text + "\n")
     _heat_maps(found, out / "heatmap.png")
-    print(f"{text}\n\nWritten to {out}: report.txt, heatmap.png, interactions.csv, interactions.npz, importance.csv")
+    files = "report.txt, heatmap.png, interactions.csv, interactions.npz, importance.csv"
+    print(f"{text}\n\nWritten to {out}: {files}{', indices.csv' if arguments.also else ''}")
 
 
 def _device(name: str | None) -> torch.device | None:

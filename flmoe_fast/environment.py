@@ -6,6 +6,7 @@ called.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -60,18 +61,22 @@ class Backends(tuple[Backend, ...]):
 
 
 class MissingExtra(ImportError):
-    """A package that an optional part needs is not installed; the message says what to install."""
+    """A package that an optional part needs is not installed, or too old; the message says what to install."""
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or raise :class:`MissingExtra` with one line on what to install."""
+    """Import a module of an optional package, or raise :class:`MissingExtra` with one line on what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
         package = module.partition(".")[0]
         if problem.name is not None and problem.name.partition(".")[0] != package:
             raise  # installed, but broken in its own way
-        raise MissingExtra(f"{package} is not installed: pip install 'flmoe-fast[{extra}]'", name=package) from None
+        lacks = "is not installed"
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+            lacks = f"{_version(package)} has no {module}, a newer one is needed"
+        raise MissingExtra(f"{package} {lacks}: pip install 'flmoe-fast[{extra}]'", name=package) from None
 
 
 def backends() -> Backends:

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+#: What a killed process leaves of a file it was writing, as a pattern.
+UNFINISHED = ".*.part"
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:

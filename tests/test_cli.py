@@ -105,6 +105,21 @@ def test_options_reach_the_probe(folder, tmp_path):
     assert 0 < found.evaluations <= 90 and found.backend == "reference"
 
 
+def test_method_and_other_indices(folder, tmp_path, capsys):
+    assert explain(folder, tmp_path, "--budget", "80", "--method", "surrogate", "--also", "SV", "BII") == 0
+    found = flmoe_fast.InteractionResult.load(tmp_path / "interactions.npz")
+    assert found.about["method"] == "surrogate"
+    text = capsys.readouterr().out
+    assert "pairs by a surrogate;" in text and "indices.csv" in text
+    table = pandas.read_csv(tmp_path / "indices.csv")
+    assert {(row["index"], row["order"]) for _, row in table.iterrows()} == {("SV", 1), ("BII", 2)}
+    one = table[(table["index"] == "BII") & (table["head"] == "synergy")]
+    np.testing.assert_allclose(one["value"], found.index("BII", 2, "synergy")["value"])
+    assert table.loc[table["index"] == "SV", "j"].isna().all() and one["j"].notna().all()
+    assert explain(folder, tmp_path / "plain", "--contexts", "4") == 0
+    assert not (tmp_path / "plain" / "indices.csv").exists()
+
+
 def test_several_targets_of_a_multilabel_model(folder, tmp_path):
     flmoe_fast.save_checkpoint(make_model("multilabel"), tmp_path / "model.pth")
     options = ["--target", "0", "2", "--contexts", "4"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from flmoe_fast.adapt import experts as ours
 from flmoe_fast.adapt import grouped
 from flmoe_fast.adapt.experts import experts_forward, register
+from flmoe_fast.environment import MissingExtra, require
 
 
 class Config:
@@ -226,8 +229,9 @@ def test_compiles_in_one_piece():
 
 
 def test_without_transformers_one_line_says_what_to_install(monkeypatch):
-    import sys
-
+    install = r"pip install 'flmoe-fast\[transformers\]'$"
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^transformers 5\.0 or newer is needed: pip install 'flmoe-fast"):
+    with pytest.raises(MissingExtra, match=r"^transformers [\d.]+ has no .*\.moe, a newer one is needed: " + install):
         register()
+    with pytest.raises(MissingExtra, match="^no_such_package is not installed: " + install):
+        require("no_such_package.part", "transformers")

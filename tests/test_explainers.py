@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import subprocess
 import sys
 import warnings
 
 import captum.attr
+import encoders
 import numpy as np
 import pytest
 import shap
 import shapiq
 import torch
+import transformers
 from edge_shapes import EDGES
+from reference_modules import InteractionMoE
 
-from flmoe_fast import ArgumentError, exact_interactions, interactions
+from flmoe_fast import ArgumentError, accelerate, exact_interactions, interactions
 from flmoe_fast.explainers.captum import ShapleyInteractions
+from flmoe_fast.explainers.model_forward import ModelForward
 from flmoe_fast.explainers.shap import shap_pair
 from flmoe_fast.explainers.shapiq import ShapiqApproximator, ShapiqGame, from_shapiq
 from flmoe_fast.probes.indices import ORDERS
@@ -123,6 +129,7 @@ def test_our_approximator_in_explainers_of_shapiq():
     data = rng.normal(size=(60, 5))
 
     def model(x):
+        x = x.astype(float)  # some versions of shapiq impute into arrays of objects
         return x[:, 0] * x[:, 1] + x[:, 2]
 
     point = np.array([2.0, 1.5, 1.0, 0.0, 0.0])
@@ -138,6 +145,23 @@ def test_our_approximator_in_explainers_of_shapiq():
     explainer = shapiq.AgnosticExplainer(game, index="SII", max_order=2, approximator=ShapiqApproximator(4))
     found = explainer.explain(budget=200, random_state=5)
     assert found[(0, 1)] == pytest.approx(1.0) and found[(2,)] == pytest.approx(1.0) and found[(2, 3)] == 0
+
+
+def test_our_approximator_in_the_benchmark_of_shapiq(values):
+    """Their runner makes it from its class, scores it against their own truth, and finds nothing to complain about."""
+    reason = "shapiq before 1.8 comes without a benchmark runner"
+    runner = pytest.importorskip("shapiq_benchmark", reason=reason)
+    game = ShapiqGame(lambda z: values[(z.long() << BITS).sum(1)], n=N, normalize=False)
+    contests = [("SII", 2), ("k-SII", 2), ("FSII", 2), ("STII", 2), ("SV", 1)]
+    for index, order in contests:
+        benchmark = runner.Benchmark(game)
+        ours = runner.run(benchmark, [ShapiqApproximator], [4000], index=index, order=order, seeds=(0, 1))
+        assert list(ours.status) == ["ok", "ok"] and (ours.nmse < 0.25).all(), (index, ours.nmse)
+        assert set(ours.scored_orders) == {"1" if order == 1 else "1-2"}
+    worse = runner.run(benchmark, [ShapiqApproximator], [40], index="SV", order=1)
+    assert worse.nmse[0] > ours.nmse.max()
+    refused = runner.run(benchmark, [ShapiqApproximator], [400], index="SII", order=3)
+    assert list(refused.status) == ["failed"] and "max_order: got 3" in refused.error[0]
 
 
 def test_approximator_refuses_and_advances(game):
@@ -271,6 +295,232 @@ def test_pairs_of_features(network):
     assert not np.allclose(found[0].sii, found[1].sii, atol=1e-3)
 
 
+# ---- captum on an engine
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """A mixture in float64, two samples with padding, and features that own tokens of several modalities."""
+    edge = next(e for e in EDGES if e.name == "three modalities")
+    model = edge.model()
+    generator = torch.Generator().manual_seed(3)
+    features = tuple(torch.randn(2, t, edge.hidden, generator=generator, dtype=torch.float64) for t in edge.tokens)
+    masks = tuple((torch.arange(t) < v)[None].expand(2, -1) for t, v in zip(edge.tokens, edge.valid))
+    owner = tuple((torch.arange(t)[None, :, None] + m) % 5 for m, t in enumerate(edge.tokens))
+    return model, features, masks, owner
+
+
+def both_attribute(theirs, ours, inputs, seed=5, **options):
+    """captum's and our attribution with the same permutations."""
+    found = []
+    for method in (captum.attr.ShapleyValueSampling(theirs), ours):
+        torch.manual_seed(seed)
+        found.append(method.attribute(inputs, **options))
+    return [part if isinstance(part, tuple) else (part,) for part in found]
+
+
+def furthest(one, other):
+    """Largest difference of two attributions, relative to the largest number."""
+    assert [part.shape for part in one] == [part.shape for part in other]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("perturbations", [1, 32, 256])
+def test_mixture_on_the_engine(mixture, perturbations):
+    """A mixture's coalitions run on the engine, whatever perturbations_per_eval says; captum calls the model."""
+    model, features, masks, owner = mixture
+    plain = ModelForward(model, value="prob")
+    options = {"target": torch.tensor([1, 3]), "feature_mask": owner, "additional_forward_args": masks}
+    options |= {"baselines": tuple(torch.full_like(part[:1], 0.2) for part in features), "n_samples": 4}
+    ours = ShapleyInteractions(plain)
+    with watched(model) as calls:
+        theirs, found = both_attribute(plain, ours, features, perturbations_per_eval=perturbations, **options)
+    assert ours.path.startswith("engine") and calls["after"] == 0 < calls["before"]
+    assert furthest(found, theirs) < 2e-6  # captum adds up in float32
+    _, other = both_attribute(plain, ours, features, seed=6, perturbations_per_eval=perturbations, **options)
+    assert furthest(other, theirs) > 1e-3
+
+
+def test_mixture_of_every_kind(mixture):
+    """Bare models and accelerated ones; all classes at once; a single precision one on the native engine."""
+    model, features, masks, owner = mixture
+    options = {"feature_mask": owner, "additional_forward_args": masks, "n_samples": 3}
+    wrapped = ModelForward(model)
+    for given in (model, accelerate(model)):
+        ours = ShapleyInteractions(given)
+        theirs, found = both_attribute(wrapped, ours, features, **options)
+        assert furthest(found, theirs) < 2e-6 and ours.path.startswith("engine")
+    assert found[0].shape == (2, 5, *features[0].shape[1:])
+    single = copy.deepcopy(model).float()
+    inputs = tuple(part.float() for part in features)
+    theirs, found = both_attribute(ModelForward(single), ShapleyInteractions(single), inputs, **options)
+    assert furthest(found, theirs) < 1e-3
+    one = {"feature_mask": owner, "additional_forward_args": tuple(mask[:1] for mask in masks), "target": 1}
+    pairs = ShapleyInteractions(single).interactions(tuple(part[:1] for part in inputs), contexts=8, **one)
+    assert 0 < pairs.noise_share < 1e-3 and pairs.about["dtype"] == "float32"
+
+
+def test_a_live_module_of_the_published_layout():
+    """captum runs the module's own inference; ours the engine of what accelerate reads of it."""
+    module = InteractionMoE().double().eval()
+    features = tuple(torch.randn(2, t, 12, dtype=torch.float64) for t in (3, 4))
+    masks = tuple(torch.ones(2, t) for t in (3, 4))
+    owner = (torch.arange(3)[None, :, None], 3 + torch.arange(4)[None, :, None])
+    options = {"feature_mask": owner, "additional_forward_args": masks, "n_samples": 3, "target": 1}
+
+    def inference(*tensors):
+        return module.inference(list(tensors[:2]), list(tensors[2:]))[2]
+
+    ours = ShapleyInteractions(module)
+    theirs, found = both_attribute(inference, ours, features, **options)
+    assert ours.path.startswith("engine") and furthest(found, theirs) < 2e-6
+
+
+def test_features_inside_a_token_take_the_model_itself(mixture):
+    model, features, masks, _ = mixture
+    one = tuple(part[:1] for part in features)
+    owner = tuple((torch.arange(part[0].numel()) % 3).view(1, *part.shape[1:]) for part in features)
+    options = {"target": 2, "feature_mask": owner, "additional_forward_args": tuple(mask[:1] for mask in masks)}
+    ours = ShapleyInteractions(model)
+    with pytest.warns(UserWarning, match="slow path: .* divide a token, expected whole tokens"):
+        theirs, found = both_attribute(ModelForward(model), ours, one, n_samples=3, **options)
+    assert "in batches, because" in ours.path and furthest(found, theirs) < 2e-6
+    wrong = tuple(part[..., :-1] for part in one)
+    with pytest.warns(UserWarning, match="slow path"), pytest.raises(ArgumentError, match="shape"):
+        ours.attribute(wrong, target=2)
+
+
+def test_pairs_of_a_mixture_on_the_engine(mixture):
+    """The same contexts with and without the engine: the same interactions."""
+    model, features, masks, owner = mixture
+    plain = ModelForward(model, value="prob")
+    options = {"target": [1, 3], "feature_mask": owner, "additional_forward_args": masks, "contexts": 8}
+    ours = ShapleyInteractions(plain)
+    found = ours.interactions(features, **options)
+    assert ours.path.startswith("engine") and found[0].about["dtype"] == "float64"
+    slow = ShapleyInteractions(lambda *tensors: plain(*tensors)).interactions(
+        features, perturbations_per_eval=64, **options
+    )
+    for one, other in zip(found, slow):
+        assert np.allclose(one.sii, other.sii, rtol=0, atol=1e-9) and np.allclose(one.gap, other.gap, rtol=0, atol=1e-9)
+    assert not np.allclose(found[0].sii, found[1].sii, atol=1e-3)
+
+
+def transformer(kind):
+    """A small transformer, its inputs for captum, the names they go by, baselines and features."""
+    torch.manual_seed(2)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "vit":
+        config = transformers.ViTConfig(**small, image_size=16, patch_size=8, num_labels=3)
+        patches = torch.arange(4).view(2, 2).repeat_interleave(8, 0).repeat_interleave(8, 1)
+        model, inputs = transformers.ViTForImageClassification(config), torch.randn(2, 3, 16, 16)
+        return model, (inputs,), {"baselines": 0.0, "feature_mask": patches[None, None]}, None
+    ids, seen = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    if kind == "bert":
+        config = transformers.BertConfig(vocab_size=60, **small, num_labels=3)
+        seen[1, 4:] = 0
+        words = torch.tensor([[0, 1, 1, 2, 3, 3]])
+        options = {"baselines": 4, "feature_mask": words, "additional_forward_args": seen}
+        return transformers.BertForSequenceClassification(config), (ids,), options, None
+    config = transformers.ViltConfig(
+        vocab_size=60, **small, image_size=16, patch_size=8, max_image_length=-1, num_labels=3
+    )
+    patches = 2 + torch.arange(4).view(2, 2).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    masks = (torch.tensor([[0, 0, 0, 1, 1, 3]]), patches[None, None])  # the last token goes with a patch
+    options = {"baselines": (4, 0.0), "feature_mask": masks, "additional_forward_args": seen}
+    names = ("input_ids", "pixel_values", "attention_mask")
+    return transformers.ViltForQuestionAnswering(config), (ids, torch.randn(2, 3, 16, 16)), options, names
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "vilt"])
+def test_transformers_on_the_engine(kind):
+    model, inputs, options, names = transformer(kind)
+    model = model.double().eval()
+    inputs = tuple(part.double() if part.is_floating_point() else part for part in inputs)
+    forward = ModelForward(model, names)
+    ours = ShapleyInteractions(model if names is None else forward)
+    options |= {"target": torch.tensor([0, 2]), "n_samples": 5}
+    theirs, found = both_attribute(forward, ours, inputs, perturbations_per_eval=8, **options)
+    assert ours.path.startswith("engine") and furthest(found, theirs) < 2e-6
+    _, other = both_attribute(forward, ours, inputs, **{**options, "target": torch.tensor([1, 1])})
+    assert furthest(other, theirs) > 1e-3
+
+
+def test_a_dual_encoder_on_the_engine():
+    """The similarity of every example's image and text, each side encoded once for all coalitions of the other."""
+    model = encoders.clip()
+    ids = torch.tensor([[2, 9, 11, 7, 3], [2, 30, 8, 12, 3]])
+    inputs = (ids, torch.randn(2, 3, 12, 12, dtype=torch.float64))
+    patches = 5 + torch.arange(9).view(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    forward = ModelForward(model, ("input_ids", "pixel_values"))
+    ours = ShapleyInteractions(forward)
+    blank = ids.masked_fill((ids != 2) & (ids != 3), 4)  # start and end stay as they are
+    options = {"baselines": (blank, 0.0), "feature_mask": (torch.arange(5)[None], patches[None, None]), "n_samples": 3}
+    theirs, found = both_attribute(forward, ours, inputs, **options)
+    assert ours.path == "engine: dual encoder" and furthest(found, theirs) < 2e-6
+    # The text's end symbol, which says where the model reads, may not be switched off on the engine.
+    masked = {**options, "baselines": (4, 0.0)}
+    with pytest.warns(UserWarning, match="slow path: .* differs from the engine's"):
+        theirs_too, found = both_attribute(forward, ours, inputs, **masked)
+    assert "in batches" in ours.path and furthest(found, theirs_too) < 2e-6
+    swapped = (ids.flip(0), inputs[1])
+    assert furthest(both_attribute(forward, ours, swapped, **options)[1], theirs) > 1e-3
+
+
+def test_a_plain_module_with_encoder_layers_keeps_its_own_call():
+    """A module of one's own is captum's to call, and on the engine where its layers are plain; else it is as before."""
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(12, 2, 24, batch_first=True, norm_first=True, activation="gelu")
+            self.stack = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = torch.nn.Linear(12, 3)
+
+        def forward(self, tokens, scale=None):
+            logits = self.head(self.stack(tokens)[:, 0])
+            return logits if scale is None else logits * scale[:, None]
+
+    reader = Reader().eval().double()
+    inputs, owner = torch.randn(2, 5, 12, dtype=torch.float64), torch.arange(5)[None, :, None]
+    options = {"target": 1, "feature_mask": owner, "n_samples": 4, "perturbations_per_eval": 4}
+    ours = ShapleyInteractions(reader)
+    theirs, found = both_attribute(reader, ours, inputs, **options)
+    assert ours.path.startswith("engine") and furthest(found, theirs) < 2e-6
+    theirs, found = both_attribute(reader, ours, inputs, additional_forward_args=torch.rand(2), **options)
+    assert furthest(found, theirs) < 2e-6
+    convolution = torch.nn.Sequential(torch.nn.Conv1d(5, 3, 12), torch.nn.Flatten()).double()
+    ours = ShapleyInteractions(convolution)
+    theirs, found = both_attribute(convolution, ours, inputs, **options)
+    assert ours.path == "forward function in batches" and furthest(found, theirs) < 2e-6
+
+
+@contextlib.contextmanager
+def watched(model):
+    """How many batches of a model ran before and after our method was asked: the first coalition asked is captum's."""
+    calls = {"before": 0, "after": 0}
+    which = ["before"]
+    attribute = ShapleyInteractions.attribute
+
+    def ours(*args, **kwargs):
+        which[0] = "after"
+        try:
+            return attribute(*args, **kwargs)
+        finally:
+            which[0] = "before"
+
+    def count(*_):
+        calls[which[0]] += 1
+
+    hook = model.register_forward_pre_hook(count)
+    ShapleyInteractions.attribute = ours
+    try:
+        yield calls
+    finally:
+        ShapleyInteractions.attribute = attribute
+        hook.remove()
+
+
 # ---- shap
 
 
@@ -321,3 +571,44 @@ def test_a_missing_extra_says_what_to_install(extra):
     # Everything else works without it.
     rest = "flmoe_fast.interactions(lambda z: z.double().sum(1), n=3, contexts=4, progress=False)"
     assert subprocess.run([sys.executable, "-c", start + rest], timeout=120).returncode == 0
+
+
+def test_without_any_extra_everything_else_works(tmp_path):
+    """Where none is installed, every module but the explainers can be imported, and what needs no extra runs."""
+    extras = ("captum", "shap", "shapiq", "transformers", "pyarrow", "h5py", "triton")
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys({extras!r})
+import flmoe_fast
+from flmoe_fast.environment import MissingExtra
+refused = set()
+for module in pkgutil.walk_packages(flmoe_fast.__path__, "flmoe_fast."):
+    if "triton_kernels" in module.name or module.name == "flmoe_fast._C":
+        continue
+    try:
+        importlib.import_module(module.name)
+    except MissingExtra as missing:
+        refused.add(module.name)
+assert refused == {{f"flmoe_fast.explainers.{{name}}" for name in ("captum", "shap", "shapiq")}}, refused
+import torch
+from flmoe_fast.cli import main
+class Model(torch.nn.Sequential):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+stack = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+model = Model(torch.nn.Embedding(9, 8), stack, torch.nn.Flatten(), torch.nn.Linear(32, 2)).eval()
+ids = torch.tensor([[1, 2, 3, 4]])
+players = flmoe_fast.text_players(ids, absent=0)
+game = flmoe_fast.accelerate(model).game({{"input_ids": ids}}, players, path="engine")
+result = flmoe_fast.interactions(game, budget=200, method="auto", also=("SV",), progress=False)
+for needs in (result.to_shapiq, result.to_shap):
+    try:
+        needs()
+    except MissingExtra:
+        continue
+    raise AssertionError(needs)
+assert main(["doctor"]) == 0
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-2000:]

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
 from bench import gpu, shapes, tables, timing, tune
+from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.triton_engine import interpreted
 from flmoe_fast.engines.triton_kernels.configs import KERNELS, Config
 
@@ -57,7 +58,26 @@ def test_not_measured_where_there_is_no_file(no_device):
 def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SHAPES", {"digits": TINY})
     gpu.sanitize()
-    assert capsys.readouterr().out == "tiny fp16 done\ndigits-gshard fp16 done\n"
+    fused = "digits-fused cuda fp16 done\n" if extension()[0] else ""
+    expected = f"tiny triton fp16 done\ndigits-fused triton fp16 done\n{fused}digits-gshard triton fp16 done\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_which_engine_was_faster_is_kept_by_device(monkeypatch, tmp_path):
+    """One shape that both engines ran, one that only Triton did; what is known of other devices stays."""
+    file = tmp_path / "fastest.json"
+    file.write_text(json.dumps([{"device": "other"}, {"device": "this", "tokens": 1}]))
+    monkeypatch.setattr(gpu, "FILE", file)
+    monkeypatch.setattr(gpu, "SHAPES", {"tiny": TINY, "both": TINY})
+
+    def row(shape: str, candidate: str, median: float) -> dict:
+        return {"shape": shape, "candidate": candidate, "ms_per_1000": {"median": median}}
+
+    rows = [row("both", "triton fp16", 3.0), row("both", "cuda fp16", 2.0), row("tiny", "triton fp16", 1.0)]
+    found = gpu.fastest([{"machine_rates": True}, *rows], "this")
+    gpu.keep_fastest(found, "this")
+    key = {"device": "this", "hidden": 16, "heads": 1, "tokens": 3, "precision": "fp16", "fastest": "cuda"}
+    assert json.loads(file.read_text()) == [{"device": "other"}, key]
 
 
 def test_tuner_keeps_what_is_faster_and_can_run(no_device, monkeypatch):

@@ -24,6 +24,8 @@ from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
 from flmoe_fast.data.pickles import read_pickle
 from flmoe_fast.data.prepare import prepare
+from flmoe_fast.runs.settings import read_settings
+from flmoe_fast.runs.study import Study
 
 
 def picture(path, shade=0):
@@ -434,3 +436,44 @@ def test_hd_xor_file(tmp_path):
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(DataError, match="under valid"):
         read_hd_xor(path)
+
+
+# ---- as a run's settings name them
+
+
+def study_of(folder, data, model="hidden = 8\nheads = 2\nlayers = 1"):
+    path = folder / "run.toml"
+    path.write_text(f"[data]\n{data}\n[model]\n{model}\n")
+    return Study(read_settings(path), progress=False)
+
+
+def test_some_modalities_in_another_order(mosi):
+    root, content = mosi
+    study = study_of(root, 'kind = "mosi"\npath = "."\nmodalities = ["text", "vision"]')
+    assert study.splits.modalities == ("text", "vision") == study.model().config.modalities
+    assert study.splits.test.inputs[1].shape[-1] == content["test"]["vision"].shape[-1]
+    sample = study.sample(study.model(), "test", 0)
+    assert len(sample.features) == 2
+    for wrong, named in (
+        ('["text"]', "at least two of"),
+        ('["text", "music"]', "music"),
+        ('"text"', "a list of names"),
+    ):
+        with pytest.raises(ArgumentError, match=f"modalities: got .*{named}"):
+            study_of(root, f'kind = "mosi"\npath = "."\nmodalities = {wrong}')
+
+
+def test_hd_xor_of_a_file_and_made(tmp_path):
+    data = hd_xor("synergy", 2, samples=60, seed=0, dimensions=(6, 4))
+    content = {}
+    for name in ("train", "valid", "test"):
+        part = data.part(name)
+        content[name] = {str(m): [row.numpy() for row in x] for m, x in enumerate(part.inputs)}
+        content[name]["label"] = part.targets.numpy()
+    (tmp_path / "xor.pickle").write_bytes(pickle.dumps(content))
+    read = study_of(tmp_path, 'kind = "hdxor"\npath = "xor.pickle"')
+    made = study_of(tmp_path, 'kind = "hdxor"\nsetting = "synergy"\nsamples = 60\ndimensions = [6, 4]')
+    assert all(torch.equal(a, b) for a, b in zip(read.splits.test.inputs, made.splits.test.inputs))
+    for extra in ("samples = 60", "batch_size = 3"):
+        with pytest.raises(ArgumentError, match=f"data.{extra.split()[0]}: got this key"):
+            study_of(tmp_path, f'kind = "hdxor"\npath = "xor.pickle"\n{extra}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,20 +55,23 @@ SETTINGS = """
     repeats = 3
 """
 
-# Kills itself right after a file of a kind has been written for the n-th time.
+# Kills itself right after a file of a kind has been written for the n-th time; for -n, before it is put in its place.
 KILLER = """
     import contextlib, os, signal, sys
     import flmoe_fast.files as files
     name, times, *arguments = sys.argv[1:]
     original, seen = files.replacing, []
+    def written(path, sign):
+        if name in str(path) and sign * int(times) > 0:
+            seen.append(path)
+            if len(seen) == abs(int(times)):
+                os.kill(os.getpid(), signal.SIGKILL)
     @contextlib.contextmanager
     def replacing(path, mode="wb"):
         with original(path, mode) as file:
             yield file
-        if name in str(path):
-            seen.append(path)
-            if len(seen) == int(times):
-                os.kill(os.getpid(), signal.SIGKILL)
+            written(path, -1)
+        written(path, 1)
     files.replacing = replacing
     from flmoe_fast.cli import main
     sys.exit(main(arguments))
@@ -142,6 +146,8 @@ def test_run_killed_again_and_again_ends_the_same(unbroken, tmp_path):
         name = f"faithfulness/attnXgrad/digits_imoe_masking_per_modality_mean_std_{kind}_test.csv"
         assert (out / name).read_text() == (whole / name).read_text()
     run("report", unbroken)
+    killed("report.html", -1, "report", path)
+    assert not (out / "report.html").exists()
     run("report", path)
     assert (out / "report.html").read_text() == (whole / "report.html").read_text()
 
@@ -160,6 +166,22 @@ def test_another_model_explains_anew(unbroken, tmp_path):
     assert not np.array_equal(before.interactions.sii, after.interactions.sii)
     whole = SampleRecord.load(unbroken.parent / "run" / "samples" / "test-000000")
     assert np.array_equal(after.interactions.sii, whole.interactions.sii)
+
+
+def test_method_and_indices_of_the_settings_reach_the_report(unbroken, tmp_path):
+    shutil.copytree(unbroken.parent, tmp_path / "e")
+    path = tmp_path / "e" / "run.toml"
+    more = 'samples = 1\nbudget = 120\nmethod = "surrogate"\nalso = ["SV", "FSII"]\ncandidates = 3\n'
+    path.write_text(path.read_text().replace("samples = 2\ncandidates = 3\ncontexts = 4\n", more))
+    run("explain", path)
+    run("report", path)
+    found = SampleRecord.load(path.parent / "run" / "samples" / "test-000000").interactions
+    assert found.about["method"] == "surrogate" and found.evaluations <= 120
+    assert list(found.also) == [("SV", 1), ("FSII", 1), ("FSII", 2)]
+    before = SampleRecord.load(unbroken.parent / "run" / "samples" / "test-000000").interactions
+    assert not before.also and not np.array_equal(before.sii, found.sii)
+    page = (path.parent / "run" / "report.html").read_text()
+    assert "120 evaluations (surrogate)" in page and "FSII of pairs" in page and "SV of tokens" in page
 
 
 def small(dropout=0.3, **fields):
@@ -300,18 +322,16 @@ def test_replacing_is_all_or_nothing(tmp_path):
         ("hidden = 8", "width = 8", "model.width"),
         ("[explain]", "[explaining]", "explaining"),
         ("[model]", "[model", "settings"),
-        ('part = "test"', 'part = "rest"', "part"),
+        ('part = "test"', 'part = "rest"', "faithfulness.part"),
+        ("contexts = 4", 'contexts = 4\nmethod = "lattice"', "explain.method"),
+        ("contexts = 4", 'contexts = 4\nalso = ["SV", "SHAP"]', "explain.also"),
+        ("contexts = 4", 'contexts = 4\ngap = "wide"', "explain.gap"),
+        ('select = "loss"', 'select = "loss"\nablation = "no experts"', "training.ablation"),
     ),
 )
 def test_bad_settings_name_the_entry(tmp_path, capsys, old, new, name):
     path = tmp_path / "run.toml"
     path.write_text(textwrap.dedent(SETTINGS).replace(old, new, 1))
-    if name == "part":
-        assert main(["train", str(path), "--no-progress"]) == 0
-        capsys.readouterr()
-        assert main(["faithfulness", str(path), "--no-progress"]) == 2
-        assert "part: got 'rest'" in capsys.readouterr().err
-        return
     with pytest.raises(ArgumentError) as caught:
         read_settings(path)
     assert caught.value.argument == name

@@ -14,6 +14,7 @@ import torch
 from scale_worker import SAMPLES, N, explain_one, game_of
 
 from flmoe_fast import ArgumentError, InteractionResult, interactions
+from flmoe_fast.files import UNFINISHED
 from flmoe_fast.scale.dataset import ExplanationSet, StorageError
 from flmoe_fast.scale.explain_many import explain_many
 from flmoe_fast.scale.group import Group, SharedGame
@@ -75,7 +76,7 @@ def test_a_killed_process_costs_its_unfinished_shard_only(alone, tmp_path):
     store = explain_many(range(SAMPLES), explain, tmp_path / "many", format="safetensors", progress=False)
     assert computed == sorted(set(range(SAMPLES)) - finished)
     assert all(same(store.result(i), alone.result(i)) for i in range(SAMPLES))
-    assert not list(store.folder.glob("*partial*"))
+    assert not list(store.folder.glob(UNFINISHED))
 
 
 def test_a_sample_that_raises_keeps_those_before_it(tmp_path):
@@ -114,7 +115,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(format, alone, tmp_path)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "the disk is full. 1 shards are complete; make room and run again" in line
     assert line.startswith("flmoe_fast.scale.dataset.StorageError")
-    assert sorted(ExplanationSet(tmp_path, format).samples()) == [0] and not list(tmp_path.glob("*partial*"))
+    assert sorted(ExplanationSet(tmp_path, format).samples()) == [0] and not list(tmp_path.glob(UNFINISHED))
     again = fill(tmp_path, 0, format, 3)
     assert again.returncode == 0, again.stderr[-1000:]
     assert sorted(ExplanationSet(tmp_path, format).samples()) == list(range(6))
@@ -131,7 +132,7 @@ def test_a_full_tmpfs(tmp_path):
         done = fill(tmp_path, 0, "safetensors", 1)
         assert done.returncode == 1 and "the disk is full" in done.stderr.strip().splitlines()[-1]
         kept = sorted(ExplanationSet(tmp_path, "safetensors").samples())
-        assert 0 < len(kept) < 6 and not list(tmp_path.glob("*partial*"))
+        assert 0 < len(kept) < 6 and not list(tmp_path.glob(UNFINISHED))
         ballast.unlink()
         assert fill(tmp_path, 0, "safetensors", 1).returncode == 0
         assert sorted(ExplanationSet(tmp_path, "safetensors").samples()) == list(range(6))

@@ -149,7 +149,7 @@ void chain(int hidden, int terms, int depth, int experts, int coalitions, int le
       });
 }
 
-void last(int hidden, int terms, int depth, int experts, int coalitions, int length, int wide, int modalities, int stage,
+void last(int hidden, int terms, int query_terms, int depth, int experts, int coalitions, int length, int wide, int modalities, int stage,
           uintptr_t query, int64_t query_plane, uintptr_t images, uintptr_t attended, int64_t attended_plane,
           uintptr_t tape, int64_t tape_bytes, uintptr_t out_bias, uintptr_t up_bias, int residual,
           uintptr_t residual_rows, uintptr_t words, int64_t width, uintptr_t segments, uintptr_t pooled_stream,
@@ -171,12 +171,15 @@ void last(int hidden, int terms, int depth, int experts, int coalitions, int len
                       at<const std::int32_t>(segments),
                       at<float>(pooled_stream),
                       at<float>(pooled_wide)};
+  if (query_terms < 1 || query_terms > terms) {
+    fail("fused_last", "query_terms is " + std::to_string(query_terms) + ", expected 1 to terms");
+  }
   run(
       "fused_last", hidden, terms, depth, args, {where, fault, backwards, stream},
       [&] {
 #ifdef FLMOE_WITH_CUDA
         check_launch("fused_last", for_width(hidden, [&](auto width_of) {
-                       return decltype(width_of)::last(terms, depth, args, at<void>(stream));
+                       return decltype(width_of)::last(terms, query_terms, depth, args, at<void>(stream));
                      }));
 #else
         fail("fused_last", "this build has no CUDA kernels");
@@ -184,9 +187,16 @@ void last(int hidden, int terms, int depth, int experts, int coalitions, int len
       },
       [&](auto tile, auto heads, Fault planted, bool order) {
         using T = decltype(tile);
-        using A = decltype(heads);
-        emulate<T>(int64_t{experts} * coalitions * last_blocks<T>(length), planted, order,
-                   [&](Emulated<T>& m, int64_t block) { last_block<Emulated<T>, T, A>(m, args, block); });
+        const auto emulated = [&](auto all_or_one) {
+          using A = decltype(all_or_one);
+          emulate<T>(int64_t{experts} * coalitions * last_blocks<T>(length), planted, order,
+                     [&](Emulated<T>& m, int64_t block) { last_block<Emulated<T>, T, A>(m, args, block); });
+        };
+        if (query_terms == terms) {
+          emulated(heads);
+        } else {
+          emulated(Heads<T, decltype(heads)::kDepth, 1>{});
+        }
       });
 }
 
@@ -216,7 +226,7 @@ void bind(py::module_& m) {
         py::arg("qkv_bias"), py::arg("residual"), py::arg("residual_rows"), py::arg("words"), py::arg("width"),
         py::arg("stream_rows"), py::arg("query"), py::arg("query_plane"), py::arg("images"), py::arg("where"),
         py::arg("fault"), py::arg("backwards"), py::arg("stream"));
-  m.def("fused_last", &last, release(), py::arg("hidden"), py::arg("terms"), py::arg("depth"), py::arg("experts"),
+  m.def("fused_last", &last, release(), py::arg("hidden"), py::arg("terms"), py::arg("query_terms"), py::arg("depth"), py::arg("experts"),
         py::arg("coalitions"), py::arg("length"), py::arg("wide"), py::arg("modalities"), py::arg("stage"),
         py::arg("query"), py::arg("query_plane"), py::arg("images"), py::arg("attended"), py::arg("attended_plane"),
         py::arg("tape"), py::arg("tape_bytes"), py::arg("out_bias"), py::arg("up_bias"), py::arg("residual"),

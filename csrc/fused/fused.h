@@ -25,7 +25,7 @@ struct Fit {
 template <int H>
 struct Width {
   static int chain(int terms, int depth, const ChainArgs& args, void* stream);
-  static int last(int terms, int depth, const LastArgs& args, void* stream);
+  static int last(int terms, int query_terms, int depth, const LastArgs& args, void* stream);
   static int fit(Fit& fit);
 };
 

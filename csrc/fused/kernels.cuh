@@ -17,13 +17,13 @@ __global__ void __launch_bounds__(Tile<H, Terms, Groups>::kThreads, 1)
   }
 }
 
-template <int H, int Terms, int Depth, int Groups>
+template <int H, int Terms, int QueryTerms, int Depth, int Groups>
 __global__ void __launch_bounds__(Tile<H, Terms, Groups>::kThreads, 1)
     fused_last(const __grid_constant__ LastArgs args) {
   if constexpr (Groups == kBuiltGroups) {
     using T = Tile<H, Terms, Groups>;
     Machine<T> machine;
-    last_block<Machine<T>, T, Heads<T, Depth>>(machine, args, blockIdx.x);
+    last_block<Machine<T>, T, Heads<T, Depth, QueryTerms>>(machine, args, blockIdx.x);
   }
 }
 
@@ -46,51 +46,54 @@ int launch(Kernel* kernel, std::int64_t blocks, const Args& args, void* stream) 
   return static_cast<int>(cudaGetLastError());
 }
 
-// The kernels of one width, terms and depth, with one group or two.
 template <int H, int Terms, int Depth>
-struct Chosen {
+int run(const ChainArgs& args, void* stream) {
   using One = Tile<H, Terms, 1>;
   using Two = Tile<H, Terms, 2>;
+  const auto two = &fused_chain<H, Terms, Depth, 2>;
+  bool hopper = false;
+  const int error = built_for_hopper(two, hopper);
+  if (error != 0) return error;
+  const Rows& sizes = args.sizes;
+  const std::int64_t blocks =
+      hopper ? chain_blocks<Two>(sizes.coalitions, sizes.length) : chain_blocks<One>(sizes.coalitions, sizes.length);
+  if (hopper) return launch<Two>(two, sizes.experts * blocks, args, stream);
+  return launch<One>(&fused_chain<H, Terms, Depth, 1>, sizes.experts * blocks, args, stream);
+}
 
-  static int run(const ChainArgs& args, void* stream) {
-    bool hopper = false;
-    const int error = built_for_hopper(&fused_chain<H, Terms, Depth, 2>, hopper);
-    if (error != 0) return error;
-    const Rows& sizes = args.sizes;
-    const std::int64_t blocks = hopper ? chain_blocks<Two>(sizes.coalitions, sizes.length)
-                                       : chain_blocks<One>(sizes.coalitions, sizes.length);
-    if (hopper) return launch<Two>(&fused_chain<H, Terms, Depth, 2>, sizes.experts * blocks, args, stream);
-    return launch<One>(&fused_chain<H, Terms, Depth, 1>, sizes.experts * blocks, args, stream);
-  }
+template <int H, int Terms, int QueryTerms, int Depth>
+int run(const LastArgs& args, void* stream) {
+  using One = Tile<H, Terms, 1>;
+  using Two = Tile<H, Terms, 2>;
+  const auto two = &fused_last<H, Terms, QueryTerms, Depth, 2>;
+  bool hopper = false;
+  const int error = built_for_hopper(two, hopper);
+  if (error != 0) return error;
+  const int blocks = hopper ? last_blocks<Two>(args.sizes.length) : last_blocks<One>(args.sizes.length);
+  const std::int64_t all = std::int64_t{args.sizes.experts} * args.sizes.coalitions * blocks;
+  if (hopper) return launch<Two>(two, all, args, stream);
+  return launch<One>(&fused_last<H, Terms, QueryTerms, Depth, 1>, all, args, stream);
+}
 
-  static int run(const LastArgs& args, void* stream) {
-    bool hopper = false;
-    const int error = built_for_hopper(&fused_last<H, Terms, Depth, 2>, hopper);
-    if (error != 0) return error;
-    const std::int64_t blocks = hopper ? last_blocks<Two>(args.sizes.length) : last_blocks<One>(args.sizes.length);
-    const std::int64_t all = std::int64_t{args.sizes.experts} * args.sizes.coalitions * blocks;
-    if (hopper) return launch<Two>(&fused_last<H, Terms, Depth, 2>, all, args, stream);
-    return launch<One>(&fused_last<H, Terms, Depth, 1>, all, args, stream);
-  }
-};
-
-template <int H, int Terms, class Args>
-int run(int depth, const Args& args, void* stream) {
+// The kernels of one width and terms, by the width of a head.
+template <int H, int... Terms, class Args>
+int run_depth(int depth, const Args& args, void* stream) {
   if constexpr (H / 4 >= kLeastDepth) {
-    if (depth == H / 4) return Chosen<H, Terms, H / 4>::run(args, stream);
+    if (depth == H / 4) return run<H, Terms..., H / 4>(args, stream);
   }
-  if (depth == H / 2) return Chosen<H, Terms, H / 2>::run(args, stream);
-  return Chosen<H, Terms, H>::run(args, stream);
+  if (depth == H / 2) return run<H, Terms..., H / 2>(args, stream);
+  return run<H, Terms..., H>(args, stream);
 }
 
 template <int H>
 int Width<H>::chain(int terms, int depth, const ChainArgs& args, void* stream) {
-  return terms == 1 ? run<H, 1>(depth, args, stream) : run<H, 2>(depth, args, stream);
+  return terms == 1 ? run_depth<H, 1>(depth, args, stream) : run_depth<H, 2>(depth, args, stream);
 }
 
 template <int H>
-int Width<H>::last(int terms, int depth, const LastArgs& args, void* stream) {
-  return terms == 1 ? run<H, 1>(depth, args, stream) : run<H, 2>(depth, args, stream);
+int Width<H>::last(int terms, int query_terms, int depth, const LastArgs& args, void* stream) {
+  if (terms == 1) return run_depth<H, 1, 1>(depth, args, stream);
+  return query_terms == 1 ? run_depth<H, 2, 1>(depth, args, stream) : run_depth<H, 2, 2>(depth, args, stream);
 }
 
 template <int H>

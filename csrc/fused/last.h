@@ -78,10 +78,8 @@ FLMOE_BODY void attend(M& m, Ring<M, T>& ring, const LastArgs& args, int head) {
         Fragment query[T::kTerms];
         kept_halves<M, T>(shared, head * kSteps + s, query);
         m.mma_fence();
-        if constexpr (T::kTerms == 2) {
-          m.template mma<typename A::Key>(score, query[1], keys[0], s);
-          m.template mma<typename A::Key>(score, query[0], keys[1], s);
-        }
+        if constexpr (A::kQueryTerms == 2) m.template mma<typename A::Key>(score, query[A::kQueryTerms - 1], keys[0], s);
+        if constexpr (T::kTerms == 2) m.template mma<typename A::Key>(score, query[0], keys[1], s);
         m.template mma<typename A::Key>(score, query[0], keys[0], s);
       }
       m.mma_end(score);
@@ -123,13 +121,11 @@ FLMOE_BODY void attend(M& m, Ring<M, T>& ring, const LastArgs& args, int head) {
     m.mma_begin(sums);
     FLMOE_UNROLL
     for (int s = 0; s < A::kKeys / 16; ++s) {
-      Fragment weight[T::kTerms];
-      split<T::kTerms>(score.v[2 * s], score.v[2 * s + 1], weight);
+      Fragment weight[A::kQueryTerms];
+      split<A::kQueryTerms>(score.v[2 * s], score.v[2 * s + 1], weight);
       m.mma_fence();
-      if constexpr (T::kTerms == 2) {
-        m.template mma<typename A::Value>(sums, weight[1], values[0], s);
-        m.template mma<typename A::Value>(sums, weight[0], values[1], s);
-      }
+      if constexpr (A::kQueryTerms == 2) m.template mma<typename A::Value>(sums, weight[A::kQueryTerms - 1], values[0], s);
+      if constexpr (T::kTerms == 2) m.template mma<typename A::Value>(sums, weight[0], values[1], s);
       m.template mma<typename A::Value>(sums, weight[0], values[0], s);
     }
     m.mma_end(sums);

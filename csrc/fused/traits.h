@@ -56,9 +56,12 @@ struct Tile {
   static_assert(kSharedBytes <= (Groups == 1 ? 163 : 227) * 1024, "too much shared memory");
 };
 
-// Heads of width D in a stream of T::kHidden.
-template <class T, int D>
+// Heads of width D in a stream of T::kHidden. QueryTerms: halves that a query and an attention weight enter products as;
+// keys and values have T::kTerms.
+template <class T, int D, int QueryTerms = T::kTerms>
 struct Heads {
+  static_assert(QueryTerms >= 1 && QueryTerms <= T::kTerms, "at most the terms that are there");
+  static constexpr int kQueryTerms = QueryTerms;
   static constexpr int kDepth = D;
   static constexpr int kHeads = T::kHidden / D;
   static_assert(T::kHidden % D == 0 && kHeads <= 4, "one to four heads");

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,22 @@ class DualEncoderGame(Game):
         similarity = (image @ text.T).flatten()
         values = self._values(similarity, image.repeat_interleave(len(text), 0))
         return values.unflatten(0, (len(image), len(text)))
+
+    def towers(self) -> list[tuple[torch.Tensor, Tower, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Each side's players, its tower, and the logit (C,) of what is read of it where the other side is full."""
+        everyone = torch.ones(1, self.n, dtype=torch.bool)
+        scale = self.model.logit_scale.detach().exp()
+        found = []
+        for side, other in (("image", "text"), ("text", "image")):
+            players, tower = self._towers[side]
+            if tower is not None:
+                fixed = self._features(other, everyone)
+
+                def explained(features: torch.Tensor, fixed: torch.Tensor = fixed) -> torch.Tensor:
+                    return scale * F.normalize(features, dim=1) @ fixed[0].to(features)
+
+                found.append((players, tower, explained))
+        return found
 
     def precise(self) -> DualEncoderGame | None:
         """This game in float64; None if it already is."""

@@ -101,6 +101,14 @@ class EncoderGame(Game):
             return self.score.nothing()
         return self._values(coalitions)
 
+    def towers(self) -> list[tuple[torch.Tensor, Tower, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The players (n,), the tower, and the explained logit (C,), or first value, of what is read of its output."""
+
+        def explained(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers if numbers.dim() == 1 else numbers[:, self.target or 0]
+
+        return [(torch.arange(self.n), self.tower, explained)]
+
     def precise(self) -> EncoderGame | None:
         """This game in float64; None if it already is."""
         if self.dtype == torch.float64:
@@ -160,12 +168,14 @@ def in_dtype(
 
 
 def check_with_model(tower: Tower) -> None:
-    """Compare a tower with the model itself on the full coalition and on every other player.
+    """Compare a tower with the model itself on the full coalition, and without every other player either way.
 
-    Players that only the engine can remove, because the model has no mask for them, are present both times.
+    Every player is thus absent once: a head that looks for a token of its own (an end symbol, say) would show. Players
+    that only the engine can remove, because the model has no mask for them, are present each time.
     """
-    some = torch.ones(2, tower.players.n, dtype=torch.bool)
+    some = torch.ones(3, tower.players.n, dtype=torch.bool)
     some[1, 1::2] = False
+    some[2, ::2] = False
     for part, columns in zip(tower.players.parts, tower.players.columns):
         if part.mask == "":
             some[:, columns] = True

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flmoe_fast.adapt.grouped import grouped_linear, large_groups
+from flmoe_fast.environment import require
 
 NAME = "flmoe_fast"
 
@@ -23,15 +24,10 @@ def register(name: str = NAME) -> str:
 
     Raises
     ------
-    ModuleNotFoundError
+    MissingExtra
         transformers is not installed, or too old to have experts interfaces (it needs 5.0).
     """
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as problem:
-        missing = "transformers 5.0 or newer is needed: pip install 'flmoe-fast[transformers]'"
-        raise ModuleNotFoundError(missing) from problem
-    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    require("transformers.integrations.moe", "transformers").ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     return name
 
 

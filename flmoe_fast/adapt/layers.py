@@ -76,6 +76,27 @@ class LayerParts:
     norm2: tuple[torch.Tensor, torch.Tensor, float]
     activation: Callable[[torch.Tensor], torch.Tensor]
 
+    def attend(self, x: torch.Tensor, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output (C, L, H) and its attention (C, h, L, L), written out so that both can be differentiated.
+
+        ``allowed`` (L, L) bool says which query may attend to which key; None: everybody to everybody.
+        """
+
+        def norm(x: torch.Tensor, part: tuple[torch.Tensor, torch.Tensor, float]) -> torch.Tensor:
+            return F.layer_norm(x, x.shape[-1:], *part[:2], eps=part[2])
+
+        read = norm(x, self.norm1) if self.pre else x
+        q, k, v = (F.linear(read, *part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        attention = scores.softmax(-1)
+        x = x + F.linear((attention @ v).transpose(1, 2).flatten(2), *self.out)
+        x = x if self.pre else norm(x, self.norm1)
+        read = norm(x, self.norm2) if self.pre else x
+        x = x + F.linear(self.activation(F.linear(read, *self.up)), *self.down)
+        return x if self.pre else norm(x, self.norm2), attention
+
 
 def read_layer(layer: nn.Module, name: str) -> LayerParts:
     """The parts of one layer.

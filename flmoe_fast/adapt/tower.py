@@ -189,6 +189,20 @@ class Tower:
                 parts.append(self.read(self.run(**self.players.inputs(self.inputs, coalition[None]))))
         return torch.cat(parts)
 
+    def attended(self, states: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What is read of the output (C, ...) for states (C, L, H) that enter the first layer, all players present.
+
+        And every layer's attention (C, h, L, L). All of it can be differentiated, if gradients are enabled.
+        """
+        maps = []
+        for parts in self.stack.parts:
+            states, attention = parts.attend(states, self.problem.allowed)
+            maps.append(attention)
+        everyone = torch.ones(len(states), self.players.n, dtype=torch.bool)
+        graded = torch.is_grad_enabled()
+        with self._steady(), torch.set_grad_enabled(graded), _instead(self.stack.layers, states, self._returned):
+            return self.read(self.run(**self._head_inputs(everyone))), maps
+
     # ---- running the model around its layers --------------------------------------------------------------------
 
     @contextlib.contextmanager

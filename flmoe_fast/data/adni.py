@@ -18,6 +18,7 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.errors import DataError, Problems, problem
 from flmoe_fast.data.raw import RawData, by_part, existing, number, read_json, read_rows
+from flmoe_fast.environment import require
 
 MODALITIES = ("image", "genomic", "clinical", "biospecimen")
 DIAGNOSES = ("cognitively normal", "mild cognitive impairment", "dementia")
@@ -103,10 +104,7 @@ def _scans(root: Path) -> tuple[dict[str, int], np.ndarray]:
 
 
 def _genome(root: Path) -> tuple[dict[str, int], np.ndarray]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ArgumentError("modalities", "'genomic' without h5py", "pip install 'flmoe-fast[data]'") from error
+    h5py = require("h5py", "data")
     path = existing(root / "genomic" / "genomic_merged.h5ad")
     try:
         with h5py.File(path) as file:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ class RawData:
     def modalities(self) -> tuple[str, ...]:
         """Names in order."""
         return tuple(self.kinds)
+
+    def only(self, modalities: Sequence[str]) -> RawData:
+        """The same samples with some of the modalities, in the given order."""
+        wanted = tuple(modalities)
+        if len(wanted) < 2 or len(set(wanted)) < len(wanted) or set(wanted) - set(self.kinds):
+            raise ArgumentError("modalities", wanted, f"at least two of {', '.join(self.kinds)}, each once")
+        return replace(
+            self,
+            kinds={name: self.kinds[name] for name in wanted},
+            values={name: self.values[name] for name in wanted},
+            columns={name: names for name, names in self.columns.items() if name in wanted},
+        )
 
 
 def read_json(path: str | os.PathLike) -> Any:

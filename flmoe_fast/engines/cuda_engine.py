@@ -14,11 +14,11 @@ from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.coalitions import extension
 from flmoe_fast.engines import cuda_ops, triton_engine
 from flmoe_fast.engines.problem import TokenProblem
-from flmoe_fast.engines.triton_engine import DEFAULT_PRECISION, Plan, TritonEngine, Weights
+from flmoe_fast.engines.triton_engine import AUTO_PRECISION, Plan, TritonEngine, Weights
 from flmoe_fast.engines.triton_ops import FIRST_WEIGHTS, HEAD_WEIGHTS, LATER_WEIGHTS
 
 #: Arithmetics of the fused kernels.
-FUSED_PRECISIONS = ("fp16x2", "fp16")
+FUSED_PRECISIONS = ("fp16x2", "mixed", "fp16")
 #: Inputs or outputs of one stage of weights: the hidden width is a multiple.
 SLAB = 64
 
@@ -75,8 +75,8 @@ class CudaEngine(TritonEngine):
     ----------
     problem, dtype, device, memory
         As for :class:`~flmoe_fast.engines.triton_engine.TritonEngine`.
-    precision : "auto", "fp16x2" or "fp16"
-        "auto" is "fp16x2".
+    precision : "auto", "fp16x2", "mixed" or "fp16"
+        "auto" is "mixed", as there.
 
     Raises
     ------
@@ -100,7 +100,7 @@ class CudaEngine(TritonEngine):
         reason = why_not(dtype, torch.device(device), problem, precision)
         if reason:
             raise ArgumentError("backend", f"'cuda', but {reason}", "a supported GPU, dtype and model, or 'triton'")
-        precision = DEFAULT_PRECISION if precision == "auto" else precision
+        precision = AUTO_PRECISION if precision == "auto" else precision
         super().__init__(problem, dtype=dtype, device=device, memory=memory, precision=precision, target=target)
 
     def evaluate_part(

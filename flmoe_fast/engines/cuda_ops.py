@@ -177,6 +177,7 @@ def _fused_coalitions(
         _C.fused_last(
             **common,
             **onto(sizes.layers - 1),
+            query_terms=sizes.precision.attention[0],
             modalities=sizes.modalities,
             stage=stage,
             tape=tape.data_ptr(),

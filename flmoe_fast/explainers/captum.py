@@ -5,6 +5,8 @@ Needs the extra ``captum``. Written against 0.9.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from tqdm.auto import tqdm
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.coalitions import pack, unpack
 from flmoe_fast.environment import require
+from flmoe_fast.explainers.model_forward import FeatureCoalitions, ModelForward, has_stack, is_model
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
@@ -30,6 +33,8 @@ class FeatureGame(Game):
     ----------
     examples : int
         Heads are the outputs of all examples, example-major.
+    engines : list of FeatureCoalitions, one an example
+        What evaluates the coalitions; empty where the forward function does, ``rows`` coalitions at a time.
     """
 
     backend = "captum"
@@ -52,7 +57,37 @@ class FeatureGame(Game):
         self.n = int(max(int(mask.max()) for mask in masks)) + 1
         self.block = 64 * rows
         self.player_names = tuple(f"feature {p}" for p in range(self.n))
-        self.output_shape: tuple[int, ...] | None = None
+        self.engines: list[FeatureCoalitions] = []
+
+    def run_on(self, model: ModelForward, target: int | None) -> None:
+        """Evaluate on the model's engine from now on; ArgumentError where it cannot be."""
+        engines = []
+        for b in range(self.examples):
+            *rows, further = (
+                [part[b : b + 1] if _an_example_a_row(part, self.examples) else part for part in parts]
+                for parts in (self.inputs, self.baselines, self.masks, self.additional or ())
+            )
+            engines.append(model.game(*rows, self.n, further, target))
+        self.engines, self.rows, self.block = engines, engines[0].block, engines[0].block
+        self.backend, self.more_exact = engines[0].backend, engines[0].more_exact
+
+    def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
+        """Values (K, G) or (K, G, O); an engine that is asked for one class shares work among corners."""
+        if len(self.engines) == 1 and self.engines[0].target is not None:
+            return self.engines[0].corner_values(contexts, toggled)
+        return super().corner_values(contexts, toggled)
+
+    def precise(self) -> FeatureGame | None:
+        """The same game on the engines of float64; None where the forward function evaluates."""
+        engines = [engine.precise() for engine in self.engines]
+        if not engines or None in engines:
+            return None
+        twin = copy.copy(self)
+        twin.engines = engines
+        return twin
+
+    def about(self) -> dict[str, Any]:
+        return self.engines[0].about() if len(self.engines) == 1 else {}
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Values (C,) or (C, O) float64 of coalitions (C, n)."""
@@ -64,8 +99,13 @@ class FeatureGame(Game):
 
     @torch.no_grad()
     def forward(self, coalitions: torch.Tensor) -> torch.Tensor:
-        """Output of the forward function, (C, *shape of one call's output), for coalitions (C, n)."""
+        """Output of the forward function, (C, B, *shape of an example's output), for coalitions (C, n)."""
         count = len(coalitions)
+        if self.engines:
+            output = torch.stack([engine(coalitions) for engine in self.engines], 1).flatten(0, 1)
+            target = _expanded(common._expand_target, self.target, count)
+            target = target.cpu() if isinstance(target, torch.Tensor) else target  # where engines leave their values
+            return common._select_targets(output, target).unflatten(0, (count, self.examples))
         mixed = []
         for tensor, baseline, mask in zip(self.inputs, self.baselines, self.masks):
             present = coalitions.to(tensor.device)[:, mask]  # (C, 1 or B, ...)
@@ -88,7 +128,28 @@ class ShapleyInteractions(captum.ShapleyValueSampling):
     With the same torch seed, ``attribute`` walks the same permutations and returns the same numbers to rounding. It
     evaluates every distinct coalition once, and fills every forward pass up to ``perturbations_per_eval``, across the
     ends of permutations.
+
+    Given a model instead of a function, it evaluates on the engine that can run it: a mixture, an ``InteractionMoE``, a
+    transformer, what :func:`flmoe_fast.accelerate` returns, or any of these in a :class:`ModelForward`, which says how
+    to call it. The engine is checked against the model and bounds its memory by itself, so ``perturbations_per_eval``
+    has no effect then. Where features divide the tokens of a mixture, or the engine cannot run the model, the model
+    itself is called in batches, with a warning that says why.
+
+    Attributes
+    ----------
+    path : str
+        What evaluated the coalitions of the last call.
     """
+
+    def __init__(self, forward_func: Any):
+        wrapped = forward_func if isinstance(forward_func, ModelForward) else None
+        if is_model(forward_func):
+            forward_func = wrapped = ModelForward(forward_func)
+        self._warns = wrapped is not None
+        if wrapped is None and has_stack(forward_func):
+            wrapped = ModelForward(forward_func)
+        self._model, self.path = wrapped, ""
+        super().__init__(forward_func)
 
     def attribute(
         self,
@@ -181,7 +242,17 @@ class ShapleyInteractions(captum.ShapleyValueSampling):
             for mask, tensor in zip(masks, tensors)
         )
         additional = common._format_additional_forward_args(additional)
-        return FeatureGame(self.forward_func, tensors, baselines, shaped, target, additional, rows), is_tuple
+        game = FeatureGame(self.forward_func, tensors, baselines, shaped, target, additional, rows)
+        self.path = "forward function in batches"
+        if self._model is not None:
+            try:
+                game.run_on(self._model, _one_class(target) if game.examples == 1 else None)
+                self.path = f"engine: {game.backend}"
+            except ArgumentError as problem:
+                self.path += f", because {problem}"
+                if self._warns:
+                    warnings.warn(f"slow path: the model runs for every coalition, because {problem}", stacklevel=3)
+        return game, is_tuple
 
     @staticmethod
     def _spread(mean: torch.Tensor, mask: torch.Tensor, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -190,6 +261,19 @@ class ShapleyInteractions(captum.ShapleyValueSampling):
         example = example.view(-1, *([1] * (tensor.dim() - 1)))
         values = mean.reshape(*mean.shape[:2], -1).to(tensor.device)[mask.expand_as(tensor), example]  # (B, ..., R)
         return values.movedim(-1, 1).reshape(tensor.shape[0], *shape, *tensor.shape[1:]).float()
+
+
+def _an_example_a_row(part: Any, examples: int) -> bool:
+    return isinstance(part, torch.Tensor) and part.dim() > 0 and part.shape[0] == examples
+
+
+def _one_class(target: Any) -> int | None:
+    """The class that a target names for a single example, if it is one."""
+    if isinstance(target, torch.Tensor) and target.numel() == 1:
+        target = target.item()
+    if isinstance(target, list) and len(target) == 1:
+        target = target[0]
+    return target if isinstance(target, int) else None
 
 
 def _expanded(expand: Callable, value: Any, count: int) -> Any:

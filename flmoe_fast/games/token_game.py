@@ -16,7 +16,7 @@ from flmoe_fast.engines.gated_engine import GatedEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import DEFAULT_PRECISION, TritonEngine
+from flmoe_fast.engines.triton_engine import AUTO_PRECISION, TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
@@ -67,19 +67,15 @@ class TokenGame(Game):
     heads : subset of ("mixture", "experts", "weighted")
     backend : "auto", "cpu", "torch", "triton", "cuda" or "reference"
         "cpu" is the native engine: transformers in float32 on the CPU, with the compiled extension. "triton" is float32
-        on an NVIDIA GPU, and so is "cuda", for the models and precisions that its fused kernels have. "auto" takes the one of the device where it can run, else "torch", else "reference";
-        :meth:`about` says why where the model is the reason, and :func:`flmoe_fast.environment.backends` what is
-        missing on a machine. Asked for by name, a backend that cannot run is an error.
+        on an NVIDIA GPU, and so is "cuda", for the models and precisions that its fused kernels have. "auto" takes the
+        one of the device where it can run, else "torch", else "reference"; :meth:`about` says why where the model is
+        the reason, and :func:`flmoe_fast.environment.backends` what is missing on a machine. Asked for by name, a
+        backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
-<<<<<<< HEAD
-    precision : "auto", "fp16x2", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first three. Other backends
-        take only "auto".
-=======
     precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the Triton engine's matrix products, see :class:`TritonEngine`. Other backends take only "auto".
->>>>>>> tritonwork
+        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first four. Other
+        backends take only "auto".
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int, optional
@@ -231,7 +227,7 @@ class TokenGame(Game):
     def _fastest_on_gpu(self) -> str:
         """The GPU backend that was measured to be the faster one on this device and shape."""
         config = self.problem.model.config
-        precision = DEFAULT_PRECISION if self.precision == "auto" else self.precision
+        precision = AUTO_PRECISION if self.precision == "auto" else self.precision
         name = torch.cuda.get_device_name(self.device)
         best = fastest(name, config.hidden, config.heads, self.problem.length, precision)
         if best == "cuda" and cuda_engine.why_not(self.dtype, self.device, self.problem, precision):

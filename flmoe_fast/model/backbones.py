@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.environment import require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +58,7 @@ class TextBackbone:
     kind = "text"
 
     def __init__(self, name: str | os.PathLike, *, max_length: int = 320, device: str = "cpu", local_only: bool = True):
-        transformers = _transformers()
+        transformers = require("transformers", "transformers")
         self.max_length = integer("max_length", max_length, least=3)
         with _quiet(transformers), _readable(name, "a text encoder with its tokenizer"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_only)
@@ -121,7 +122,7 @@ class VisionBackbone:
     kind = "image"
 
     def __init__(self, name: str | os.PathLike, *, device: str = "cpu", local_only: bool = True):
-        transformers = _transformers()
+        transformers = require("transformers", "transformers")
         options = {"local_files_only": local_only}
         with _quiet(transformers), _readable(name, "a vision encoder with its image processor"):
             config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -161,16 +162,6 @@ class VisionBackbone:
         rows, columns = self.grid
         names = [f"({row}, {column})" for row in range(rows) for column in range(columns)]
         return Encoded(features, torch.ones(features.shape[:2], dtype=torch.bool), [names] * len(features))
-
-
-def _transformers():
-    try:
-        import transformers
-    except ImportError as problem:
-        raise ArgumentError(
-            "backbone", "no transformers package", "pip install 'flmoe-fast[transformers]'"
-        ) from problem
-    return transformers
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.environment import require
 from flmoe_fast.model.network import FLI2MoE, eval_mode
 from flmoe_fast.pipeline.importance import Importance, sequence_segments, target_weights
 
@@ -39,13 +40,11 @@ def captum_importance(
         weight times its logit), and (B, L) of the mixture's score.
 
     Raises:
-        ArgumentError: captum is missing, or has no such method.
+        ArgumentError: captum has no such method.
+        MissingExtra: captum is not installed.
     """
-    try:
-        import captum.attr
-    except ImportError as problem:
-        raise ArgumentError("attribution", "no captum package", "pip install 'flmoe-fast[captum]'") from problem
-    kind = getattr(captum.attr, attribution, None) if isinstance(attribution, str) else None
+    methods = require("captum.attr", "captum")
+    kind = getattr(methods, attribution, None) if isinstance(attribution, str) else None
     if not isinstance(kind, type) or not hasattr(kind, "attribute"):
         raise ArgumentError("attribution", repr(attribution), "the name of an attribution class of captum.attr")
     model.check_inputs(features, masks)

@@ -14,6 +14,7 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
+from flmoe_fast.pipeline.candidates import candidate_players, cross_pairs
 from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
@@ -68,12 +69,17 @@ class Explanation:
         return pandas.DataFrame(columns)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``interactions.npz``, ``interactions.csv`` and ``importance.csv`` into ``folder``."""
+        """Write ``interactions.npz``, ``interactions.csv`` and ``importance.csv`` into ``folder``.
+
+        And ``indices.csv`` where other indices were asked for.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.interactions.save(folder / "interactions.npz")
         self.interactions.to_dataframe().to_csv(folder / "interactions.csv", index=False)
         self.importance_dataframe().to_csv(folder / "importance.csv", index=False)
+        if self.interactions.also:
+            self.interactions.indices_dataframe().to_csv(folder / "indices.csv", index=False)
 
 
 def explain(
@@ -89,6 +95,7 @@ def explain(
     seed: int = 0,
     gap: str = "max",
     adaptive: bool | None = None,
+    also: Sequence[str] | str = (),
     progress: bool = True,
     **game_options: Any,
 ) -> Explanation:
@@ -104,7 +111,7 @@ def explain(
         How many of each modality's most important players are probed.
     importance : "attnXgrad" or "attn"
         How candidates are chosen, see :func:`token_importance`.
-    contexts, budget, method, seed, gap, adaptive, progress
+    contexts, budget, method, seed, gap, adaptive, also, progress
         See :func:`interactions`.
     **game_options
         ``fill``, ``players``, ``padded_lengths``, ``target``, ``value``, ``heads``, ``backend``, ``dtype``, ``device``
@@ -120,32 +127,22 @@ def explain(
     wanted = _per_modality(candidates, len(model.config.modalities))
     found = _importance(game, importance)
     score = found.mixture[game.tokens]
-    chosen = []
-    for (_, players), most in zip(game.groups, wanted):
-        ranked = score[list(players)].argsort(descending=True, stable=True)[:most]
-        chosen.append(tuple(players[i] for i in ranked.tolist()))
-    blocks = [
-        torch.cartesian_prod(torch.tensor(a), torch.tensor(b)).reshape(-1, 2)
-        for i, a in enumerate(chosen)
-        for b in chosen[i + 1 :]
-        if a and b
-    ]
-    if not blocks:
-        raise ArgumentError("players", "players of a single modality", "players of at least two modalities")
+    chosen = candidate_players(game, score, wanted)
     result = interactions(
         game,
-        pairs=torch.cat(blocks),
+        pairs=cross_pairs(chosen),
         contexts=contexts,
         budget=budget,
         method=method,
         seed=seed,
         gap=gap,
         adaptive=adaptive,
+        also=also,
         progress=progress,
     )
     ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))[:, 0]
     prediction = {"target": game.target, "full": float(ends[0]), "empty": float(ends[1])}
-    return Explanation(found, tuple(chosen), result, game, prediction, time.perf_counter() - started)
+    return Explanation(found, chosen, result, game, prediction, time.perf_counter() - started)
 
 
 def _importance(game: TokenGame, method: str) -> Importance:

@@ -307,7 +307,7 @@ def local_bars(
         axes.set_xticks(spots, [_short(classes[c], 12) for c in shown], rotation=30, ha="right", fontsize=7.5)
         axes.axhline(0.0, color="0.5", linewidth=0.6)
         axes.set_title(title)
-    routing.set_xticks(range(experts), [_wrapped(n) for n in expert_names], rotation=30, ha="right", fontsize=7.5)
+    routing.set_xticks(range(experts), [_short(name, 22) for name in expert_names], rotation=90, fontsize=7.5)
     routing.set_title("Routing weights")
     logits.legend(fontsize=7.5)
     return figure
@@ -414,7 +414,7 @@ def occurrence_figure(table: pandas.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("% of probed pairs whose 95 % interval excludes zero")
     axes.set_title("How often interactions occur")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

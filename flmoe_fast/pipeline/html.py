@@ -136,7 +136,9 @@ def as_svg(figure: Figure, prefix: str) -> str:
     """A figure as an SVG element; names in it start with ``prefix``, so that figures of a page do not meet."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # Tight, since layouts leave too little room above titles of axes that keep their aspect.
+        clear = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -159,7 +159,8 @@ def _attended(
         score = (logits * target_weights(logits.detach(), targets, model.config.task)).sum()
         gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
         relevance = [[a.detach().relu() * next(gradients).relu() for a in kept] for kept in maps]
-    experts = torch.stack([_rollout([matrix.mean(dim=1) for matrix in layers]) for layers in relevance], dim=1)
+    rolled = [rolled_out([matrix.mean(dim=1) for matrix in layers]) for layers in relevance]
+    experts = torch.stack([matrix.mean(dim=1) for matrix in rolled], dim=1)
     return experts, (weights[:, :, None] * experts).sum(dim=1) if method == "attn" else experts.sum(dim=1)
 
 
@@ -248,14 +249,14 @@ def normalize_importance(values: Tensor, segments: Sequence[slice], candidates: 
     return scaled
 
 
-def _rollout(layers: Sequence[Tensor]) -> Tensor:
-    """Relevance matrices (B, L, L), first layer first -> (B, L)."""
+def rolled_out(layers: Sequence[Tensor]) -> Tensor:
+    """Relevance matrices (B, L, L) of queries and keys, first layer first, multiplied: (B, L, L)."""
     rolled = None
     for matrix in layers:
         matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         matrix = matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         rolled = matrix if rolled is None else matrix @ rolled
-    return rolled.mean(dim=1)
+    return rolled
 
 
 def sequence_segments(lengths: Sequence[int]) -> tuple[slice, ...]:

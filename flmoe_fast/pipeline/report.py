@@ -62,6 +62,7 @@ def _facts(explanation: Explanation) -> str:
     kind = {"prob": "probability", "logit": "logit"}[game.value]
     contexts = np.unique(result.contexts)
     each = str(contexts[0]) if len(contexts) == 1 else f"{contexts[0]} to {contexts[-1]}"
+    how = f"in {each} contexts" if result.about.get("method", "grid") == "grid" else "by a surrogate"
     noise = float(np.max(result.noise_share))
     counts = " + ".join(f"{len(players)} {name}" for name, players in game.groups)
     noise_text = f"{noise:.1e} of the variance of the second differences (noise share, worst head)"
@@ -72,7 +73,7 @@ def _facts(explanation: Explanation) -> str:
             f"{prediction['empty']:.4f} with none",
         ),
         ("players", f"{game.n} tokens ({counts}), of which {sum(map(len, explanation.candidates))} are candidates"),
-        ("probe", f"{len(result.pairs)} pairs in {each} contexts; {len(result.heads)} heads from the same evaluations"),
+        ("probe", f"{len(result.pairs)} pairs {how}; {len(result.heads)} heads from the same evaluations"),
         (
             "evaluations",
             f"{result.evaluations:,} of the model, and {result.check_evaluations:,} in float64 to measure rounding",

@@ -160,6 +160,22 @@ class InteractionResult:
         columns |= {"value": value, "stderr": stderr, "low": value - half, "high": value + half}
         return pandas.DataFrame(columns)
 
+    def indices_dataframe(self) -> pandas.DataFrame:
+        """All indices asked for with ``also=``: name, order and, where there are heads, head beside :meth:`index`."""
+        import pandas
+
+        parts = []
+        for name, order in self.also:
+            for number, head in enumerate(self.heads or (None,)):
+                columns = {"index": name, "order": order} | ({} if head is None else {"head": head})
+                parts.append(self.index(name, order, number).assign(**columns))
+        if not parts:
+            return pandas.DataFrame(columns=["index", "order", "i", "j", "value", "stderr", "low", "high"])
+        table = pandas.concat(parts, ignore_index=True)
+        first = ["index", "order", *(["head"] if self.heads else []), *(c for c in "ij" if c in table)]
+        table[[c for c in "ij" if c in table]] = table[[c for c in "ij" if c in table]].astype("Int64")
+        return table[[*first, "value", "stderr", "low", "high"]]
+
     def plot(self, head: str | int | None = None, of: str = "sii", ax=None):
         """Heat map of the pairs (first player down, second across); a dot marks intervals that exclude zero.
 

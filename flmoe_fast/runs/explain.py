@@ -11,13 +11,11 @@ from pathlib import Path
 import safetensors
 from tqdm.auto import tqdm
 
-from flmoe_fast.checks import ArgumentError, integer, one_of
+from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.files import replacing
 from flmoe_fast.pipeline.records import SampleRecord, is_done, record_sample
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study
-
-TARGETS = ("predicted", "true")
 
 
 def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
@@ -29,7 +27,6 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
         The samples' folders, ``samples/<part>-<row>``.
     """
     options = settings.explain
-    one_of("explain.target", options.target, TARGETS)
     study = Study(settings, progress)
     model = study.trained()
     rows = chosen_rows(study.splits.part(options.part).ids, options.samples, options.ids)
@@ -63,6 +60,8 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
             candidates=options.candidates,
             contexts=options.contexts,
             budget=options.budget,
+            method=options.method,
+            also=options.also,
             gap=options.gap,
             importance=options.importance,
             fill=options.fill,

@@ -11,7 +11,6 @@ import pandas
 import torch
 from tqdm.auto import tqdm
 
-from flmoe_fast.checks import one_of
 from flmoe_fast.files import replacing
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
@@ -22,9 +21,9 @@ from flmoe_fast.pipeline.faithfulness import (
     paired_gaps,
     write_tables,
 )
-from flmoe_fast.pipeline.importance import METHODS, batch_importance
+from flmoe_fast.pipeline.importance import batch_importance
 from flmoe_fast.pipeline.records import plain_fields, rebuilt
-from flmoe_fast.runs.explain import TARGETS, chosen_rows, model_digest
+from flmoe_fast.runs.explain import chosen_rows, model_digest
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study
 
@@ -44,9 +43,6 @@ def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[s
     dict from method to the table of :func:`faithfulness_table`
     """
     options = settings.faithfulness
-    one_of("faithfulness.target", options.target, TARGETS)
-    for method in options.importance:
-        one_of("faithfulness.importance", method, METHODS)
     study = Study(settings, progress)
     model = study.trained()
     rows = chosen_rows(study.splits.part(options.part).ids, options.samples)

@@ -277,8 +277,8 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
     result = record.interactions
     page.text(
         f"True: {truth}. Value of {named} with all tokens {record.full:.4f}, with none {record.empty:.4f}. "
-        f"{result.evaluations:,} evaluations; rounding {float(np.nanmax(result.noise_share, initial=0.0)):.1e} of the "
-        f"variance.",
+        f"{result.evaluations:,} evaluations ({result.about.get('method', 'grid')}); "
+        f"rounding {float(np.nanmax(result.noise_share, initial=0.0)):.1e} of the variance.",
         soft=True,
     )
     for m, view in enumerate(record.views):
@@ -294,6 +294,10 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
         table = table.iloc[result.order("abs_sii" if of == "sii" else "gap", head)[:PAIRS]]
         description = f"{name} of token pairs of sample {record.id}."
         page.figure(axes.figure, description, table)
+    for name, order in result.also:
+        page.table(
+            f"{name} of {'pairs' if order == 2 else 'tokens'}", _named(result.index(name, order), record)[:PAIRS]
+        )
     rows, columns = (len(set(side.tolist())) for side in result.pairs.T)
     figure = new_figure(3.0 + 0.32 * columns, 1.8 + 0.26 * rows)
     result.plot(ax=figure.subplots())
@@ -320,7 +324,7 @@ def _name(record: SampleRecord, player: int) -> str:
 def _named(table: pandas.DataFrame, record: SampleRecord) -> pandas.DataFrame:
     """A table of pairs with the tokens' own names."""
     table = table.copy()
-    for side in ("i", "j"):
+    for side in (side for side in "ij" if side in table):
         table[f"name_{side}"] = [_name(record, int(p)) for p in table[side]]
     return table[[c for c in table.columns if c not in ("i", "j", "head")]]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flmoe_fast.checks import ArgumentError
+from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.data.adni import read_adni
 from flmoe_fast.data.enrico import read_enrico
 from flmoe_fast.data.hdxor import hd_xor
@@ -20,7 +20,15 @@ from flmoe_fast.data.mmhs150k import read_mmhs150k
 from flmoe_fast.data.mmimdb import read_mmimdb
 from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
+from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.training import ABLATIONS, REGULARIZERS
+from flmoe_fast.pipeline.faithfulness import AOPC_MODES
+from flmoe_fast.pipeline.importance import METHODS as IMPORTANCE
+from flmoe_fast.pipeline.masking import UNIVERSES
+from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.indices import ORDERS
+from flmoe_fast.probes.interactions import METHODS
 
 #: Data sets by their name in the file, and what reads them.
 READERS: dict[str, Callable] = {
@@ -34,6 +42,29 @@ READERS: dict[str, Callable] = {
 }
 #: Data that is made or bundled, which needs no path.
 MADE = ("digits", "hdxor")
+PARTS = ("train", "valid", "test")
+TARGETS = ("predicted", "true")
+#: Keys whose values, or each of whose values, are one of a few.
+CHOICES = {
+    "training.regularizer": REGULARIZERS,
+    "training.ablation": ABLATIONS,
+    "explain.part": PARTS,
+    "explain.method": METHODS,
+    "explain.also": tuple(ORDERS),
+    "explain.gap": GAPS,
+    "explain.importance": IMPORTANCE,
+    "explain.fill": ("mean", "zero"),
+    "explain.value": ("prob", "logit"),
+    "explain.target": TARGETS,
+    "explain.backend": BACKENDS,
+    "explain.universe": UNIVERSES,
+    "faithfulness.part": PARTS,
+    "faithfulness.importance": IMPORTANCE,
+    "faithfulness.fill": ("mean", "zero"),
+    "faithfulness.target": TARGETS,
+    "faithfulness.aopc": AOPC_MODES,
+    "faithfulness.backend": BACKENDS,
+}
 _FROM_DATA = ("modalities", "classes", "task", "num_tokens")
 
 
@@ -60,7 +91,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """Which samples are explained, and options of :func:`flmoe_fast.explain`."""
+    """Which samples are explained, and options of :func:`flmoe_fast.explain`.
+
+    ``method`` is how interactions are estimated (a grid, a surrogate, or what the evidence says), ``also`` names other
+    indices to take from the same evaluations.
+    """
 
     part: str = "test"
     samples: int = 16
@@ -68,6 +103,8 @@ class ExplainSettings:
     candidates: int = 10
     contexts: int | None = None
     budget: int | None = None
+    method: str = "grid"
+    also: tuple[str, ...] = ()
     seed: int = 0
     gap: str = "strict"
     importance: str = "attnXgrad"
@@ -107,7 +144,9 @@ class RunSettings:
     out : Path
         Folder of everything that is written.
     data : dict
-        ``kind`` (see :data:`READERS` and :data:`MADE`), ``path``, and options of the reader.
+        ``kind`` (see :data:`READERS` and :data:`MADE`), ``path``, options of the reader, ``modalities`` (those to use,
+        in order; of published data) and ``dtype`` and ``batch_size`` of cached features. HD-XOR is made where it has no
+        path.
     encoders : dict from modality to options of a backbone
     model : dict
         Fields of :class:`FLI2MoEConfig`, and ``patches`` or ``groups`` of :func:`flmoe_fast.data.prepare.prepare`.
@@ -170,11 +209,19 @@ def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(data.get("path"), str):
             raise ArgumentError("data.path", repr(data.get("path")), "the path of the data set")
         data["path"] = path.parent / data["path"]
-        allowed = list(inspect.signature(READERS[kind]).parameters)[1:]
+        options = list(inspect.signature(READERS[kind]).parameters)[1:]
+        allowed = dict.fromkeys(["path", *options, "modalities", "dtype", "batch_size"])
+        if kind != "own" and not isinstance(data.get("modalities", []), list):
+            raise ArgumentError("data.modalities", repr(data["modalities"]), "a list of names")
+    elif kind == "hdxor" and "path" in data:
+        if not isinstance(data["path"], str):
+            raise ArgumentError("data.path", repr(data["path"]), "a file of the published data")
+        data["path"] = path.parent / data["path"]
+        allowed = ("path",)
     else:
-        allowed = ["seed"] if kind == "digits" else list(inspect.signature(hd_xor).parameters)
+        allowed = ("seed",) if kind == "digits" else (*inspect.signature(hd_xor).parameters, "path")
     for name in data:
-        if name not in (*allowed, "kind", "path", "dtype", "batch_size"):
+        if name not in (*allowed, "kind"):
             raise ArgumentError(f"data.{name}", "this key", f"one of {', '.join(allowed)}")
     return data
 
@@ -218,5 +265,7 @@ def _section(kind: type, section: str, content: Mapping) -> Any:
             value = float(value)
         elif default is not None and type(value) is not type(default):
             raise ArgumentError(f"{section}.{name}", repr(value), f"a value like {default!r}")
+        for choice in value if isinstance(value, tuple) else (value,):
+            one_of(f"{section}.{name}", choice, CHOICES.get(f"{section}.{name}", (choice,)))
         values[name] = value
     return kind(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, TOKENS, two_view_digits
-from flmoe_fast.data.hdxor import hd_xor
+from flmoe_fast.data.hdxor import hd_xor, read_hd_xor
 from flmoe_fast.data.prepare import Prepared, prepare
 from flmoe_fast.data.raw import RawData
 from flmoe_fast.data.splits import Part, Splits
@@ -67,7 +68,12 @@ class Study:
         options = dict(self.settings.data)
         kind, path = options.pop("kind"), options.pop("path")
         caching = {name: options.pop(name) for name in ("dtype", "batch_size") if name in options}
+        # Some readers choose by themselves which modalities they read.
+        own = "modalities" in inspect.signature(READERS[kind]).parameters
+        wanted = None if own else options.pop("modalities", None)
         self.raw = READERS[kind](path, **options)
+        if wanted is not None:
+            self.raw = self.raw.only(wanted)
         for name, modality_kind in self.raw.kinds.items():
             if modality_kind not in ("text", "image"):
                 continue
@@ -105,7 +111,8 @@ class Study:
         return Prepared(splits, encoders, (TOKENS, TOKENS))
 
     def _hd_xor(self, hidden: int) -> Prepared:
-        splits = hd_xor(**{name: value for name, value in self.settings.data.items() if name != "kind"})
+        options = {name: value for name, value in self.settings.data.items() if name != "kind"}
+        splits = read_hd_xor(options["path"]) if "path" in options else hd_xor(**options)
         groups = self.settings.model.get("groups")
         encoders, tokens = {}, []
         for name, values in zip(splits.modalities, splits.train.inputs):

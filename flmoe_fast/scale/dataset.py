@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -25,6 +25,7 @@ import safetensors.numpy
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.environment import require
+from flmoe_fast.files import UNFINISHED, replacing
 from flmoe_fast.probes.result import InteractionResult
 
 if TYPE_CHECKING:
@@ -82,18 +83,11 @@ class ExplanationSet:
         path = self.folder / f"samples-{numbers[0]:06d}-{numbers[-1]:06d}.{self.format}"
         if path.exists():
             raise ArgumentError("results", f"samples {numbers[0]} to {numbers[-1]}, which are in {path}", "new samples")
-        partial = path.with_name(path.name + f".partial-{os.getpid()}")
         try:
-            (_write_parquet if self.format == "parquet" else _write_safetensors)(partial, results)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.rename(partial, path)
+            with replacing(path) as file:
+                (_write_parquet if self.format == "parquet" else _write_safetensors)(file, results)
         except OSError as problem:
-            partial.unlink(missing_ok=True)
             raise self._storage_error(path, problem) from problem
-        except safetensors.SafetensorError as problem:  # its writer wraps the operating system's error in text
-            partial.unlink(missing_ok=True)
-            raise self._storage_error(path, OSError(errno.EIO, str(problem))) from problem
         return path
 
     def write_index(self) -> Path:
@@ -108,18 +102,16 @@ class ExplanationSet:
         columns = ["sample", "shard", "evaluations", "pairs", "seed", "backend", "gap_kind", "about"]
         frame = pandas.DataFrame(rows, columns=columns).sort_values("sample")
         path = self.folder / "index.csv"
-        partial = path.with_name(f"index.csv.partial-{os.getpid()}")
         try:
-            frame.to_csv(partial, index=False)
-            os.replace(partial, path)
+            with replacing(path, "w") as file:
+                frame.to_csv(file, index=False)
         except OSError as problem:
-            partial.unlink(missing_ok=True)
             raise self._storage_error(path, problem) from problem
         return path
 
     def clean(self) -> None:
         """Remove what interrupted writers left behind; for one process, while no other writes."""
-        for left in self.folder.glob("*.partial-*"):
+        for left in self.folder.glob(UNFINISHED):
             left.unlink(missing_ok=True)
 
     def frame(self) -> pandas.DataFrame:
@@ -175,7 +167,7 @@ def _table(sample: int, result: InteractionResult) -> pandas.DataFrame:
     return frame
 
 
-def _write_parquet(path: Path, results: Mapping[int, InteractionResult]) -> None:
+def _write_parquet(file: IO, results: Mapping[int, InteractionResult]) -> None:
     import pandas
     import pyarrow
     import pyarrow.parquet
@@ -184,19 +176,17 @@ def _write_parquet(path: Path, results: Mapping[int, InteractionResult]) -> None
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     facts = {str(sample): _summary(results[sample]) for sample in sorted(results)}
     mine = json.dumps({"version": VERSION, "samples": facts}).encode()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({**table.schema.metadata, KEY.encode(): mine}), path)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({**table.schema.metadata, KEY.encode(): mine}), file)
 
 
-def _write_safetensors(path: Path, results: Mapping[int, InteractionResult]) -> None:
+def _write_safetensors(file: IO, results: Mapping[int, InteractionResult]) -> None:
     arrays, rest = {}, {}
     for sample in sorted(results):
         parts, rest[str(sample)] = results[sample].parts()
         arrays |= {f"{sample}/{name}": np.ascontiguousarray(array) for name, array in parts.items()}
     facts = {str(sample): _summary(results[sample]) for sample in sorted(results)}
     text = json.dumps({"version": VERSION, "samples": facts, "rest": rest})
-    # Through a file of our own, so that a full disk is the operating system's error.
-    with open(path, "wb") as file:
-        file.write(safetensors.numpy.save(arrays, metadata={KEY: text}))
+    file.write(safetensors.numpy.save(arrays, metadata={KEY: text}))
 
 
 def _metadata(shard: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
     if kernel == "hypercube":  # units by players
         return Config(16, 64, 0, 4, 1)
     if kernel == "members":
-        return Config(32, 0, 0, 4, 1)
+        return Config(16, 0, 0, 4, 1)
     if kernel == "hidden":
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":

@@ -133,19 +133,21 @@ def sliced_kernel(
 @triton.jit(do_not_specialize=["units", "players", "replicate", "key0", "key1"])
 def hypercube_kernel(
     uniforms_ptr,  # [units, players] fp64
+    sizes_ptr,  # [units] fp64
     units,
     players,
     blocks,  # of players
     replicate,
     key0,
     key1,
+    ANTITHETIC: tl.constexpr,
     BLOCK: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """Grid: one unit's block of BLOCK players. Each player's number, its rank counted among BU units at a time."""
-    program = tl.program_id(0).to(tl.int64)
-    unit = program // blocks
-    player = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    """Grid: one unit's block of BLOCK players. u and all numbers; ranks are counted among BU units at a time."""
+    program = tl.program_id(0)
+    unit = (program // blocks).to(tl.int64)
+    player = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     own = rank_key(unit, player, replicate, key0, key1)
     rank = tl.zeros((BLOCK,), dtype=tl.int64)
     for first in range(0, units, BU):
@@ -156,32 +158,30 @@ def hypercube_kernel(
     _, _, high, low = philox(unit, player, player * 0 + MEMBER_STREAM, replicate, key0, key1)
     uniform = (rank.to(tl.float64) + jitter(high, low)) / units.to(tl.float64)
     tl.store(uniforms_ptr + unit * players + player, uniform, mask=player < players)
+    own_unit = unit + tl.zeros((1,), dtype=tl.int64)
+    size = unit_size(own_unit, units, replicate, key0, key1, True, ANTITHETIC)
+    tl.store(sizes_ptr + own_unit, size, mask=program % blocks == own_unit * 0)
 
 
-@triton.jit(do_not_specialize=["units", "players", "width", "replicate", "key0", "key1"])
+@triton.jit(do_not_specialize=["players", "width"])
 def members_kernel(
     words_ptr,  # [units (2 units if ANTITHETIC), width] int64
     sizes_ptr,  # [units] fp64
     uniforms_ptr,  # [units, players] fp64
-    units,
     players,
     width,
-    replicate,
-    key0,
-    key1,
     EXACT: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: one word of one unit. EXACT: those with the smallest numbers, counted among BLOCK players at a time."""
-    program = tl.program_id(0).to(tl.int64)
-    unit = program // width
-    word = program % width
+    program = tl.program_id(0)
+    unit = (program // width).to(tl.int64)
+    word = (program % width).to(tl.int64)
     player = 64 * word + tl.arange(0, 64)
     own = tl.load(uniforms_ptr + unit * players + player, mask=player < players, other=2.0)
     one = tl.zeros((1,), dtype=tl.int64)
-    size = unit_size(one + unit, units, replicate, key0, key1, True, ANTITHETIC)
-    tl.store(sizes_ptr + unit + one, size, mask=(one + word) == 0)
+    size = tl.load(sizes_ptr + unit)
     if EXACT:
         before = tl.zeros((64,), dtype=tl.int64)
         for first in range(0, players, BLOCK):
@@ -243,10 +243,12 @@ def contexts(
         units * blocks,
         config,
         uniforms,
+        sizes,
         units,
         players,
         blocks,
         *counter,
+        ANTITHETIC=antithetic,
         BLOCK=config.columns,
         BU=config.rows,
     )
@@ -258,10 +260,8 @@ def contexts(
         words,
         sizes,
         uniforms,
-        units,
         players,
         width,
-        *counter,
         EXACT=mode == "size",
         ANTITHETIC=antithetic,
         BLOCK=config.rows,
