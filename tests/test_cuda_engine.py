@@ -75,10 +75,11 @@ def test_corners_equal_the_reference(edge: Edge):
     assert error_of(ours, edge, "fp16x2") <= limit(edge, "fp16x2")
 
 
+@pytest.mark.parametrize("precision", ("mixed", "fp16"))
 @pytest.mark.parametrize("edge", (TINY, SHAPES[4]), ids=lambda e: e.name)
-def test_one_term_equals_the_reference(edge: Edge):
-    ours = engine(edge, "fp16").evaluate_toggles(*coalitions_of(edge))
-    assert error_of(ours, edge, "fp16") <= limit(edge, "fp16")
+def test_fewer_terms_equal_the_reference(edge: Edge, precision: str):
+    ours = engine(edge, precision).evaluate_toggles(*coalitions_of(edge))
+    assert error_of(ours, edge, precision) <= limit(edge, precision)
     # Negative control of the tolerance of two terms.
     assert error_of(ours, edge, "fp16x2") > 3 * limit(edge, "fp16x2")
 
@@ -185,7 +186,7 @@ def test_what_it_cannot_run_is_refused_by_name(what: str):
 
 
 def test_a_precision_it_does_not_have_is_refused():
-    with pytest.raises(ArgumentError, match="precision: got 'bf16'.*'fp16x2', 'fp16'"):
+    with pytest.raises(ArgumentError, match="precision: got 'bf16'.*'fp16x2', 'mixed', 'fp16'"):
         engine(TINY, "bf16")
 
 

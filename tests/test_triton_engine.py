@@ -556,7 +556,7 @@ def test_requests_that_cannot_be_met_are_errors(monkeypatch):
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight.mul_(1e9)
     heavy = edge.game(model, backend="torch").problem
-    with pytest.raises(ArgumentError, match="precision: got 'fp16x2' with a weight of .*, expected 'tf32'"):
+    with pytest.raises(ArgumentError, match="precision: got 'mixed' with a weight of .*, expected 'tf32'"):
         TritonEngine(heavy, device=DEVICE)
     monkeypatch.setattr(triton_engine, "interpreted", lambda: False)
     with pytest.raises(ArgumentError, match="backend: got 'triton', but the device is cpu"):
