@@ -1,10 +1,11 @@
 """Which operands need a second fp16 term: rounding noise of second differences when only some are split.
 
-    python -m bench.mixes [--epochs 8] [--samples 2] [--contexts 8]
+    python -m bench.mixes [--epochs 8 1] [--samples 2] [--contexts 8]
 
 Emulated in float64 on the CPU, on a trained model of 256 tokens whose matrices are already rounded to fp16: every
 activation that enters a matrix product is rounded to fp16 (11 bits), or, where it is split, to two fp16 terms (22
-bits). Noise is relative to the variance of the second differences over contexts and pairs.
+bits). Noise is relative to the variance of the second differences over contexts and pairs. A model that was stopped
+early, whose interactions are smaller, shows how far the figures depend on the model.
 """
 
 from __future__ import annotations
@@ -97,19 +98,20 @@ def noise(epochs: int, samples: int, contexts: int) -> list[dict]:
             with Mix(split, model.config.hidden):
                 errors[name] += float((second() - truth).square().mean())
         model.float()
-    facts = {"model": f"digits, {2 * tokens} tokens", "accuracy": accuracy, "samples": samples, "contexts": contexts}
+    facts = {"model": f"digits, {2 * tokens} tokens", "epochs": epochs, "accuracy": accuracy}
+    facts |= {"samples": samples, "contexts": contexts}
     return [{"mix": name, "noise_share": error / total, **facts} for name, error in errors.items()]
 
 
 def main() -> None:
     """Measure, print, and write bench/results/mixes.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 1], help="of training, a model each")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--dry", action="store_true", help="write no file")
     options = parser.parse_args()
-    rows = noise(options.epochs, options.samples, options.contexts)
+    rows = [row for epochs in options.epochs for row in noise(epochs, options.samples, options.contexts)]
     for row in rows:
         print(f"{row['mix']:34} noise share {row['noise_share']:.1e}  (accuracy {row['accuracy']:.3f})")
     if not options.dry:

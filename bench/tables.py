@@ -278,6 +278,18 @@ def adapt(rows: list[dict]) -> tuple[str, str]:
     return _markdown(columns, table), note
 
 
+@results("mixes")
+def mixes(rows: list[dict]) -> tuple[str, str]:
+    """Noise share by which activations have a second fp16 term, a column a model."""
+    models = sorted({(-row["accuracy"], row["epochs"]) for row in rows})
+    shares = {(row["mix"], row["epochs"]): row["noise_share"] for row in rows}
+    names = sorted({row["mix"] for row in rows}, key=lambda name: shares[name, models[0][1]])
+    table = [[name, *(f"{shares[name, epochs]:.1e}" for _, epochs in models)] for name in names]
+    columns = ["activations in two float16 terms", *(f"model at {-100 * found:.1f} %" for found, _ in models)]
+    note = f"{rows[0]['model']}; {rows[0]['samples']} samples, {rows[0]['contexts']} contexts each."
+    return _markdown(columns, table), note
+
+
 @results("gpu")
 def gpu(rows: list[dict]) -> tuple[str, str]:
     """Milliseconds of an explanation on a GPU, per candidate."""

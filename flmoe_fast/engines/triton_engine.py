@@ -34,8 +34,6 @@ from flmoe_fast.model.sparse import slots_per_network
 
 #: What ``precision="auto"`` means here: the least to multiply whose noise share stays far below 1 %.
 AUTO_PRECISION = "mixed"
-#: What it means where every activation is split.
-DEFAULT_PRECISION = "fp16x2"
 #: Bytes of scratch memory unless told otherwise.
 DEFAULT_MEMORY = 1 << 32
 #: Largest supported head width, classes, tokens, width of a token and networks of a sparse block.
