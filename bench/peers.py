@@ -8,7 +8,7 @@
   pixels; absent patches are black; the value is the probability of the predicted digit. Pairs of the upper and the
   lower half.
 - ``soum``: sums of 200 unanimity games of up to five of 32 players; the truth has a closed form.
-- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after five minutes
+- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after two minutes
   of processor time.
 
 Truth is by enumeration but for ``soum`` and ``large``. Every kind is asked for 64 pairs. Results are appended to
@@ -37,7 +37,7 @@ from flmoe_fast.probes.exact import enumerate_values
 BUDGETS = (1024, 2048, 4096)
 COVERAGE_BUDGETS = (512, 1024)
 KINDS = ("digits-prob", "digits-logit", "vit", "soum", "large")
-PATIENCE = 300
+PATIENCE = 120
 
 
 class Soum:

@@ -117,7 +117,7 @@ def _triton_engine() -> Backend:
     version = _version("triton")
     about = "fused Triton kernels for float32 games on NVIDIA GPUs (fp16x2, fp16, tf32, fp32 or bf16 products)"
     if version is None:
-        return Backend("triton", False, "triton is not installed", about)
+        return Backend("triton", False, "triton is not installed: pip install 'flmoe-fast[triton]'", about)
     about += f", triton {version}"
     if not torch.cuda.is_available():
         return Backend("triton", False, "torch finds no CUDA device", about)

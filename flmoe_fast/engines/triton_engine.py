@@ -71,7 +71,7 @@ def model_reason(problem: TokenProblem) -> str:
 def why_not(dtype: torch.dtype, device: torch.device, problem: TokenProblem | None = None) -> str:
     """What keeps this engine from running games of that dtype on that device; empty if nothing does."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed: pip install 'flmoe-fast[triton]'"
     if device.type != "cuda" and not interpreted():
         return f"the device is {device}, and the kernels run on NVIDIA GPUs"
     if device.type == "cuda":
