@@ -137,6 +137,22 @@ def coverage(rows: list[dict]) -> tuple[str, str]:
     return _markdown(columns, table), note
 
 
+@results("contexts")
+def contexts(rows: list[dict]) -> tuple[str, str]:
+    """Seconds to draw and pack context coalitions, C++ against NumPy."""
+    table = [
+        [
+            row["mode"] + (", antithetic" if row["antithetic"] else ""),
+            f"{row['contexts']:,}",
+            _range(row["native_seconds"], 2),
+            _range(row["numpy_seconds"], 2),
+        ]
+        for row in rows
+    ]
+    columns = ["mode", "contexts", "seconds, C++", "seconds, NumPy"]
+    return _markdown(columns, table), f"{rows[0]['players']} players, one core; the same bits."
+
+
 @results("memory")
 def memory(rows: list[dict]) -> tuple[str, str]:
     """Peak memory of a long run."""
