@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import time
+import multiprocessing
+import resource
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +38,8 @@ BUDGETS = (1024, 2048, 4096)
 COVERAGE_BUDGETS = (512, 1024)
 KINDS = ("digits-prob", "digits-logit", "vit", "soum", "large")
 PATIENCE = 120
+#: Children begin as copies, with the games in memory.
+PROCESSES = multiprocessing.get_context("fork")
 
 
 class Soum:
@@ -165,40 +167,44 @@ ESTIMATORS: dict[str, Callable] = {
 }
 
 
-class _Patience(Exception):
-    """An estimator took longer than anyone would wait."""
+def attempt(estimator: Callable, game, pairs, budget: int, seed: int) -> tuple[np.ndarray, int] | str:
+    """An estimate and the evaluations it took, or one line on why there is none.
 
+    In a process of its own, which the system stops when its processor time is up, in whatever library it then is.
+    """
 
-def attempt(estimator: Callable, game, pairs, budget: int, seed: int) -> np.ndarray | str:
-    """An estimate, or one line on why there is none."""
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE))
+        game.asked = 0
+        try:
+            sender.send((estimator(game, pairs, budget, seed), game.asked))
+        except Exception as problem:
+            sender.send(f"{type(problem).__name__}: {problem}".splitlines()[0][:160])
 
-    def stop(*_: object) -> None:
-        raise _Patience(f"stopped after {PATIENCE} s of processor time")
-
-    signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=work)
+    process.start()
+    sender.close()
     try:
-        return estimator(game, pairs, budget, seed)
-    except Exception as problem:
-        return f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
+        return receiver.recv()
+    except EOFError:
+        return f"stopped after {PATIENCE} s of processor time"
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        process.join()
 
 
 def errors(kind: str, name: str, budget: int, games: list, pairs: list, truths: list, seeds: int) -> dict:
     """nMSE of one estimator at one budget over games and seeds; the first refusal ends it."""
-    found, most, seconds = [], 0, []
+    found, most = [], 0
     row = {"kind": kind, "estimator": name, "budget": budget, "games": len(games), "seeds": seeds}
     for game, truth in zip(games, truths):
         for seed in range(seeds):
-            game.asked = 0
-            started = time.perf_counter()
-            estimate = attempt(ESTIMATORS[name], game, pairs, budget, seed)
-            if isinstance(estimate, str):
-                return {**row, "refuses": estimate}
-            seconds.append(time.perf_counter() - started)
+            found_or_not = attempt(ESTIMATORS[name], game, pairs, budget, seed)
+            if isinstance(found_or_not, str):
+                return {**row, "refuses": found_or_not}
+            estimate, asked = found_or_not
             found.append(accuracy.nmse(estimate, truth))
-            most = max(most, game.asked)
+            most = max(most, asked)
     spread = float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
     return {**row, "most_evaluations": most, "nmse": float(np.mean(found)), "nmse_median": float(np.median(found)),
             "nmse_stderr": spread}  # fmt: skip

@@ -115,7 +115,7 @@ def _cpu_engine() -> Backend:
 def _triton_engine() -> Backend:
     """The Triton engine; float32 games on an NVIDIA GPU use it unless told otherwise."""
     version = _version("triton")
-    about = "fused Triton kernels for float32 games on NVIDIA GPUs (fp16x2, fp16, tf32, fp32 or bf16 products)"
+    about = "fused Triton kernels for float32 games on NVIDIA GPUs (mixed, fp16x2, fp16, tf32, fp32 or bf16 products)"
     if version is None:
         return Backend("triton", False, "triton is not installed: pip install 'flmoe-fast[triton]'", about)
     about += f", triton {version}"
@@ -129,7 +129,7 @@ def _triton_engine() -> Backend:
 
 def _cuda_engine(info: dict) -> Backend:
     """The fused CUDA kernels; they need the Triton engine beside them."""
-    about = "fused CUDA kernels for dense float32 games on NVIDIA GPUs (fp16x2 or fp16 products)"
+    about = "fused CUDA kernels for dense float32 games on NVIDIA GPUs (mixed, fp16x2 or fp16 products)"
     if not info.get("cuda"):
         return Backend("cuda", False, "kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on", about)
     about += f", built by nvcc {info['nvcc']} for {info['archs']}"
