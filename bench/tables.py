@@ -334,6 +334,11 @@ def gpu(rows: list[dict]) -> tuple[str, str]:
     return _markdown(columns, table), note
 
 
+def _refusal(text: str) -> str:
+    """Why there is no number: the estimator said so, or nobody waited any longer."""
+    return text if text.startswith("stopped") else f"refuses: {text}"
+
+
 @results("peers")
 def peers(rows: list[dict]) -> tuple[str, str]:
     """nMSE at equal evaluations on several kinds of games, against shapiq's estimators."""
@@ -341,7 +346,7 @@ def peers(rows: list[dict]) -> tuple[str, str]:
     budgets = sorted({row["budget"] for row in rows})
     named: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        cell = f"{row['nmse']:.3g}" if "nmse" in row else f"refuses: {row['refuses']}"
+        cell = f"{row['nmse']:.3g}" if "nmse" in row else _refusal(row["refuses"])
         named.setdefault((row["kind"], row["estimator"]), {})[row["budget"]] = cell
     table = [[kind, name, *(by.get(b, "not measured") for b in budgets)] for (kind, name), by in sorted(named.items())]
     counts = sorted({f"{row['games']} x {row['seeds']}" for row in rows})
