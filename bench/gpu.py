@@ -122,9 +122,7 @@ def gpu_engines(problem: TokenProblem) -> dict[str, TritonEngine]:
 
 def fastest(rows: list[dict], device: str) -> list[dict]:
     """Which engine was faster on each shape and precision that both have, as engines/fastest.json keeps it."""
-    medians = {
-        (row["shape"], row["candidate"]): row["ms_per_1000"]["median"] for row in rows if "candidate" in row
-    }
+    medians = {(row["shape"], row["candidate"]): row["ms_per_1000"]["median"] for row in rows if "candidate" in row}
     found = []
     for shape, precision in itertools.product(sorted({shape for shape, _ in medians}), FUSED_PRECISIONS):
         times = {name: medians.get((shape, f"{name} {precision}")) for name in ("triton", "cuda")}
