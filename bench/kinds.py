@@ -119,7 +119,7 @@ class Conjunctions:
         return met @ self.weights
 
     def sii(self, pairs: np.ndarray) -> np.ndarray:
-        """Along the diagonal a term of a + b literals is u^a (1 - u)^b; derivatives in two of them are Beta integrals."""
+        """A term of a + b literals is u^a (1 - u)^b along the diagonal; two derivatives give Beta integrals."""
         here, gone = self.members.sum(1), self.absentees.sum(1)
         sign = self.members.astype(np.int8) - self.absentees.astype(np.int8)
         found = []
