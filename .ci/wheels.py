@@ -3,7 +3,7 @@
 Into ``dist``: the source distribution, the pure wheel (py3-none-any), and one manylinux wheel for every Python found
 among ``--python``, each built from the source distribution, so that a file it lacks is noticed here. ``auditwheel``
 decides the platform's tag and refuses a wheel that links what it must not. Then, unless ``--no-try``, every wheel goes
-into a fresh environment whose PATH has neither compiler nor nvcc, and is asked what it is. ``FLMOE_CUDA``: see setup.py.
+into a fresh environment whose PATH has neither compiler nor nvcc, and is asked what it is.
 """
 
 from __future__ import annotations
