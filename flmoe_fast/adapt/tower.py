@@ -218,16 +218,13 @@ class Tower:
         def leaves(module: nn.Module, args: tuple, output: object) -> None:
             self._returned = type(output)
 
-        hooks = []
-        for stack in stacks:
-            hooks += [layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True) for layer in stack.layers]
-            hooks.append(stack.layers[0].register_forward_hook(leaves))
-        try:
-            with steady(self.model), _eager(self.model):
-                full = self.read(self.run(**self.inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with steady(self.model), _eager(self.model), contextlib.ExitStack() as hooks:
+            for stack in stacks:
+                for layer in stack.layers:
+                    hook = layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True)
+                    hooks.callback(hook.remove)
+                hooks.callback(stack.layers[0].register_forward_hook(leaves).remove)
+            full = self.read(self.run(**self.inputs))
         used = [stack for stack in stacks if calls[stack.name]]
         if len(used) != 1:
             got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
@@ -249,13 +246,13 @@ class Tower:
             if isinstance(module, nn.TransformerEncoderLayer):
                 seen.mask = _torch_mask(kwargs)
 
-        hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
-        try:
-            with steady(self.model), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+        with steady(self.model), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+            hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
+            try:
                 self.run(**inputs)
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         if seen.entering.is_nested:
             raise Unsupported("model", f"{self.stack.name} with nested tensors", "enable_nested_tensor=False")
         return seen.entering.detach().clone(), seen
