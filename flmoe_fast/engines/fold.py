@@ -12,7 +12,6 @@ import torch
 from flmoe_fast.engines.stack import Layer, Networks, Stack
 from flmoe_fast.model.network import FLI2MoE
 
-
 #: Weight and bias, or gain and shift.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
