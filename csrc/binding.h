@@ -7,10 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef FLMOE_WITH_CUDA
-#include "launch.h"
-#endif
-
 namespace flmoe {
 
 [[noreturn]] inline void fail(const char* function, const std::string& cause) {
@@ -28,16 +24,5 @@ T* pointer(const char* function, const char* name, std::uintptr_t address, std::
   if (address == 0 && elements != 0) fail(function, std::string(name) + " is a null pointer");
   return reinterpret_cast<T*>(address);
 }
-
-#ifdef FLMOE_WITH_CUDA
-inline void check_launch(const char* kernel, int code) {
-  if (code == 0) return;
-  fail(kernel, "CUDA error " + std::to_string(code) + " (" + error_name(code) + "): " + error_text(code));
-}
-
-#endif
-
-// Adds the corner grid, routing and sparse gates to the module.
-void bind_core(pybind11::module_& m);
 
 }  // namespace flmoe

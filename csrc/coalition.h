@@ -1,70 +1,43 @@
 // A coalition of n players as W = ceil(n / 64) words: player p is bit p & 63 of word p >> 6, and the bits of the last
-// word beyond n are zero. That makes equality, hashing, Hamming distance and size plain word operations; every function
-// here keeps the spare bits zero when its inputs do.
+// word beyond n are zero. That makes equality and hashing plain word operations; every function here keeps the
+// spare bits zero when its inputs do.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
-
-#include "hd.h"
 
 namespace flmoe {
 
-FLMOE_HD std::int64_t words_for(std::int64_t players) { return (players + 63) / 64; }
+inline std::int64_t words_for(std::int64_t players) { return (players + 63) / 64; }
 
 // The bits of word `word` that stand for players below n.
-FLMOE_HD std::uint64_t valid_bits(std::int64_t players, std::int64_t word) {
+inline std::uint64_t valid_bits(std::int64_t players, std::int64_t word) {
   const std::int64_t left = players - 64 * word;
   if (left >= 64) return ~std::uint64_t{0};
   return left <= 0 ? 0 : (std::uint64_t{1} << left) - 1;
 }
 
-FLMOE_HD bool test_player(const std::uint64_t* words, std::int64_t player) {
+inline bool test_player(const std::uint64_t* words, std::int64_t player) {
   return (words[player >> 6] >> (player & 63)) & 1;
 }
 
-FLMOE_HD void toggle_player(std::uint64_t* words, std::int64_t player) {
+inline void toggle_player(std::uint64_t* words, std::int64_t player) {
   words[player >> 6] ^= std::uint64_t{1} << (player & 63);
 }
 
-// What toggling `player` does to word `word`: a mask to XOR in. A negative player toggles nothing.
-FLMOE_HD std::uint64_t toggle_mask(std::int64_t player, std::int64_t word) {
-  return player >= 0 && (player >> 6) == word ? std::uint64_t{1} << (player & 63) : 0;
-}
-
-// Members in one word. The arithmetic form, since no builtin is common to every compiler of this header.
-FLMOE_HD int popcount_word(std::uint64_t word) {
-  word -= (word >> 1) & 0x5555555555555555u;
-  word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
-  word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
-  return static_cast<int>((word * 0x0101010101010101u) >> 56);
-}
-
-FLMOE_HD std::int64_t popcount(const std::uint64_t* words, std::int64_t count) {
-  std::int64_t members = 0;
-  for (std::int64_t w = 0; w < count; ++w) members += popcount_word(words[w]);
-  return members;
-}
-
-// Players in exactly one of the two coalitions.
-FLMOE_HD std::int64_t hamming(const std::uint64_t* a, const std::uint64_t* b, std::int64_t count) {
-  std::int64_t different = 0;
-  for (std::int64_t w = 0; w < count; ++w) different += popcount_word(a[w] ^ b[w]);
-  return different;
-}
-
 // The players of 0..n-1 that are not in `words`; `out` may be `words`.
-FLMOE_HD void complement(const std::uint64_t* words, std::uint64_t* out, std::int64_t players) {
+inline void complement(const std::uint64_t* words, std::uint64_t* out, std::int64_t players) {
   for (std::int64_t w = 0; w < words_for(players); ++w) out[w] = ~words[w] & valid_bits(players, w);
 }
 
 // Eight players at a time, as eight bytes in one little-endian integer. 0 or 1 a byte out; any non-zero byte in.
-FLMOE_HD std::uint64_t spread_bits(std::uint8_t bits) {
+inline std::uint64_t spread_bits(std::uint8_t bits) {
   // Byte b of the product holds all eight bits; keep bit b there, then turn "not zero" into one. The sum cannot carry.
   const std::uint64_t kept = (bits * 0x0101010101010101u) & 0x8040201008040201u;
   return ((kept + 0x7F7F7F7F7F7F7F7Fu) >> 7) & 0x0101010101010101u;
 }
 
-FLMOE_HD std::uint8_t gather_bits(std::uint64_t bytes) {
+inline std::uint8_t gather_bits(std::uint64_t bytes) {
   // The top bit of each byte: set if any lower bit is (the sum cannot carry), or if it was.
   const std::uint64_t low = 0x7F7F7F7F7F7F7F7Fu;
   const std::uint64_t ones = ((((bytes & low) + low) | bytes) >> 7) & 0x0101010101010101u;
@@ -73,7 +46,7 @@ FLMOE_HD std::uint8_t gather_bits(std::uint64_t bytes) {
 }
 
 // One byte a player, 0 or 1.
-FLMOE_HD void unpack(const std::uint64_t* words, std::uint8_t* bytes, std::int64_t players) {
+inline void unpack(const std::uint64_t* words, std::uint8_t* bytes, std::int64_t players) {
   for (std::int64_t w = 0; w < words_for(players); ++w) {
     const std::uint64_t word = words[w];
     std::uint8_t* group = bytes + 64 * w;
@@ -88,7 +61,7 @@ FLMOE_HD void unpack(const std::uint64_t* words, std::uint8_t* bytes, std::int64
 }
 
 // Any non-zero byte is a member.
-FLMOE_HD void pack(const std::uint8_t* bytes, std::uint64_t* words, std::int64_t players) {
+inline void pack(const std::uint8_t* bytes, std::uint64_t* words, std::int64_t players) {
   for (std::int64_t w = 0; w < words_for(players); ++w) {
     const std::uint8_t* group = bytes + 64 * w;
     const int bits = static_cast<int>(players - 64 * w < 64 ? players - 64 * w : 64);

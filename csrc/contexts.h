@@ -45,47 +45,47 @@ constexpr std::uint32_t kSliceStream = 2;   // + i: slices 2 i (words 0, 1) and 
 constexpr int kDigits = 53;  // of a U drawn by slices, a multiple of 2^-53 like every jitter
 constexpr int kSlicePairs = (kDigits + 1) / 2;
 
-FLMOE_HD bool is_hypercube(Mode mode) { return mode == Mode::lhs || mode == Mode::size; }
+inline bool is_hypercube(Mode mode) { return mode == Mode::lhs || mode == Mode::size; }
 
-FLMOE_HD Philox4 element(const Draw& draw, std::int64_t unit, std::int64_t player, std::uint32_t stream) {
+inline Philox4 element(const Draw& draw, std::int64_t unit, std::int64_t player, std::uint32_t stream) {
   const Philox4 counter{
       {static_cast<std::uint32_t>(unit), static_cast<std::uint32_t>(player), stream, draw.replicate}};
   return philox4x32_10(counter, static_cast<std::uint32_t>(draw.seed), static_cast<std::uint32_t>(draw.seed >> 32));
 }
 
-FLMOE_HD double jitter(const Philox4& bits) { return unit_double(bits.x[2], bits.x[3]); }
+inline double jitter(const Philox4& bits) { return unit_double(bits.x[2], bits.x[3]); }
 
 // Units sort by key, equal keys by unit index: one number that says both, and whose order is total.
-FLMOE_HD std::uint64_t rank_key(const Philox4& bits, std::int64_t unit) {
+inline std::uint64_t rank_key(const Philox4& bits, std::int64_t unit) {
   return (std::uint64_t{bits.x[0]} << 32) | static_cast<std::uint32_t>(unit);
 }
 
 // The point `position` + `offset` of m cells, scaled to [0, 1].
-FLMOE_HD double in_stratum(std::int64_t position, double offset, std::int64_t cells) {
+inline double in_stratum(std::int64_t position, double offset, std::int64_t cells) {
   return (static_cast<double>(position) + offset) / static_cast<double>(cells);
 }
 
 // u_k, given its jitter.
-FLMOE_HD double size_of(const Draw& draw, std::int64_t unit, double offset) {
+inline double size_of(const Draw& draw, std::int64_t unit, double offset) {
   const double size = draw.mode == Mode::iid ? offset : in_stratum(unit, offset, draw.units);
   return draw.antithetic ? 0.5 * size : size;
 }
 
 // u_k.
-FLMOE_HD double unit_size(const Draw& draw, std::int64_t unit) {
+inline double unit_size(const Draw& draw, std::int64_t unit) {
   return size_of(draw, unit, jitter(element(draw, unit, 0, kSizeStream)));
 }
 
 // How many units precede `unit` in the player's order. Recomputes the m keys: what a lone element needs; a bulk draw
 // sorts them instead (draw.h).
-FLMOE_HD std::int64_t lhs_rank(const Draw& draw, std::int64_t unit, std::int64_t player) {
+inline std::int64_t lhs_rank(const Draw& draw, std::int64_t unit, std::int64_t player) {
   const std::uint64_t own = rank_key(element(draw, unit, player, kMemberStream), unit);
   std::int64_t rank = 0;
   for (std::int64_t k = 0; k < draw.units; ++k) rank += rank_key(element(draw, k, player, kMemberStream), k) < own;
   return rank;
 }
 
-FLMOE_HD std::uint64_t slice(const Philox4& bits, bool odd) {
+inline std::uint64_t slice(const Philox4& bits, bool odd) {
   return odd ? std::uint64_t{bits.x[2]} << 32 | bits.x[3] : std::uint64_t{bits.x[0]} << 32 | bits.x[1];
 }
 
@@ -96,41 +96,29 @@ struct Compared {
 };
 
 // One more digit: `digits` of the players, `of_u` all ones or zero. Who is undecided at the end has U = u, and is out.
-FLMOE_HD void compare(Compared& word, std::uint64_t digits, std::uint64_t of_u) {
+inline void compare(Compared& word, std::uint64_t digits, std::uint64_t of_u) {
   word.members |= word.undecided & ~digits & of_u;
   word.undecided &= ~(digits ^ of_u);
 }
 
 // ceil(u 2^53): for a U that is a multiple of 2^-53, U < u says U 2^53 < this, exactly.
-FLMOE_HD std::uint64_t threshold(double u) {
+inline std::uint64_t threshold(double u) {
   const double scaled = u * 9007199254740992.0;
   const auto whole = static_cast<std::uint64_t>(scaled);
   return whole + (static_cast<double>(whole) < scaled);
 }
 
 // All ones if digit `s` (0 is the most significant of 53) of a threshold below 2^53 is one, else zero.
-FLMOE_HD std::uint64_t digit(std::uint64_t threshold, int s) { return -((threshold >> (kDigits - 1 - s)) & 1); }
+inline std::uint64_t digit(std::uint64_t threshold, int s) { return -((threshold >> (kDigits - 1 - s)) & 1); }
 
 // Players 64 w .. 64 w + 63 before the first digit. At u = 1, to which (m - 1 + jitter) / m can round, all are members.
-FLMOE_HD Compared compare_from(std::uint64_t threshold, std::int64_t players, std::int64_t w) {
+inline Compared compare_from(std::uint64_t threshold, std::int64_t players, std::int64_t w) {
   const std::uint64_t everybody = valid_bits(players, w);
   return threshold >> kDigits ? Compared{everybody, 0} : Compared{0, everybody};
 }
 
-// Word w of the unit's coalition, in a mode with independent U.
-FLMOE_HD std::uint64_t sliced_word(const Draw& draw, std::int64_t unit, std::int64_t w, std::int64_t players,
-                                   std::uint64_t threshold) {
-  Compared word = compare_from(threshold, players, w);
-  for (int pair = 0; pair < kSlicePairs && word.undecided != 0; ++pair) {
-    const Philox4 bits = element(draw, unit, w, kSliceStream + static_cast<std::uint32_t>(pair));
-    compare(word, slice(bits, false), digit(threshold, 2 * pair));
-    if (2 * pair + 1 < kDigits) compare(word, slice(bits, true), digit(threshold, 2 * pair + 1));
-  }
-  return word.members;
-}
-
 // U[p, k] from its 53 slices: the definition, which a comparison by words never computes.
-FLMOE_HD double sliced_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
+inline double sliced_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
   std::uint64_t digits = 0;
   for (int s = 0; s < kDigits; ++s) {
     const Philox4 bits = element(draw, unit, player >> 6, kSliceStream + static_cast<std::uint32_t>(s / 2));
@@ -140,23 +128,23 @@ FLMOE_HD double sliced_uniform(const Draw& draw, std::int64_t unit, std::int64_t
 }
 
 // U[p, k].
-FLMOE_HD double member_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
+inline double member_uniform(const Draw& draw, std::int64_t unit, std::int64_t player) {
   if (!is_hypercube(draw.mode)) return sliced_uniform(draw, unit, player);
   const double offset = jitter(element(draw, unit, player, kMemberStream));
   return in_stratum(lhs_rank(draw, unit, player), offset, draw.units);
 }
 
 // Members of a coalition of n players in mode `size`: all of them also at u = 1.
-FLMOE_HD std::int64_t member_count(double u, std::int64_t players) {
+inline std::int64_t member_count(double u, std::int64_t players) {
   const auto members = static_cast<std::int64_t>(u * static_cast<double>(players + 1));
   return members < players ? members : players;
 }
 
 // Whether player p with number a comes before player q with number b: equal numbers go by player.
-FLMOE_HD bool precedes(double a, std::int64_t p, double b, std::int64_t q) { return a < b || (a == b && p < q); }
+inline bool precedes(double a, std::int64_t p, double b, std::int64_t q) { return a < b || (a == b && p < q); }
 
 // Whether `player` is in the unit's coalition, by itself; a bulk draw sorts or compares words instead (draw.h).
-FLMOE_HD bool is_member(const Draw& draw, std::int64_t unit, std::int64_t player, std::int64_t players) {
+inline bool is_member(const Draw& draw, std::int64_t unit, std::int64_t player, std::int64_t players) {
   const double u = unit_size(draw, unit);
   const double own = member_uniform(draw, unit, player);
   if (draw.mode != Mode::size) return own < u;
@@ -166,6 +154,6 @@ FLMOE_HD bool is_member(const Draw& draw, std::int64_t unit, std::int64_t player
 }
 
 // Rows of a draw: T_0, complement of T_0, T_1, ... when antithetic, else T_0, T_1, ...
-FLMOE_HD std::int64_t rows_per_unit(const Draw& draw) { return draw.antithetic ? 2 : 1; }
+inline std::int64_t rows_per_unit(const Draw& draw) { return draw.antithetic ? 2 : 1; }
 
 }  // namespace flmoe

@@ -3,7 +3,7 @@
 // recomputed alone, in any order, on any machine.
 #pragma once
 
-#include "hd.h"
+#include <cstdint>
 
 namespace flmoe {
 
@@ -17,7 +17,7 @@ constexpr std::uint32_t kPhiloxKey1 = 0xBB67AE85u;                       // sqrt
 constexpr int kPhiloxRounds = 10;
 
 // Ten rounds on `counter` under the key (key0 = low word, key1 = high word).
-FLMOE_HD Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t key1) {
+inline Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t key1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t a = std::uint64_t{kPhiloxA} * counter.x[0];
     const std::uint64_t b = std::uint64_t{kPhiloxB} * counter.x[2];
@@ -51,7 +51,7 @@ inline void philox4x32_10(std::uint32_t (&counters)[4][N], std::uint32_t key0, s
 #endif
 
 // A double in [0, 1) from 64 random bits: the upper 53, so every value is an exact multiple of 2^-53.
-FLMOE_HD double unit_double(std::uint32_t high, std::uint32_t low) {
+inline double unit_double(std::uint32_t high, std::uint32_t low) {
   const std::uint64_t bits = (std::uint64_t{high} << 32) | low;
   return static_cast<double>(bits >> 11) * (1.0 / 9007199254740992.0);
 }

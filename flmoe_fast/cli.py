@@ -23,7 +23,7 @@ from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
-from flmoe_fast.pipeline.report import report
+from flmoe_fast.pipeline.show.text import report
 from flmoe_fast.probes.gap import GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
@@ -179,7 +179,7 @@ def _faithfulness(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from flmoe_fast.runs.report import report_run
+    from flmoe_fast.runs.page import report_run
     from flmoe_fast.runs.settings import read_settings
 
     print(f"Written to {report_run(read_settings(arguments.settings))}")

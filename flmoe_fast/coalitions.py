@@ -10,7 +10,6 @@ its extension (:func:`implementation` says which). Neither touches torch's rando
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -70,57 +69,10 @@ def pack(coalitions: torch.Tensor) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, n: int) -> torch.Tensor:
     """The inverse of :func:`pack`: int64 (C, W) to bool (C, n)."""
-    return _active.unpack(_check_words(words, n=n), int(n))
-
-
-def complement(words: torch.Tensor, n: int) -> torch.Tensor:
-    """The players of 0..n-1 that are not in each coalition: int64 (C, W)."""
-    return _active.complement(_check_words(words, n=n), int(n))
-
-
-def popcount(words: torch.Tensor) -> torch.Tensor:
-    """How many members each coalition has: int64 (C,)."""
-    return _active.popcount(_check_words(words))
-
-
-def hamming(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """In how many players the rows of ``a`` and ``b``, both int64 (C, W), differ: int64 (C,)."""
-    _check_words(a, name="a")
-    shape("b", _check_words(b, name="b"), tuple(a.shape), "a's shape")
-    return _active.hamming(a.contiguous(), b.contiguous())
-
-
-def toggle(words: torch.Tensor, players: torch.Tensor | Sequence, *, n: int | None = None) -> torch.Tensor:
-    """Every coalition with every set of players toggled: members leave, the others join.
-
-    One corner grid is one call: the sets ``[-1, -1]`` (the context itself), ``[i, -1]``, ``[j, -1]`` and ``[i, j]``.
-
-    Args:
-        words: int64 (C, W).
-        players: integers (G, q), one set a row, or (G,) for sets of one. -1 stands for nobody, which pads sets of
-            different sizes; a player listed twice in a row cancels out.
-        n: number of players, for a tighter check; without it a player only has to fit into the words.
-
-    Returns:
-        int64 (C, G, W).
-
-    Raises:
-        ArgumentError: a player below -1, or not below n.
-    """
-    words = _check_words(words, n=n)
-    sets = torch.as_tensor(players)
-    if sets.numel() == 0:  # an empty list arrives as float
-        sets = sets.long()
-    if sets.is_floating_point() or sets.dtype == torch.bool or sets.is_complex():
-        raise ArgumentError("players", f"dtype {sets.dtype}", "integers")
-    if sets.dim() not in (1, 2):
-        raise ArgumentError("players", f"shape {tuple(sets.shape)}", "(sets, players of a set) or (players,)")
-    sets = sets.to("cpu", torch.int64)
-    sets = (sets[:, None] if sets.dim() == 1 else sets).contiguous()
-    most = 64 * words.shape[1] if n is None else n
-    if sets.numel() and not (int(sets.min()) >= -1 and int(sets.max()) < most):
-        raise ArgumentError("players", f"{int(sets.min())}..{int(sets.max())}", f"-1 (nobody) or 0..{most - 1}")
-    return _active.toggle(words, sets)
+    _check(words, "words", torch.int64)
+    n = integer("n", n, least=0)
+    shape("words", words, (None, words_for(n)), "(coalitions, words)")
+    return _active.unpack(words.contiguous(), n)
 
 
 def sample_contexts(
@@ -181,23 +133,12 @@ def _check(tensor: object, name: str, dtype: torch.dtype) -> None:
         raise ArgumentError(name, f"{tensor.dtype} on {tensor.device}", f"{dtype} on cpu")
 
 
-def _check_words(words: torch.Tensor, *, n: int | None = None, name: str = "words") -> torch.Tensor:
-    _check(words, name, torch.int64)
-    width = None if n is None else words_for(integer("n", n, least=0))
-    shape(name, words, (None, width), "(coalitions, words)")
-    return words.contiguous()
-
-
 # ---- implementations: contiguous, checked tensors in, new tensors out
 
 
 class _Implementation(Protocol):
     def pack(self, coalitions: torch.Tensor) -> torch.Tensor: ...
     def unpack(self, words: torch.Tensor, n: int) -> torch.Tensor: ...
-    def complement(self, words: torch.Tensor, n: int) -> torch.Tensor: ...
-    def popcount(self, words: torch.Tensor) -> torch.Tensor: ...
-    def hamming(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
-    def toggle(self, words: torch.Tensor, sets: torch.Tensor) -> torch.Tensor: ...
     def sample(
         self, n: int, units: int, seed: int, replicate: int, mode: int, antithetic: bool
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -297,34 +238,18 @@ class _NumPy:
         octets = words.numpy().astype("<i8", copy=False).view(np.uint8)
         return torch.from_numpy(np.unpackbits(octets, axis=1, count=n, bitorder="little").view(np.bool_))
 
-    def complement(self, words: torch.Tensor, n: int) -> torch.Tensor:
-        return torch.from_numpy(~words.numpy() & self.pack(torch.ones(1, n, dtype=torch.bool)).numpy())
-
-    def popcount(self, words: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.bitwise_count(words.numpy().view(np.uint64)).sum(axis=1, dtype=np.int64))
-
-    def hamming(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return self.popcount(torch.from_numpy(a.numpy() ^ b.numpy()))
-
-    def toggle(self, words: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
-        masks = np.zeros((sets.shape[0], words.shape[1]), dtype=np.uint64)
-        for players in sets.numpy().T:  # one column at a time: a row's words may repeat across columns, not within one
-            row = np.flatnonzero(players >= 0)
-            player = players[row].astype(np.uint64)
-            masks[row, player >> np.uint64(6)] ^= np.uint64(1) << (player & np.uint64(63))
-        return torch.from_numpy(words.numpy()[:, None, :] ^ masks.view(np.int64)[None])
-
     def sample(
         self, n: int, units: int, seed: int, replicate: int, mode: int, antithetic: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         u = _sizes(units, seed, replicate, mode, antithetic)
+        everybody = self.pack(torch.ones(1, n, dtype=torch.bool))[0].numpy()
         if MODES[mode] in ("lhs", "size"):
             words = self.pack(torch.from_numpy(_hypercube_members(n, units, seed, replicate, mode, u)))
         else:
-            everybody = self.pack(torch.ones(1, n, dtype=torch.bool))[0].numpy().view(np.uint64)
-            words = torch.from_numpy(_sliced_words(everybody, units, seed, replicate, u).view(np.int64))
+            words = torch.from_numpy(_sliced_words(everybody.view(np.uint64), units, seed, replicate, u).view(np.int64))
         if antithetic:
-            words = torch.stack([words, self.complement(words, n)], dim=1).flatten(0, 1)
+            rest = torch.from_numpy(~words.numpy() & everybody)
+            words = torch.stack([words, rest], dim=1).flatten(0, 1)
         return words, torch.from_numpy(u)
 
 
@@ -342,26 +267,6 @@ class _Native:
         coalitions = torch.empty(words.shape[0], n, dtype=torch.bool)
         self.module.unpack(words.data_ptr(), coalitions.data_ptr(), words.shape[0], n)
         return coalitions
-
-    def complement(self, words: torch.Tensor, n: int) -> torch.Tensor:
-        out = torch.empty_like(words)
-        self.module.complement(words.data_ptr(), out.data_ptr(), words.shape[0], n)
-        return out
-
-    def popcount(self, words: torch.Tensor) -> torch.Tensor:
-        counts = torch.empty(words.shape[0], dtype=torch.int64)
-        self.module.popcount(words.data_ptr(), counts.data_ptr(), *words.shape)
-        return counts
-
-    def hamming(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        counts = torch.empty(a.shape[0], dtype=torch.int64)
-        self.module.hamming(a.data_ptr(), b.data_ptr(), counts.data_ptr(), *a.shape)
-        return counts
-
-    def toggle(self, words: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(words.shape[0], sets.shape[0], words.shape[1], dtype=torch.int64)
-        self.module.toggle(words.data_ptr(), sets.data_ptr(), out.data_ptr(), *words.shape, *sets.shape)
-        return out
 
     def sample(
         self, n: int, units: int, seed: int, replicate: int, mode: int, antithetic: bool

@@ -93,7 +93,7 @@ def backends() -> Backends:
                 "native",
                 extension is not None,
                 missing,
-                f"C++ for coalition words (packing, toggling, context draws), {info['compiler']}"
+                f"C++ for coalition words (packing, context draws), {info['compiler']}"
                 if info
                 else "C++ for coalition words; NumPy gives the same bits meanwhile",
             ),

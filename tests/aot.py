@@ -31,7 +31,6 @@ from flmoe_fast.engines.triton_kernels import (
     choice,
     combine,
     configs,
-    contexts,
     corners,
     grouped,
     head,
@@ -117,9 +116,8 @@ def resources(compiled) -> dict[str, int]:
     }
 
 
-#: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners; draws.
-DRAWS = ("sliced", "hypercube", "members")
-ENDS = ("head", "mean_features", "hidden", "gate", "corners", *DRAWS)
+#: Kernels in the order of launches: a sample's projection, one chunk of two layers, the reduction of corners.
+ENDS = ("head", "mean_features", "hidden", "gate", "corners")
 ORDER = ("states", *KERNELS, *ENDS)
 SENT = ("choose", "scan", "place", "sparse_up")
 SPARSE_ORDER = ("states", "context", "first", "project", *SENT, "sparse_down", "combine", "qkv", "later")
@@ -140,7 +138,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
 
     def compile_instead(kernel, programs, config, *args, **constants):
         name = names.pop(0)
-        plain = name in (*PLAIN, "corners", *DRAWS)
+        plain = name in (*PLAIN, "corners")
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         tiles = configs.TILES.get(precision, precision)
@@ -155,7 +153,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
         found[key] = asdict(config) | resources(compiled)
 
     with contextlib.ExitStack() as stack:
-        for module in (linear, attention, head, routing, corners, choice, order, grouped, combine, contexts):
+        for module in (linear, attention, head, routing, corners, choice, order, grouped, combine):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
         shipped = configs._file(target)
         for precision in precisions or [*sorted({key.split("/")[1] for key in shipped}, reverse=True), *configs.TILES]:
@@ -170,11 +168,6 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
                 engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, "ratio", 0.0)
-                drawn, sizes = torch.empty(4, 3, dtype=torch.int64), torch.empty(2, dtype=torch.float64)
-                for mode in ("stratified", "size"):
-                    contexts.contexts(
-                        drawn, sizes, players=129, seed=3, mode=mode, antithetic=True, replicate=0, target=target
-                    )
                 assert not names
     return found
 

@@ -63,10 +63,9 @@ def test_every_kernel_compiles_without_spills():
     output = check("nvcc")
     if "skipped" in output:
         pytest.skip(output.strip())
-    kernels = ("coalition_unpack", "coalition_toggle", "coalition_popcount", "coalition_contexts")
     for arch in ("sm_80", "sm_90a"):
-        for kernel in kernels:
-            assert any(arch in line and f" {kernel} " in line for line in output.splitlines()), (arch, kernel)
+        for kernel in ("fused_chain", "fused_last"):
+            assert any(arch in line and f" {kernel}<" in line for line in output.splitlines()), (arch, kernel)
 
 
 @needs_extension
@@ -101,28 +100,27 @@ def test_extension_refuses_nonsense(call, message):
         call()
 
 
+CHAIN = ("hidden", "terms", "depth", "experts", "coalitions", "length", "wide", "attended", "attended_plane", "tape")
+CHAIN += ("tape_bytes", "out_bias", "up_bias", "down_bias", "qkv_bias", "residual", "residual_rows", "words", "width")
+CHAIN += ("stream_rows", "query", "query_plane", "images", "where", "fault", "backwards", "stream")
+
+
+def launch_chain(coalitions: int) -> None:
+    """Launch a fused kernel on the current device, on addresses that it is never to read."""
+    sizes = {"hidden": 64, "terms": 1, "depth": 64, "experts": 1, "coalitions": coalitions, "length": 1, "wide": 64}
+    EXTENSION.fused_chain(**{name: sizes.get(name, 0) for name in CHAIN} | {"backwards": False})
+
+
 @needs_cuda_build
 def test_empty_launches_touch_no_driver():
-    EXTENSION.cuda_unpack(0, 0, 0, 5, 0)
-    EXTENSION.cuda_toggle(0, 0, 0, 0, 1, 3, 0, 0)
-    EXTENSION.cuda_popcount(0, 0, 0, 1, 0)
-    EXTENSION.cuda_sample_contexts(0, 0, 0, 5, 0, 0, 0, True, 0)
+    launch_chain(0)
 
 
 @needs_cuda_build
 @pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="there is a CUDA driver")
-@pytest.mark.parametrize(
-    ("kernel", "launch"),
-    [
-        ("coalition_unpack", lambda p: EXTENSION.cuda_unpack(p, p, 1, 5, 0)),
-        ("coalition_toggle", lambda p: EXTENSION.cuda_toggle(p, p, p, 1, 1, 1, 1, 0)),
-        ("coalition_popcount", lambda p: EXTENSION.cuda_popcount(p, p, 1, 1, 0)),
-        ("coalition_contexts", lambda p: EXTENSION.cuda_sample_contexts(p, p, 1, 5, 0, 0, 0, False, 0)),
-    ],
-)
-def test_launch_without_a_driver_names_the_kernel(kernel, launch):
-    with pytest.raises(RuntimeError, match=f"^{kernel}: CUDA error 35 \\(cudaErrorInsufficientDriver\\)"):
-        launch(torch.zeros(8, dtype=torch.int64).data_ptr())
+def test_launch_without_a_driver_names_the_kernel():
+    with pytest.raises(RuntimeError, match="^fused_chain: CUDA error 35 \\(cudaErrorInsufficientDriver\\)"):
+        launch_chain(1)
 
 
 def test_works_without_the_extension():

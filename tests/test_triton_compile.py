@@ -27,7 +27,7 @@ from flmoe_fast.engines.triton_kernels import configs  # noqa: E402
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
 
 #: Kernels whose products are small, in fp32, and not made for tensor cores.
-PLAIN = (*triton_ops.PLAIN, "corners", "sliced", "hypercube", "members")
+PLAIN = (*triton_ops.PLAIN, "corners")
 
 
 def missing_tool() -> str:

@@ -19,6 +19,13 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+#ifdef FLMOE_WITH_CUDA
+void check_launch(const char* kernel, int code) {
+  if (code == 0) return;
+  fail(kernel, "CUDA error " + std::to_string(code) + " (" + error_name(code) + "): " + error_text(code));
+}
+#endif
+
 // Call with Tile<H, Terms, Groups> and Heads<.., Depth> of sizes known only now.
 template <int Groups, int H, int Terms, class Call>
 auto with_depth(int depth, Call call) {

@@ -1,5 +1,5 @@
-// The fused kernels' launchers. Pointers are device pointers, `stream` is a cudaStream_t, and the return value a cudaError
-// code, as in launch.h; a launch without work returns 0.
+// The fused kernels' launchers. Pointers are device pointers, `stream` is a cudaStream_t (null: the default stream), and
+// the return value is a cudaError code, 0 on success; a launch without work returns 0 and touches no driver.
 #pragma once
 
 #include "last.h"
@@ -28,6 +28,10 @@ struct Width {
   static int last(int terms, int query_terms, int depth, const LastArgs& args, void* stream);
   static int fit(Fit& fit);
 };
+
+// The runtime's name and sentence for an error code.
+const char* error_name(int code);
+const char* error_text(int code);
 
 // A call for the width that is asked for, which must be supported.
 template <class Call>

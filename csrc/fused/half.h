@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "../hd.h"
+#include "hd.h"
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #endif

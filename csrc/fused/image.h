@@ -6,7 +6,7 @@
 // 32-byte swizzles of Hopper's wgmma), so that the eight rows that an instruction reads at once lie in different banks.
 #pragma once
 
-#include "../hd.h"
+#include "hd.h"
 
 namespace flmoe::fused {
 

@@ -20,6 +20,7 @@ from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer
 from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem, reaching
 from flmoe_fast.engines import cpu_engine
 from flmoe_fast.engines.cpu_engine import CELL, best_level, levels
+from flmoe_fast.engines.scratch import Scratch
 
 #: Epsilon of the native engine's LayerNorms.
 EPSILON = 1e-5
@@ -117,7 +118,7 @@ class _NativeStack(cpu_engine.Native):
         self.modality = torch.full((engine.length,), len(engine.reads), dtype=torch.int32)
         self.modality[engine.reads] = torch.arange(len(engine.reads), dtype=torch.int32)
         self.head, self.head_bias = _head(layer, len(engine.reads), scale)
-        self.workspace = torch.empty(0, dtype=torch.uint8)
+        self._scratch = Scratch()
 
 
 def _head(last: PackedEncoderLayer, reads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,8 @@ then shows up as the layer in which the two part.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -80,8 +80,9 @@ class AcceleratedMoE:
         if isinstance(masks, Mapping) or (masks is not None and any(mask is None for mask in masks)):
             got = "a mapping" if isinstance(masks, Mapping) else "masks for some modalities only"
             raise ArgumentError("masks", got, "one mask for every modality, or None")
-        with eval_mode(self.model), _limited(self.model):
-            output = self.model(list(inputs), None if masks is None else list(masks))
+        model = _limited(self.model)
+        with eval_mode(model):
+            output = model(list(inputs), None if masks is None else list(masks))
         return list(output.expert_logits.unbind(1)), output.weights, output.logits
 
     def game(self, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None = None, **options) -> TokenGame:
@@ -165,15 +166,16 @@ def _gate(gates: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> 
     return facts
 
 
-@contextlib.contextmanager
-def _limited(model: FLI2MoE) -> Iterator[None]:
-    """The capacity of sparse blocks as published, inside the ``with`` block."""
-    capacity = model.config.capacity
-    model.set_capacity("reference")
-    try:
-        yield
-    finally:
-        model.set_capacity(capacity)
+def _limited(model: FLI2MoE) -> FLI2MoE:
+    """The model with the capacity of sparse blocks as published: itself, or a twin that shares its weights.
+
+    The model's own capacity is never touched, since games of it may be made in other threads meanwhile.
+    """
+    if model.config.gate is None or model.config.capacity == "reference":
+        return model
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin.set_capacity("reference")
+    return twin
 
 
 # ---- the module and its copy on the same inputs ----------------------------------------------------------------------

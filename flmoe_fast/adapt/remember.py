@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -17,11 +18,14 @@ class Remembered:
     ----------
     computed : int
         Coalitions computed so far.
+
+    Threads may share one; what two of them miss at the same time is computed twice.
     """
 
     def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor]):
         self.compute, self.computed = compute, 0
         self._rows: dict[bytes, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         distinct, again = coalitions.bool().cpu().unique(dim=0, return_inverse=True)
@@ -30,9 +34,10 @@ class Remembered:
         missing = [i for i, row in enumerate(rows) if row is None]
         if missing:
             found = self.compute(distinct[missing])
-            self.computed += len(missing)
-            if len(self._rows) + len(missing) > min(MOST_ROWS, MOST_NUMBERS // max(1, found[0].numel())):
-                self._rows.clear()
-            for i, row in zip(missing, found):
-                rows[i] = self._rows[keys[i]] = row
+            with self._lock:
+                self.computed += len(missing)
+                if len(self._rows) + len(missing) > min(MOST_ROWS, MOST_NUMBERS // max(1, found[0].numel())):
+                    self._rows.clear()
+                for i, row in zip(missing, found):
+                    rows[i] = self._rows[keys[i]] = row
         return torch.stack(rows)[again]

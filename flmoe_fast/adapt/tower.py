@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,8 @@ LAYER_TOLERANCE = 1e-6
 STATES = 1 << 24
 #: Tokens that a head may read before it is taken to read them all.
 MOST_READS = 8
+#: Held while a model runs around its layers.
+_alone = threading.RLock()
 
 
 @dataclass
@@ -207,10 +210,14 @@ class Tower:
 
     @contextlib.contextmanager
     def _steady(self) -> Iterator[None]:
-        """Eval mode, no gradients, and the same random numbers each time (some models shuffle their patches)."""
+        """Eval mode, no gradients, and the same random numbers each time (some models shuffle their patches).
+
+        One thread at a time: the random state is the process's, and hooks and replaced layers are the model's. The
+        engine, where the time goes, runs outside.
+        """
         parameter = next(self.model.parameters())
         devices = [parameter.device] if parameter.device.type == "cuda" else []
-        with eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(devices):
+        with _alone, eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             yield
 
@@ -227,16 +234,13 @@ class Tower:
         def leaves(module: nn.Module, args: tuple, output: object) -> None:
             self._returned = type(output)
 
-        hooks = []
-        for stack in stacks:
-            hooks += [layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True) for layer in stack.layers]
-            hooks.append(stack.layers[0].register_forward_hook(leaves))
-        try:
-            with self._steady(), _eager(self.model):
-                full = self.read(self.run(**self.inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._steady(), _eager(self.model), contextlib.ExitStack() as hooks:
+            for stack in stacks:
+                for layer in stack.layers:
+                    hook = layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True)
+                    hooks.callback(hook.remove)
+                hooks.callback(stack.layers[0].register_forward_hook(leaves).remove)
+            full = self.read(self.run(**self.inputs))
         used = [stack for stack in stacks if calls[stack.name]]
         if len(used) != 1:
             got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
@@ -258,13 +262,13 @@ class Tower:
             if isinstance(module, nn.TransformerEncoderLayer):
                 seen.mask = _torch_mask(kwargs)
 
-        hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
-        try:
-            with self._steady(), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+        with self._steady(), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+            hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
+            try:
                 self.run(**inputs)
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         if seen.entering.is_nested:
             raise Unsupported("model", f"{self.stack.name} with nested tensors", "enable_nested_tensor=False")
         return seen.entering.detach().clone(), seen

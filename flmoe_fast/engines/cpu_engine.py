@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from flmoe_fast import coalitions as words
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.sparse import slots_per_network
@@ -306,7 +307,7 @@ class Native:
         self.head, self.head_bias = self._head(packed, problem)
         self.states_of = engine.states
         self.states: torch.Tensor | None = None
-        self.workspace = torch.empty(0, dtype=torch.uint8)
+        self._scratch = Scratch()
 
     def run(
         self, tokens: torch.Tensor, sums: PatternSums | None, pick: torch.Tensor | None, memory: int
@@ -315,8 +316,7 @@ class Native:
         count, length = tokens.shape
         threads = torch.get_num_threads()
         stride = -(-self.model.workspace // 64) * 64
-        if self.workspace.numel() < threads * stride:
-            self.workspace = torch.empty(threads * stride, dtype=torch.uint8)
+        workspace = self._scratch.tensor("workspace", threads * stride)
         if sums is None and self.states is None:
             self.states = self._projected()
         logits = torch.empty(count, self.experts, self.classes, dtype=torch.float64)
@@ -339,7 +339,7 @@ class Native:
                 logits=logits[start:].data_ptr(),
                 coalitions=min(chunk, count - start),
                 threads=threads,
-                workspace=self.workspace.data_ptr(),
+                workspace=workspace.data_ptr(),
                 stride=stride,
             )
         return logits

@@ -19,7 +19,6 @@ From the layer-1 output projection on, every token of every coalition is differe
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.dispatch import Dispatch, choose, combine, dispatch, grouped_matmul, pool
 from flmoe_fast.engines.packed import PackedLayer, PackedModel, PackedNetworks
 from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.model.sparse import slots_per_network
 
 #: Largest number of bytes the table of per-key attention terms may take before coalitions are attended one by one.
@@ -128,7 +128,7 @@ class TorchEngine:
         self.memory = memory
         self.packed = PackedModel.of(problem.model, problem.padded_lengths, dtype, self.device)
         self.players = problem.players.to(self.device)
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._scratch = Scratch()
         self.states = self._two_states()
         self._routing_base, self._routing_step = self._routing_terms()
 
@@ -422,14 +422,7 @@ class TorchEngine:
         return rows.unflatten(1, (count, -1))[:, :, start:stop].sum(2) / max(stop - start, 1)
 
     def _buffer(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor whose memory is used again by the next chunk.
-
-        Fresh pages cost more than the arithmetic of an elementwise operation on them.
-        """
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._buffers[name][:size].view(shape)
+        return self._scratch.tensor(name, *shape, dtype=self.dtype, device=self.device)
 
     def _route(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Routing weights (C, E), float64."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ UNLIMITED = 2**31 - 1
 #: Oldest architecture whose tensor cores have every arithmetic here.
 LEAST_CAPABILITY = (8, 0)
 LOG2E = 1.0 / math.log(2.0)
+#: Triton's interpreter runs one kernel at a time in a process.
+_interpreter = threading.Lock()
 
 
 def interpreted() -> bool:
@@ -232,6 +235,8 @@ class TritonEngine:
         self.weights = self._weights()
         self.sizes = self._sizes()
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        # Threads that share an engine share its workspace, and a device runs one chunk at a time anyway.
+        self._alone = _interpreter if device.type != "cuda" else threading.Lock()
 
     # ---- public -----------------------------------------------------------------------------------------------------
 
@@ -341,17 +346,18 @@ class TritonEngine:
         shape = (len(contexts), len(pairs), values.shape[2])
         second, gap = (torch.empty(shape, dtype=torch.float64, device=self.device) for _ in range(2))
         defined = torch.empty(shape, dtype=torch.int8, device=self.device) if kind == "ratio" else None
-        corners(
-            values.to(self.device, torch.float64).contiguous(),
-            contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
-            single.to(self.device).contiguous(),
-            second,
-            gap,
-            defined,
-            kind=kind,
-            least=least,
-            config=find("corners", "fp32", self.target),
-        )
+        with self._alone:
+            corners(
+                values.to(self.device, torch.float64).contiguous(),
+                contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
+                single.to(self.device).contiguous(),
+                second,
+                gap,
+                defined,
+                kind=kind,
+                least=least,
+                config=find("corners", "fp32", self.target),
+            )
         return Corners(second, gap, None if defined is None else defined.bool())
 
     # ---- host side --------------------------------------------------------------------------------------------------
@@ -363,6 +369,10 @@ class TritonEngine:
 
     def _run(self, words: torch.Tensor, varies: torch.Tensor, *, group: int) -> Logits:
         """Evaluate in chunks; when memory runs out, go on from there with half the chunk."""
+        with self._alone:
+            return self._finite(self._chunks(words, varies, group))
+
+    def _chunks(self, words: torch.Tensor, varies: torch.Tensor, group: int) -> Logits:
         out = self.outputs(len(words))
         chunk, done = self.chunk(group), 0
         while done < len(words):
@@ -382,7 +392,7 @@ class TritonEngine:
                     ) from error
                 self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
                 chunk = -(-min(chunk, len(words)) // 2)
-        return self._finite(out)
+        return out
 
     def _finite(self, logits: Logits) -> Logits:
         """The first look at a result, and the first wait for the device."""

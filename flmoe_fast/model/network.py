@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,14 +73,31 @@ def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the ``with`` block; each module's own mode is restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Eval mode inside the ``with`` block; each module's own mode is restored afterwards.
+
+    Blocks may be nested, or run in several threads: a module gets its mode back when the last of them ends.
+    """
+    modules = list(model.modules())
+    with _modes_lock:
+        for module in modules:
+            mode, blocks = _modes.get(module, (module.training, 0))
+            _modes[module] = mode, blocks + 1
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _modes_lock:
+            for module in modules:
+                mode, blocks = _modes.pop(module)
+                if blocks > 1:
+                    _modes[module] = mode, blocks - 1
+                else:
+                    module.training = mode
+
+
+#: Modules that are in eval mode for a while: their own mode, and how many blocks of :func:`eval_mode` they are in.
+_modes: dict[nn.Module, tuple[bool, int]] = {}
+_modes_lock = threading.Lock()
 
 
 class EncoderLayer(nn.Module):

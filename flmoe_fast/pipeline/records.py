@@ -24,9 +24,9 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.files import replacing
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
-from flmoe_fast.pipeline.faithfulness import DEFAULT_PERCENTS, Faithfulness, faithfulness
-from flmoe_fast.pipeline.figures import View
-from flmoe_fast.pipeline.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
+from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
+from flmoe_fast.pipeline.faithful.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.probes.result import InteractionResult
 
 FORMAT = 2

@@ -21,7 +21,7 @@ from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ColumnGroupEncoder, ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.training import Held
-from flmoe_fast.pipeline.figures import View
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.runs.settings import READERS, RunSettings
 
 HELD_BACK = 0.15

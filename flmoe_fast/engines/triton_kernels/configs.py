@@ -99,12 +99,8 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
         return Config({"scan": 1024, "place": 128}[kernel], 0, 0, 4, 1)
     if kernel in ("combine", "pool"):
         return Config({"combine": 16, "pool": 32}[kernel], {"combine": 0, "pool": 128}[kernel], 0, 4, 1)
-    if kernel in ("corners", "sliced"):
+    if kernel == "corners":
         return Config(128, 0, 0, 4, 1)
-    if kernel == "hypercube":  # units by players
-        return Config(16, 64, 0, 4, 1)
-    if kernel == "members":
-        return Config(16, 0, 0, 4, 1)
     if kernel == "hidden":
         return Config(16, 64, 32, 4, 2)
     if precision == "fp32":

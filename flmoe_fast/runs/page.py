@@ -11,9 +11,11 @@ import pandas
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.environment import environment
-from flmoe_fast.pipeline.faithfulness import COLUMNS
-from flmoe_fast.pipeline.figures import (
-    View,
+from flmoe_fast.pipeline.faithful.curves import COLUMNS
+from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
+from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
+from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
+from flmoe_fast.pipeline.show.figures import (
     faithfulness_figure,
     importance_maps,
     local_bars,
@@ -26,10 +28,8 @@ from flmoe_fast.pipeline.figures import (
     place_maps,
     routing_violins,
 )
-from flmoe_fast.pipeline.html import Page, inked
-from flmoe_fast.pipeline.masking import masking_curve, masking_scores
-from flmoe_fast.pipeline.occurrence import frequent_tokens, occurrences, where
-from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
+from flmoe_fast.pipeline.show.html import Page, inked
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.runs.explain import explained_with, read_records
 from flmoe_fast.runs.faithfulness import read_tables
 from flmoe_fast.runs.settings import RunSettings
