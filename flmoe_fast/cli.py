@@ -24,7 +24,7 @@ from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
 from flmoe_fast.pipeline.show.text import report
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--method", choices=METHODS, default="grid", help="how interactions are estimated (%(default)s)")
     one.add_argument("--also", nargs="+", choices=ORDERS, default=(), metavar="INDEX", help=f"of {', '.join(ORDERS)}")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--gap", choices=GAPS, default="max", help="kind of redundancy gap (%(default)s)")
+    one.add_argument("--gap", choices=GAPS, default=DEFAULT_GAP, help="kind of redundancy gap (%(default)s)")
     one.add_argument("--value", choices=("prob", "logit"), default="prob", help="what is explained (%(default)s)")
     one.add_argument("--target", type=int, nargs="+", metavar="C", help="class or classes (the predicted ones)")
     one.add_argument("--fill", choices=("mean", "zero"), default="mean", help="what absent tokens become (%(default)s)")
