@@ -301,11 +301,8 @@ def placed(model: nn.Module, reading: Reading, inputs: Mapping[str, torch.Tensor
 def prompt_of(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The prompt's tokens (1, P)."""
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get(IDS), torch.Tensor):
-        raise ArgumentError(
-            "inputs",
-            f"keys {sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__}",
-            f"{IDS} among them",
-        )
+        got = f"keys {sorted(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ArgumentError("inputs", got, f"{IDS} among them")
     ids = inputs[IDS]
     shape(f"inputs[{IDS!r}]", ids, (1, None), "one prompt")
     if not ids.shape[1]:
