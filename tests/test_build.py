@@ -127,8 +127,7 @@ def test_launch_without_a_driver_names_the_kernel():
 def test_works_without_the_extension():
     code = """
     import torch
-    import flmoe_fast
-from flmoe_fast import coalitions
+    from flmoe_fast import coalitions
     from flmoe_fast.environment import backends
     assert coalitions.implementation() == "numpy"
     native = backends()["native"]
