@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -159,6 +161,14 @@ def test_one_at_a_time_where_a_batch_would_change_values(model, inputs, why):
     alone = torch.cat([game(row[None]) for row in z])
     again = ModuleGame(model, {"input_ids": TEXT, **inputs}, text_players(TEXT, absent=0), value="logit", target=1)
     assert torch.equal(again(z), alone) and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_copies_of_games():
+    z = torch.rand(6, 4) < 0.5
+    for path in ("engine", "module"):
+        game = accelerate(bert()).game(text_inputs(), words(), path=path, backend="torch")
+        for copied in (pickle.loads(pickle.dumps(game)), copy.deepcopy(game)):
+            assert torch.equal(copied(z), game(z)) and copied._values.computed == game._values.computed
 
 
 def test_dropped_tokens_are_spoken_of():
