@@ -26,7 +26,7 @@ from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
 from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
 from flmoe_fast.pipeline.faithful.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
-from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.pipeline.show.views import View, player_labels
 from flmoe_fast.probes.result import InteractionResult
 
 FORMAT = 1
@@ -58,6 +58,8 @@ class SampleRecord:
     faithfulness : Faithfulness, or None
     masked : dict from "SII" and "gap" to MaskedPairs
     seconds : float
+    folder : str
+        Name of the folder that the record was read from, if it was.
     """
 
     id: str
@@ -76,6 +78,7 @@ class SampleRecord:
     faithfulness: Faithfulness | None
     masked: dict[str, MaskedPairs]
     seconds: float
+    folder: str = ""
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the sample into ``folder``, which is made where it does not exist."""
@@ -144,6 +147,7 @@ class SampleRecord:
                 interactions=InteractionResult.load(folder / "interactions.npz"),
                 faithfulness=parts.pop("faithfulness", None),
                 masked={prefix.removeprefix("masked."): part for prefix, part in parts.items()},
+                folder=folder.name,
             )
         except ArgumentError:
             raise
@@ -196,6 +200,8 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
+    names = player_labels(views, game.positions)
+    found = dataclasses.replace(found, interactions=found.interactions.named(names))
     scores = found.importance.mixture[game.tokens]
     faithful = None if percents is None else faithfulness(game, scores, percents=percents, repeats=repeats, seed=seed)
     masked = {}
@@ -217,7 +223,7 @@ def record_sample(
         views=tuple(views),
         groups=game.groups,
         places=game.positions,
-        importance=found.importance_dataframe(),
+        importance=found.importance_dataframe().assign(name=names),
         interactions=found.interactions,
         faithfulness=faithful,
         masked=masked,

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -263,6 +263,29 @@ def faithfulness_table(
         area = table[f"aopc_{name}_prob_identified"] - table[f"aopc_{name}_prob_random"]
         table[f"{name}_prob_gap"], table[f"aopc_{name}_prob_gap"] = sign * means, sign * area
     return pandas.DataFrame(table)[list(COLUMNS)]
+
+
+def faithfulness_errors(samples: Sequence[Faithfulness], head: str | int | None = None) -> pandas.DataFrame:
+    """Standard errors over samples of the mean drops in :func:`faithfulness_table`.
+
+    Returns
+    -------
+    DataFrame
+        ``K_percent`` and ``<comprehensiveness or sufficiency>_prob_stderr_<identified or random>``; NaN for one sample.
+    """
+    import pandas
+
+    column, percents = _common(samples, head)
+    table: dict[str, Any] = {"K_percent": percents}
+    for name in ("comprehensiveness", "sufficiency"):
+        drops = {
+            "identified": [getattr(sample, name)[:, column] for sample in samples],
+            "random": [_mean_repeats(getattr(sample, f"random_{name}")[:, :, column]) for sample in samples],
+        }
+        for which, own in drops.items():
+            spread = np.std(own, axis=0, ddof=1) if len(samples) > 1 else np.full(len(percents), math.nan)
+            table[f"{name}_prob_stderr_{which}"] = spread / math.sqrt(len(samples))
+    return pandas.DataFrame(table)
 
 
 def paired_gaps(samples: Sequence[Faithfulness], head: str | int | None = None) -> dict[str, tuple[float, float]]:
