@@ -34,8 +34,8 @@ def summarize(records: Sequence[SampleRecord], level: float = 0.95) -> pandas.Da
     per_sample = _per_sample(records, level)
     rows = {}
     for head, table in per_sample.items():
-        mean, error = table.mean(0), table.std(0, ddof=1) / math.sqrt(len(table)) if len(table) > 1 else np.nan
-        rows[head] = {"samples": len(table), **mean, **{f"{k}_stderr": v for k, v in _errors(error).items()}}
+        errors = {f"{name}_stderr": error for name, error in _errors(table).items()}
+        rows[head] = {"samples": len(table), **table.mean(axis=0), **errors}
     return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("head")
 
 
@@ -75,9 +75,9 @@ def compare(
             raise ArgumentError("head", repr(head), f"one of {', '.join(found)}")
         tables.append(found[head] if head is not None else next(iter(found.values())))
     differences = tables[0] - tables[1]
-    error = differences.std(0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.nan
-    columns = {"first": tables[0].mean(0), "second": tables[1].mean(0), "difference": differences.mean(0)}
-    columns |= {"difference_stderr": pandas.Series(_errors(error)), "samples": len(pairs)}
+    means = zip(("first", "second", "difference"), (*tables, differences))
+    columns = {name: table.mean(axis=0) for name, table in means}
+    columns |= {"difference_stderr": pandas.Series(_errors(differences)), "samples": len(pairs)}
     return pandas.DataFrame(columns).loc[list(MEASURES)].rename_axis("measure")
 
 
@@ -135,5 +135,6 @@ def _per_sample(records: Sequence[SampleRecord], level: float) -> dict[str, pand
     return {name: pandas.DataFrame(parts) for name, parts in rows.items()}
 
 
-def _errors(error: pandas.Series | float) -> dict[str, float]:
-    return dict(error) if isinstance(error, pandas.Series) else dict.fromkeys(MEASURES, error)
+def _errors(table: pandas.DataFrame) -> dict[str, float]:
+    """Standard error of the mean of every column; NaN for a single row."""
+    return dict(table.std(axis=0, ddof=1) / math.sqrt(len(table)))

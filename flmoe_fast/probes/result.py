@@ -270,8 +270,8 @@ class InteractionResult:
         """
         from flmoe_fast.probes.pictures import heatmap, network
 
-        draw = {"matrix": heatmap, "network": network}[one_of("kind", kind, ("matrix", "network"))]
-        return draw(self, head=head, of=of, ax=ax)
+        one_of("kind", kind, ("matrix", "network"))
+        return (network if kind == "network" else heatmap)(self, head=head, of=of, ax=ax)
 
     def to_shapiq(self, index: str = "SII", head: str | int | None = None):
         """As ``shapiq.InteractionValues``, see :func:`flmoe_fast.probes.export.to_shapiq`."""

@@ -31,7 +31,7 @@ from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, wat
 from flmoe_fast.pipeline.summary import player_points, summarize
 from flmoe_fast.probes.colours import unit_of
 from flmoe_fast.probes.result import InteractionResult
-from flmoe_fast.runs.explain import read_records
+from flmoe_fast.runs.explain import explained_with, read_records
 from flmoe_fast.runs.faithfulness import read_tables
 from flmoe_fast.runs.settings import RunSettings
 
@@ -77,6 +77,8 @@ class RunContents:
     predictions : dict of arrays ``expert_logits``, ``weights``, ``logits``, ``targets``
     tables : dict from importance method to a table of faithfulness
     records : list of SampleRecord
+    made_by : dict
+        What the run's settings and model would make records with now; the page names those that were made otherwise.
     """
 
     title: str
@@ -88,6 +90,7 @@ class RunContents:
     predictions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tables: dict[str, pandas.DataFrame] = dataclasses.field(default_factory=dict)
     records: list[SampleRecord] = dataclasses.field(default_factory=list)
+    made_by: dict = dataclasses.field(default_factory=dict)
 
 
 def report_run(settings: RunSettings) -> Path:
@@ -117,6 +120,7 @@ def report_run(settings: RunSettings) -> Path:
         predictions,
         read_tables(settings),
         read_records(settings),
+        explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
     path = out / "report.html"
     build_page(contents).save(path)
@@ -319,8 +323,10 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
         truth = ", ".join(f"{value:.3g}" for value in record.truth)
     else:
         truth = ", ".join(contents.classes[int(c)] for c in record.truth) or "none"
-    result = record.interactions
     page.heading(f"Sample {record.id}: {named}")
+    if record.made_by != contents.made_by:
+        page.text("Explained with other settings, or another model, than the run has now.")
+    result = record.interactions
     page.text(
         f"True: {truth}. Value of {named} with all tokens {record.full:.4f}, with none {record.empty:.4f}. "
         f"{result.evaluations:,} evaluations ({result.about['method']}); "

@@ -26,8 +26,8 @@ def occurrence_bars(table: pandas.DataFrame, axes: Axes | None = None) -> Axes:
     for shift, name, colour in ((-0.2, "synergy", SYNERGY), (0.2, "substitution", SUBSTITUTION)):
         share = table[name].to_numpy(float)
         error = np.sqrt(share * (1 - share) / np.maximum(table["pairs"].to_numpy(float), 1.0))
-        look = {"ecolor": "0.5", "capsize": 2, "error_kw": {"linewidth": 0.9}}
-        axes.barh(rows + shift, 100 * share, 0.38, xerr=100 * error, color=colour, label=name, **look)
+        bars = {"ecolor": "0.5", "capsize": 2, "linewidth": 0.9}
+        axes.barh(rows + shift, 100 * share, 0.38, xerr=100 * error, color=colour, label=name, error_kw=bars)
     axes.set_yticks(rows, [shortened(name) for name in table["class"]])
     axes.set_xlim(left=0.0)
     axes.invert_yaxis()
@@ -44,7 +44,8 @@ def place_map(
 
     Patches in no probed pair (NaN) are grey.
     """
-    colours = {"synergy": "Reds", "substitution": "Blues"}[one_of("kind", kind, ("synergy", "substitution"))]
+    one_of("kind", kind, ("synergy", "substitution"))
+    colours = "Reds" if kind == "synergy" else "Blues"
     axes = axes or new_figure(3.6, 2.9).subplots()
     axes.set_facecolor("0.85")
     image = axes.imshow(values, cmap=colours, vmin=0.0)

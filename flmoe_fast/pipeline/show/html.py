@@ -216,7 +216,7 @@ def inked() -> Iterator[None]:
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
     grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     style = {**dict.fromkeys(parts, INK), **dict.fromkeys(grounds, "none"), "svg.fonttype": "none"}
-    with styled(**style), warnings.catch_warnings():
+    with styled(style), warnings.catch_warnings():
         # The browser draws the letters, and has more fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         yield
@@ -228,7 +228,7 @@ def as_svg(axes: Axes, prefix: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none"}):
         # Tight, since layouts leave too little room above titles of axes that keep their aspect.
         clear = {"Date": None, "Creator": None}
-        axes.figure.savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
+        axes.get_figure(root=True).savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -20,7 +22,7 @@ CURVES = (
     ("#3aa3c9", "X"),
     ("#7a4b2a", "*"),
 )
-STYLE = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False}
 #: Fonts in the order in which a glyph is looked for; those that the system has are used.
 FAMILIES = (
@@ -44,9 +46,9 @@ def families() -> tuple[str, ...]:
     return tuple(name for name in FAMILIES if name in there) or ("sans-serif",)
 
 
-def styled(**more: object):
+def styled(more: Mapping[Any, Any] | None = None):
     """The style of all pictures as a context, with further matplotlib parameters."""
-    return matplotlib.rc_context({**STYLE, "font.family": list(families()), **more})
+    return matplotlib.rc_context({**STYLE, "font.family": list(families()), **(more or {})})
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -16,7 +16,7 @@ def routing_violins(weights: np.ndarray, expert_names: Sequence[str], axes: Axes
     columns = np.asarray(weights, float).T
     spots = range(len(expert_names))
     drawn = axes.violinplot(list(columns), positions=list(spots), showmeans=True)
-    for body, (colour, _) in zip(drawn["bodies"], CURVES * 3):
+    for body, (colour, _) in zip(list(drawn["bodies"]), CURVES * 3):
         body.set_facecolor(colour)
         body.set_alpha(0.6)
     for part in ("cmeans", "cmins", "cmaxes", "cbars"):
@@ -32,7 +32,7 @@ def routing_violins(weights: np.ndarray, expert_names: Sequence[str], axes: Axes
 def logit_histogram(logits: np.ndarray, expert_names: Sequence[str], name: str, axes: Axes | None = None) -> Axes:
     """Distribution of every expert's logit (N, E) of one class, as outlines over shared bins."""
     axes = axes or new_figure(3.8, 3.2).subplots()
-    edges = np.histogram_bin_edges(logits, 20)
+    edges = np.histogram_bin_edges(logits, 20).tolist()
     for column, (expert, (colour, _)) in zip(np.asarray(logits, float).T, zip(expert_names, CURVES * 3)):
         axes.hist(column, bins=edges, histtype="step", color=colour, linewidth=1.6, label=expert)
     axes.set_title(shortened(name), fontsize=9)

@@ -133,9 +133,10 @@ def _draw_image(axes: Axes, view: View, x: float, rows: float, linked: set[int])
     for position in range(len(view.tokens)):
         row, column = divmod(position, columns)
         left, top = x + column * across, row * down
-        marked = position in linked
-        look = {"edgecolor": MARK, "linewidth": 1.8, "zorder": 3} if marked else {"edgecolor": "0.55", "linewidth": 0.4}
-        axes.add_patch(Rectangle((left, top), across, down, fill=False, **{"zorder": 2, **look}))
+        patch = Rectangle((left, top), across, down, fill=False, edgecolor="0.55", linewidth=0.4, zorder=2)
+        if position in linked:
+            patch.set(edgecolor=MARK, linewidth=1.8, zorder=3)
+        axes.add_patch(patch)
         # With a single column lines start at the edge; inside a grid they start in the patch.
         centre = left + across / 2
         found[position] = (left, left + across, top + down / 2) if columns == 1 else (centre, centre, top + down / 2)

@@ -41,7 +41,7 @@ def importance_rows(
     axes.tick_params("x", rotation=90, labelsize=7)
     for name, players in groups:
         if players:
-            axes.text(np.mean(players), -0.6, name, ha="center", va="bottom", fontsize=8.5)
+            axes.text(float(np.mean(players)), -0.6, name, ha="center", va="bottom", fontsize=8.5)
             axes.axvline(players[0] - 0.5, color="white", linewidth=2.5)
     axes.set_title("Importance of tokens", pad=18)
     axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=12, label="1 = average token")
