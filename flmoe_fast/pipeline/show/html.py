@@ -104,9 +104,10 @@ addEventListener("afterprint", () => closed.forEach(one => one.open = false));
 class Page:
     """Builds a report from headings, texts, figures and tables.
 
-    Attributes
+    Parameters
     ----------
     title : str
+        Of the page.
     subtitle : str
         A line below it.
     """
