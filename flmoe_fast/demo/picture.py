@@ -36,7 +36,6 @@ def draw(
         What the image shows.
     curves : name of a ranking to its masking curve
     """
-
     names = explanation.game.problem.model.config.modalities
     views = [
         View(f"{name} half", "image", tuple(f"row {row}" for row in range(len(half))), half.numpy(), (len(half), 1))

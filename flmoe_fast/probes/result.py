@@ -121,7 +121,7 @@ class InteractionResult:
         """What a head says about the pair with a number, a row of ``pairs``."""
         i, j = self.pairs[pair].tolist()
         number = self.head(head)
-        values = {}
+        values: dict[str, Any] = {}
         for of in ("sii", "gap"):
             centre, stderr = float(self.column(of, number)[pair]), float(self.column(f"{of}_stderr", number)[pair])
             half = float(half_width(np.array(stderr), self.degrees[pair], 0.95))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas
 
 #: How what the curves are compared with is drawn.
-RANDOM = {"markerfacecolor": "none", "linestyle": "--", "linewidth": 1.0}
+RANDOM: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "--", "linewidth": 1.0}
 
 
 def loss_lines(history: Sequence[Mapping], axes: Axes | None = None) -> Axes:
@@ -60,7 +60,7 @@ def masking_lines(
     for (name, curve), (colour, marker) in zip(curves.items(), CURVES):
         x = np.arange(len(curve.most))
         samples = curve.samples
-        look = {"color": colour, "marker": marker, "capsize": 3}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3}
         axes.errorbar(x, curve.top, curve.top_stderr, label=f"top pairs by {name}", **look)
         axes.errorbar(x, curve.random, curve.random_stderr, label=f"as many random ({name})", **look, **RANDOM)
         axes.set_xticks(x, [str(most) for most in curve.most])
@@ -76,7 +76,7 @@ def masking_accuracy(scores: Mapping[str, pandas.DataFrame], axes: Axes | None =
     axes = axes or new_figure(5.2, 3.9).subplots()
     for (name, table), (colour, marker) in zip(scores.items(), CURVES):
         x = np.arange(len(table))
-        look = {"color": colour, "marker": marker}
+        look: dict[str, Any] = {"color": colour, "marker": marker}
         axes.plot(x, table["accuracy_top"], label=f"top pairs by {name}", **look)
         spread = table["accuracy_random_std"]
         axes.errorbar(
@@ -99,7 +99,8 @@ def faithfulness_lines(tables: Mapping[str, pandas.DataFrame], of: str, axes: Ax
     for (label, table), (colour, marker) in zip(tables.items(), CURVES * 3):
         for kind, name in (("identified", label), ("random", f"{label}, random")):
             spread = table.get(f"{of}_prob_stderr_{kind}")
-            look = {"color": colour, "marker": marker, "markersize": 4, **(RANDOM if kind == "random" else {})}
+            look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4}
+            look |= RANDOM if kind == "random" else {}
             axes.errorbar(table["K_percent"], table[f"{of}_prob_mean_{kind}"], spread, label=name, capsize=3, **look)
     percents = sorted({percent for table in tables.values() for percent in table["K_percent"]})
     axes.set_xticks(percents, [f"{percent:g}" for percent in percents])

@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -229,7 +230,8 @@ def as_svg(axes: Axes, prefix: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none"}):
         # Tight, since layouts leave too little room above titles of axes that keep their aspect.
         clear = {"Date": None, "Creator": None}
-        axes.get_figure(root=True).savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
+        figure: Any = axes.get_figure(root=True)
+        figure.savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,8 @@ def routing_violins(weights: np.ndarray, expert_names: Sequence[str], axes: Axes
     columns = np.asarray(weights, float).T
     spots = range(len(expert_names))
     drawn = axes.violinplot(list(columns), positions=list(spots), showmeans=True)
-    for body, (colour, _) in zip(list(drawn["bodies"]), CURVES * 3):
+    bodies: Any = drawn["bodies"]
+    for body, (colour, _) in zip(bodies, CURVES * 3):
         body.set_facecolor(colour)
         body.set_alpha(0.6)
     for part in ("cmeans", "cmins", "cmaxes", "cbars"):
