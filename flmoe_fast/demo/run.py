@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -345,7 +345,7 @@ def _mask(
 
 
 def _masking_table(curves: dict[str, MaskingCurve], size: Size, evaluations: int, seconds: float) -> str:
-    rows: list[list[str]] = []
+    rows: list[Sequence[str]] = []
     for name, curve in curves.items():
         numbers = [
             [f"{value:{sign}.3f} ± {error:.3f}" for value, error in zip(values, errors)]

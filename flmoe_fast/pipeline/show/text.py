@@ -66,7 +66,7 @@ def _facts(explanation: Explanation) -> str:
     how = f"in {each} contexts" if result.about.get("method", "grid") == "grid" else "by a surrogate"
     noise = float(np.max(result.noise_share))
     counts = " (" + " + ".join(f"{len(players)} {name}" for name, players in game.groups) + ")" if game.groups else ""
-    device = result.about.get("device", "cpu")
+    device, dtype = result.about.get("device", "cpu"), result.about.get("dtype", "the model's own dtype")
     noise_text = f"{noise:.1e} of the variance of the second differences (noise share, worst head)"
     rows = [
         (
@@ -86,7 +86,7 @@ def _facts(explanation: Explanation) -> str:
         ("rounding", noise_text if np.isfinite(noise) else "not measured: the evaluations are float64 already"),
         (
             "time",
-            f"{explanation.seconds:.2f} s on {device} (backend {result.backend}, {result.about.get('dtype', 'its own')})",
+            f"{explanation.seconds:.2f} s on {device} (backend {result.backend}, {dtype})",
         ),
     ]
     return facts(rows)
