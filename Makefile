@@ -1,6 +1,7 @@
 # make demo | test | bench | clean: each does everything it needs from a fresh clone, in .venv, and nothing twice.
 # A Python of your own that already has the requirements: make test PY=/path/to/python (no .venv is made).
-# PYTHON=... chooses what .venv is made with; OUT=... where the demo writes; ARGS=... goes to pytest.
+# PYTHON=... chooses what .venv is made with; OUT=... where the demo writes; ARGS=... goes to pytest. TORCH=... is what
+# pip is told to install as torch: by default its CPU build, since the registry's own brings several GB of CUDA.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,23 +23,34 @@ BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/fused/
 
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
+RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 FLMOE := $(VENV)/bin/flmoe-fast
 else
+RUNS :=
 INSTALLED :=
 FLMOE := $(PY) -m flmoe_fast.cli
 endif
 EXTENSION := build/.extension
+CPU_EXTENSION := build/.cpu-extension
 
-.PHONY: demo test bench env extension lint host-test portable-check nvcc-check budgets pytest clean
+TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-demo: extension
-	$(FLMOE) demo --out $(OUT)
+.PHONY: demo test bench wheels env extension lint host-test portable-check nvcc-check budgets pytest clean
+
+# The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
+demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
+	@$(FLMOE) demo --out $(OUT)
 
 test: lint host-test nvcc-check pytest
 
 bench: extension
 	$(PY) -m pytest bench $(ARGS)
+
+# The source distribution, the pure wheel and a manylinux wheel for every Python found, tried where there is no compiler.
+wheels: $(INSTALLED)
+	$(PY) .ci/wheels.py $(ARGS)
 
 env: $(INSTALLED)
 
@@ -65,17 +77,26 @@ pytest: extension
 	$(PY) -m pytest -n $(MAX_JOBS) $(ARGS)
 
 # The requirements, then the package itself, editable. The build requirements go into the same environment, so that the
-# build needs no environment of its own (and can never fetch torch for one). The extension is the next target's.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# build needs no environment of its own (and can never fetch torch for one). The extension is a target of its own.
+# torch comes first and by itself: pip finds the CPU build among its own sources or on torch's index, or this stops.
+$(RUNS): pyproject.toml constraints.txt
 	@python=$$(for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	      && { echo "$$candidate"; break; } || true; done); \
 	if [ -z "$$python" ]; then \
 	  echo "make: no Python >= 3.11 with venv found (tried $(PYTHON) python3 python3.13 python3.12 python3.11);" \
 	       "name one with make PYTHON=/path/to/python3" >&2; exit 1; fi; \
-	echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt setuptools wheel pybind11 cmake ninja
-	FLMOE_NATIVE=off FLMOE_CUDA=off $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	echo "making $(VENV) with $$python: $(TORCH) and what the package needs"; "$$python" -m venv $(VENV)
+	@$(PY) -m pip install -qq --no-deps '$(TORCH)' 2>/dev/null \
+	  || $(PY) -m pip install -qq --no-deps --index-url $(TORCH_INDEX) '$(TORCH)' \
+	  || { echo "make: no $(TORCH) here; make TORCH=torch takes the registry's own, several GB with CUDA" >&2; exit 1; }
+	@$(PY) -m pip install -qq -c constraints.txt setuptools wheel pybind11 cmake ninja
+	@FLMOE_NATIVE=off $(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(INSTALLED): $(RUNS)
+	@echo "adding what the tests need"
+	@FLMOE_NATIVE=off $(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
 extension: $(EXTENSION)
@@ -83,8 +104,15 @@ extension: $(EXTENSION)
 # Built beside the sources, which is where an editable install, or a Python of one's own, finds the package. Where
 # it cannot be built there is no stamp, so that a compiler installed later is noticed.
 $(EXTENSION): $(BUILD_INPUTS) $(INSTALLED)
-	$(PY) setup.py -q build_ext --inplace
+	@echo "building the extension"
+	@$(PY) setup.py -q build_ext --inplace
 	@mkdir -p $(dir $@); if ls flmoe_fast/_C*.so >/dev/null 2>&1; then touch $@; fi
+
+$(CPU_EXTENSION): $(BUILD_INPUTS) $(RUNS)
+	@echo "building the engine for CPUs"
+	@mkdir -p $(dir $@); FLMOE_CUDA=off $(PY) setup.py -q build_ext --inplace >build/cpu-extension.log 2>&1 \
+	  || { cat build/cpu-extension.log; exit 1; }
+	@if ls flmoe_fast/_C*.so >/dev/null 2>&1; then touch $@; else tail -n 1 build/cpu-extension.log; fi
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .benchmarks flmoe_fast/_C*.so

@@ -4,16 +4,18 @@ The package works without the extension, so a machine without a C++ compiler, or
 pure-Python install and one line that says so. Environment:
 
 - ``FLMOE_NATIVE`` = auto (default) | on (a failed build fails the install) | off (do not build)
-- ``FLMOE_CUDA`` = auto (default: CUDA kernels if an nvcc is found) | on (or fail) | off
+- ``FLMOE_CUDA`` = auto (default: CUDA kernels if an nvcc is found, which takes minutes) | on (or fail) | off
 - ``FLMOE_CUDA_ARCHS`` = "80;90a" (default)
 - ``MAX_JOBS`` = 2 (default): parallel compilations
 - ``CXX``, ``CUDACXX``: compilers, as CMake reads them
 
 No torch is imported and no hardware is probed: what is built depends on the tools found, never on the machine's GPU.
+A wheel without the extension says so in its name (py3-none-any).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -22,6 +24,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -44,6 +47,19 @@ def choice(name: str) -> str:
 def notice(text: str) -> None:
     """One line to the installer's log."""
     print(f"flmoe_fast: {text}", file=sys.stderr, flush=True)
+
+
+def announce(text: str) -> None:
+    """A line that is seen also where the installer keeps a build's log to itself, as pip does without ``-v``."""
+    notice(text)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"flmoe_fast: {text}", file=terminal)
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: ``CUDACXX`` if set, else the one on PATH."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def tool(module: str, directory: str) -> str | None:
@@ -90,12 +106,12 @@ class CMakeBuild(build_ext):
 
     def build_somehow(self, target: Path, cuda: str) -> None:
         """Build with CUDA as asked; when CUDA is only welcome and something fails, once more without it."""
-        if cuda == "on" and not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
+        if cuda == "on" and not nvcc():
             raise BuildError("FLMOE_CUDA=on, but there is no nvcc: put it on PATH or set CUDACXX")
         try:
             self.build(target, cuda)
         except BuildError as error:
-            if cuda != "auto" or not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
+            if cuda != "auto" or not nvcc():
                 raise
             notice(f"trying again without CUDA kernels: {error}")
             self.build(target, "off")
@@ -108,6 +124,9 @@ class CMakeBuild(build_ext):
             raise BuildError("cmake and ninja are needed to build it")
         import pybind11
 
+        archs = os.environ.get("FLMOE_CUDA_ARCHS") or "80;90a"
+        if cuda != "off" and nvcc():
+            announce(f"compiling CUDA kernels with {nvcc()} for {archs}: some minutes; FLMOE_CUDA=off leaves them out")
         # One tree per CUDA setting and interpreter: a cache never has to change its mind about a compiler.
         tree = ROOT / "build" / f"{sys.implementation.cache_tag}-cuda-{cuda}"
         shutil.rmtree(tree, ignore_errors=True)
@@ -125,7 +144,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DFLMOE_CUDA={cuda}",
-                f"-DFLMOE_CUDA_ARCHS={os.environ.get('FLMOE_CUDA_ARCHS') or '80;90a'}",
+                f"-DFLMOE_CUDA_ARCHS={archs}",
             ]
         )
         jobs = os.environ.get("MAX_JOBS") or "2"
@@ -153,5 +172,19 @@ class CMakeBuild(build_ext):
         return {built: inplace for built, inplace in super().get_output_mapping().items() if Path(built).exists()}
 
 
+class Wheel(bdist_wheel):
+    """A wheel that is called pure when the extension was not built."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not self.get_finalized_command("build_ext").get_outputs():
+            self.distribution.ext_modules = []  # what decides between the two library folders
+            self.root_is_pure, self.plat_name_supplied = True, False
+        super().run()
+
+
 # Sources are listed so that a source distribution carries them.
-setup(ext_modules=[Extension(NAME, sources=SOURCES)], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(NAME, sources=SOURCES)],
+    cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild},
+)

@@ -23,9 +23,9 @@ from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, Digits, two_view
 from flmoe_fast.model.config import DENSE
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.training import fit, predict
-from flmoe_fast.pipeline.faithfulness import faithfulness, faithfulness_table, paired_gaps
-from flmoe_fast.pipeline.importance import METHODS, batch_importance
-from flmoe_fast.pipeline.masking import mask_pairs, masking_curve, masking_scores
+from flmoe_fast.pipeline.faithful.curves import faithfulness, faithfulness_table, paired_gaps
+from flmoe_fast.pipeline.faithful.masking import mask_pairs, masking_curve, masking_scores
+from flmoe_fast.pipeline.importance.tokens import METHODS, batch_importance
 
 HIDDEN = 64
 GAP = "strict"

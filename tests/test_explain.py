@@ -8,7 +8,7 @@ import torch
 from test_token_game import H, make
 
 from flmoe_fast import ArgumentError, InteractionResult, TokenGame, explain, interactions
-from flmoe_fast.pipeline.importance import token_importance
+from flmoe_fast.pipeline.importance.tokens import token_importance
 
 
 @pytest.fixture

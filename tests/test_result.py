@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import t
 
-from flmoe_fast import ArgumentError, InteractionResult, interactions
+from flmoe_fast import ArgumentError, InteractionResult, exact_interactions, interactions
 
 
 @pytest.fixture
@@ -33,6 +34,63 @@ def test_ranking(result):
     top = result.top(2, by="sii", head=1)
     assert top["sii"].tolist() == sorted(result.sii[:, 1], reverse=True)[:2]
     assert [top["i"][0], top["j"][0]] == result.pairs[np.argmax(result.sii[:, 1])].tolist()
+
+
+def test_strongest_first_unless_asked(result):
+    assert result.order().tolist() == np.argsort(-np.abs(result.sii[:, 0])).tolist()
+    assert abs(result.top(1)["sii"][0]) == np.abs(result.sii[:, 0]).max()
+
+
+def test_pairs_by_number_and_by_name(result):
+    named = result.named(["red", "dragon", "red", "cave", "brave", "forest"])
+    assert len(named) == 4 == len(list(named))
+    score = named["dragon", "brave"]
+    assert (score.i, score.j, score.head) == (1, 4, "output 0")
+    assert float(score) == score.sii == result.sii[1, 0] and score == named[4, 1]
+    assert score.gap_stderr == result.gap_stderr[1, 0] and score.contexts == 12
+    low, high = result.interval(of="gap", head=1)
+    assert named.pair(4, "dragon", head=1).gap_interval == (low[1], high[1])
+    assert [(s.name_i, s.j) for s in named][2:] == [("red", 5), ("red", 1)]
+    assert ("cave", 0) in named and ("cave", "forest") not in named and "cave" not in named
+    assert (named.top(4)["name_j"] == [named.player_names[j] for j in named.top(4)["j"]]).all()
+
+
+def test_names_given_to_a_probe():
+    def game(z):
+        return z[:, 0] * z[:, 1] * 1.0
+
+    found = interactions(game, n=3, names=["a", "b", "c"], contexts=4, progress=False)
+    assert found["a", "b"].sii == 1.0 and found.about["method"] == "grid"
+    exact = exact_interactions(game, n=3, names=["a", "b", "c"], progress=False)
+    assert exact["b", "a"].sii == pytest.approx(1.0) and exact.about["method"] == "enumeration"
+    assert "a x b  SII +1.0000 exactly" in repr(exact)
+    with pytest.raises(ArgumentError, match="names: got 2 names, expected one name for each of 3 players"):
+        interactions(game, n=3, names=["a", "b"], contexts=4, progress=False)
+
+
+def test_shows_itself(result):
+    strongest = result.order()[0]
+    i, j = result.pairs[strongest]
+    text = repr(result)
+    assert text.splitlines()[1].startswith(f"  {i} x {j}  SII {result.sii[strongest, 0]:+.2}"[:14])
+    assert "4 pairs of 'output 0' (first of 2 heads)" in text and f"{result.evaluations:,} evaluations" in text
+    html = result.named(["<b>", *"12345"])._repr_html_()
+    assert "&lt;b&gt;" in html and "<b>" not in html and html.count("<tr") == 5
+
+
+def test_json_and_csv(result, tmp_path):
+    text = result.to_json(tmp_path / "result.json")
+    assert (tmp_path / "result.json").read_text() == text
+    read = json.loads(text)
+    assert read["pairs"] == result.pairs.tolist() and read["sii"] == result.sii.tolist()
+    assert read["about"]["method"] == "grid" and read["heads"] == ["output 0", "output 1"]
+    gap = result.gap.copy()
+    gap[1, 0] = np.nan
+    odd = dataclasses.replace(result, gap=gap, degrees=np.full(4, np.inf))
+    read = json.loads(odd.to_json(), parse_constant=pytest.fail)
+    assert read["gap"][1][0] is None and read["degrees"] == [None] * 4
+    result.to_csv(tmp_path / "result.csv", head=1)
+    assert len((tmp_path / "result.csv").read_text().splitlines()) == 5
 
 
 def test_undefined_scores_rank_last(result):
@@ -91,6 +149,11 @@ def test_bad_files_are_named(result, tmp_path):
         (lambda r: r.top(3, by="size"), "by: got 'size'"),
         (lambda r: r.top(3, head="expert 9"), "head: got 'expert 9', expected one of 'output 0', 'output 1'"),
         (lambda r: r.top(3, head=2), "head: got 2"),
+        (lambda r: r[0, 2], r"pair: got \(0, 2\), expected a pair that was probed"),
+        (lambda r: r[0], "pair: got 0, expected two players"),
+        (lambda r: r["x", 1], "player: got 'x', expected a number, or one of player_names"),
+        (lambda r: r.named("abcdef")["a", 9], "names: got 'abcdef'"),
+        (lambda r: r.named([1, 1, 2, 3, 4, 5])["1", 3], r"player: got '1', the name of players \[0, 1\]"),
         (lambda r: r.interval(1.5), "level: got 1.5"),
         (lambda r: r.interval(of="pairs"), "of: got 'pairs'"),
     ],

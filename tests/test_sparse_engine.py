@@ -12,7 +12,7 @@ from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.engines import dispatch, torch_engine
 from flmoe_fast.engines.dispatch import choose, combine, pool
-from flmoe_fast.pipeline.importance import batch_importance
+from flmoe_fast.pipeline.importance.tokens import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
 

@@ -30,8 +30,8 @@ from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.training import fit, predict
 from flmoe_fast.pipeline.explain import Explanation, explain
-from flmoe_fast.pipeline.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
-from flmoe_fast.pipeline.report import facts, report, table, with_errors
+from flmoe_fast.pipeline.faithful.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
+from flmoe_fast.pipeline.show.text import facts, report, table, with_errors
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.naive import four_corner_loop
 from flmoe_fast.probes.result import InteractionResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ CALL_ROWS = 4096
 
 class Game:
     """A value function over coalitions of ``n`` players, with one or several outputs (heads).
+
+    Every subclass is checked where it answers: what :meth:`__call__` and :meth:`corner_values` return must be real and
+    finite, or :class:`~flmoe_fast.checks.ArgumentError` names the first coalition that is not.
 
     Attributes
     ----------
@@ -40,6 +44,12 @@ class Game:
     backend: str = "callable"
     more_exact: str = "of the game itself"
     block: int = CALL_ROWS
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, check in (("__call__", _checked), ("corner_values", _checked_corners)):
+            if name in vars(cls):
+                setattr(cls, name, check(vars(cls)[name]))
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Values of coalitions ``(C, n)`` bool: ``(C,)`` or ``(C, O)`` float64."""
@@ -79,6 +89,57 @@ class Game:
         return {}
 
 
+def _checked(call: Callable) -> Callable:
+    """A game's ``__call__`` whose values are real and finite."""
+
+    @functools.wraps(call)
+    def checked(game: Game, coalitions: torch.Tensor) -> torch.Tensor:
+        values = call(game, coalitions)
+        if _wrong(values):
+            _refuse(game, values, lambda row: coalitions[row])
+        return values
+
+    return checked
+
+
+def _checked_corners(corner_values: Callable) -> Callable:
+    """A game's ``corner_values`` that are real and finite."""
+
+    @functools.wraps(corner_values)
+    def checked(game: Game, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
+        values = corner_values(game, contexts, toggled)
+        if _wrong(values):
+            _refuse(game, values.flatten(0, 1), lambda row: contexts[row // len(toggled)] ^ toggled[row % len(toggled)])
+        return values
+
+    return checked
+
+
+def _wrong(values: torch.Tensor) -> bool:
+    # A sum is finite where every term is, but for overflow: one pass without a mask, and the mask only on suspicion.
+    return values.is_complex() or not (bool(values.sum().isfinite()) or bool(values.isfinite().all()))
+
+
+def _refuse(game: Game, values: torch.Tensor, coalition: Callable[[int], torch.Tensor]) -> None:
+    """Raise for values (C,) or (C, O) that are complex or not finite; ``coalition`` gives a row's players."""
+    if values.is_complex():
+        raise ArgumentError("game", f"{values.dtype} values", "real numbers, such as .real or .abs() of them")
+    wrong = ~values.isfinite()
+    row = int(wrong.flatten(1).any(1).nonzero()[0]) if values.dim() > 1 else int(wrong.nonzero()[0])
+    at = values[row] if values.dim() == 1 else values[row][wrong[row]][0]
+    head = ""
+    if values.dim() > 1 and game.heads is not None:
+        head = f" of head {game.heads[int(wrong[row].nonzero()[0])]!r}"
+    players = coalition(row).nonzero()[:, 0].tolist()
+    shown = ", ".join(map(str, players[:16])) + (f", ... ({len(players)} in all)" if len(players) > 16 else "")
+    raise ArgumentError(
+        "game",
+        f"{float(at)}{head} for the coalition of players {{{shown}}} ({int(wrong.sum())} such values in this call)",
+        "finite values for every coalition: evaluate the game at this one, and look for overflow in its features, "
+        "weights or arithmetic (float64 has more room) or mend the value there",
+    )
+
+
 class CallableGame(Game):
     """Any function from a bool tensor ``(C, n)`` to ``(C,)`` or ``(C, O)`` numbers."""
 
@@ -100,7 +161,8 @@ class CallableGame(Game):
             )
         if values.dim() == 2:
             self.heads = tuple(f"output {o}" for o in range(values.shape[1]))
-        return values.detach().to(device="cpu", dtype=torch.float64)
+        values = values.detach().cpu()
+        return values if values.is_complex() else values.double()
 
 
 def as_game(game: Game | Callable, n: int | None = None) -> Game:

@@ -14,8 +14,8 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.pipeline.candidates import candidate_players, cross_pairs
-from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
+from flmoe_fast.pipeline.importance.candidates import candidate_players, cross_pairs
+from flmoe_fast.pipeline.importance.tokens import METHODS, Importance, token_importance
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
 

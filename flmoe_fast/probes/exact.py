@@ -13,7 +13,7 @@ from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.gap import GAPS, redundancy_gap
 from flmoe_fast.probes.pairs import resolve_pairs
-from flmoe_fast.probes.result import InteractionResult
+from flmoe_fast.probes.result import InteractionResult, checked_names
 
 #: 2^24 values of one head take 128 MB; beyond that nobody waits for the model.
 MOST_PLAYERS = 24
@@ -25,6 +25,7 @@ def exact_interactions(
     pairs: Sequence[tuple[int, int]] | None = None,
     n: int | None = None,
     gap: str = "max",
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> InteractionResult:
     """Shapley Interaction Index and redundancy gap from all 2^n coalitions.
@@ -38,6 +39,8 @@ def exact_interactions(
     n : int, optional
         Number of players, for a callable that has no ``n``.
     gap : "max", "sum", "strict" or "ratio"
+    names : sequence of n str, optional
+        As for :func:`interactions`.
     progress : bool
 
     Returns
@@ -48,6 +51,7 @@ def exact_interactions(
     game = as_game(game, n)
     one_of("gap", gap, GAPS)
     chosen = resolve_pairs(game, pairs)
+    called = game.player_names if names is None else checked_names(names, game.n)
     if game.n > MOST_PLAYERS:
         raise ArgumentError("game", f"{game.n} players", f"at most {MOST_PLAYERS}; use interactions(...) beyond that")
     values = enumerate_values(game, progress)
@@ -71,8 +75,8 @@ def exact_interactions(
         backend=game.backend,
         gap_kind=gap,
         heads=game.heads,
-        player_names=game.player_names,
-        about=game.about(),
+        player_names=called,
+        about={**game.about(), "method": "enumeration"},
     )
 
 

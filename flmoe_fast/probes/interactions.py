@@ -15,7 +15,7 @@ from flmoe_fast.probes.gap import GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
 from flmoe_fast.probes.pairs import resolve_pairs
-from flmoe_fast.probes.result import InteractionResult
+from flmoe_fast.probes.result import InteractionResult, checked_names
 from flmoe_fast.probes.run import Run, per_head
 
 METHODS = ("grid", "surrogate", "auto")
@@ -37,6 +37,7 @@ def interactions(
     gap: str = "max",
     adaptive: bool | None = None,
     also: Sequence[str] | str = (),
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> InteractionResult:
     """Shapley Interaction Index and redundancy gap of pairs of players, estimated on shared corner grids.
@@ -79,6 +80,8 @@ def interactions(
         Other indices to estimate from the same evaluations (:mod:`flmoe_fast.probes.indices`): single players' for the
         players of the pairs, k-SII of single players only where all their pairs are probed. They are in
         ``result.also``; ``result.index(name, order)`` is a table.
+    names : sequence of n str, optional
+        What the players are called in tables and pictures, such as words or columns; the game's own names otherwise.
     progress : bool
         Show a progress bar.
 
@@ -101,6 +104,7 @@ def interactions(
     one_of("gap", gap, GAPS)
     integer("seed", seed, least=0, most=2**64 - 1)
     wanted = wanted_indices(also)
+    called = game.player_names if names is None else checked_names(names, game.n)
     chosen = resolve_pairs(game, pairs, rows, cols)
     grid = CornerGrid.of(chosen, game.n)
     plan = grid_plan(grid, contexts, budget, adaptive) if method == "grid" else None
@@ -126,8 +130,8 @@ def interactions(
         backend=game.backend,
         gap_kind=gap,
         heads=game.heads,
-        player_names=game.player_names,
-        about=game.about() | ({} if method == "grid" else {"method": found.method, **run.facts}),
+        player_names=called,
+        about={**game.about(), "method": found.method, **run.facts},
         also=found.also,
     )
     worst = float(np.nanmax(result.noise_share)) if np.isfinite(result.noise_share).any() else 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -15,17 +16,22 @@ from scipy.stats import t as student
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.files import replacing
 from flmoe_fast.probes.indices import IndexEstimate
+from flmoe_fast.probes.pair_score import PairScore, as_html, as_text
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1
-RANKINGS = ("sii", "-sii", "abs_sii", "gap")
+RANKINGS = ("abs_sii", "sii", "-sii", "gap")
 
 
 @dataclass(frozen=True)
 class InteractionResult:
     """Shapley interactions and redundancy gaps of P pairs, for a single value or for O heads.
+
+    ``print(result)`` shows the largest; ``result[i, j]`` (numbers or names) is one pair, ``len(result)`` how many there
+    are, ``for score in result`` all of them. ``top()`` and ``to_dataframe()`` are tables, ``plot()`` is a picture,
+    ``save()``, ``to_csv()`` and ``to_json()`` make files. ``head=`` says which of a game's outputs is meant.
 
     All arrays are float64 of shape (P,), or (P, O) when the game has heads, unless it says otherwise.
 
@@ -79,11 +85,72 @@ class InteractionResult:
     also: dict[tuple[str, int], IndexEstimate] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        heads = "" if self.heads is None else f", {len(self.heads)} heads"
-        return (
-            f"InteractionResult({len(self.pairs)} pairs{heads}, {self.evaluations} evaluations, "
-            f"backend {self.backend!r}, noise share {np.max(self.noise_share):.1e})"
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[PairScore]:
+        """Every pair in the order of ``pairs``, for the first head."""
+        return (self.score(pair) for pair in range(len(self.pairs)))
+
+    def __getitem__(self, players: tuple[int | str, int | str]) -> PairScore:
+        """The pair of two players, given by number or name in any order, for the first head."""
+        return self.pair(*self._two(players))
+
+    def __contains__(self, players: object) -> bool:
+        """Whether a pair of two players, by number or name, was probed."""
+        try:
+            self.pair(*self._two(players))
+        except ArgumentError:
+            return False
+        return True
+
+    def pair(self, first: int | str, second: int | str, head: str | int | None = None) -> PairScore:
+        """What a head says about the pair of two players, given by number or name in any order."""
+        wanted = sorted((self.player(first), self.player(second)))
+        found = np.flatnonzero((np.sort(self.pairs, 1) == wanted).all(1))
+        if not len(found):
+            raise ArgumentError("pair", repr((first, second)), "a pair that was probed, see result.pairs")
+        return self.score(int(found[0]), head)
+
+    def score(self, pair: int, head: str | int | None = None) -> PairScore:
+        """What a head says about the pair with a number, a row of ``pairs``."""
+        i, j = self.pairs[pair].tolist()
+        number = self.head(head)
+        values = {}
+        for of in ("sii", "gap"):
+            centre, stderr = float(self.column(of, number)[pair]), float(self.column(f"{of}_stderr", number)[pair])
+            half = float(half_width(np.array(stderr), self.degrees[pair], 0.95))
+            values |= {of: centre, f"{of}_stderr": stderr, f"{of}_interval": (centre - half, centre + half)}
+        names = {"name_i": self.player_names[i], "name_j": self.player_names[j]}
+        head_name = None if self.heads is None else self.heads[number]
+        return PairScore(
+            i, j, head=head_name, gap_kind=self.gap_kind, contexts=int(self.contexts[pair]), **names, **values
         )
+
+    def player(self, player: int | str) -> int:
+        """Number of a player given by name or number."""
+        if not isinstance(player, str):
+            return integer("player", player, least=0, most=len(self.player_names) - 1)
+        found = [number for number, name in enumerate(self.player_names) if name == player]
+        if len(found) != 1:
+            got = f"{player!r}, the name of players {found}" if found else repr(player)
+            raise ArgumentError("player", got, "a number" if found else "a number, or one of player_names")
+        return found[0]
+
+    @staticmethod
+    def _two(players: object) -> tuple[int | str, int | str]:
+        if not isinstance(players, tuple) or len(players) != 2:
+            raise ArgumentError("pair", repr(players), "two players, by number or name: result[i, j]")
+        return players
+
+    def named(self, names: Sequence[str]) -> InteractionResult:
+        """The same result with other names for its n players, such as the words of a sentence."""
+        return replace(self, player_names=checked_names(names, len(self.player_names)))
 
     def head(self, head: str | int | None = None) -> int:
         """Column of a head given by name or number; the first by default."""
@@ -111,17 +178,18 @@ class InteractionResult:
         half = half_width(stderr, self.degrees, level)
         return centre - half, centre + half
 
-    def order(self, by: str = "sii", head: str | int | None = None) -> np.ndarray:
+    def order(self, by: str = "abs_sii", head: str | int | None = None) -> np.ndarray:
         """Pair numbers from the highest rank to the lowest; undefined scores come last.
 
-        ``by`` is "sii" (synergy first), "-sii" (substitution first), "abs_sii" or "gap" (redundancy first).
+        ``by`` is "abs_sii" (the strongest first, either way), "sii" (synergy first), "-sii" (substitution first) or
+        "gap" (redundancy first).
         """
         one_of("by", by, RANKINGS)
         score = self.column("gap" if by == "gap" else "sii", head)
         score = {"-sii": -score, "abs_sii": np.abs(score)}.get(by, score)
         return np.argsort(-np.where(np.isnan(score), -np.inf, score), kind="stable")
 
-    def top(self, k: int = 10, by: str = "sii", head: str | int | None = None) -> pandas.DataFrame:
+    def top(self, k: int = 10, by: str = "abs_sii", head: str | int | None = None) -> pandas.DataFrame:
         """The ``k`` first pairs of a ranking (see :meth:`order`) as a table with 95 % intervals."""
         rows = self.order(by, head)[: integer("k", k, least=1)]
         return self._table(head).iloc[rows].reset_index(drop=True)
@@ -133,6 +201,24 @@ class InteractionResult:
         if head is not None or self.heads is None:
             return self._table(head)
         return pandas.concat([self._table(i) for i in range(len(self.heads))], ignore_index=True)
+
+    def to_csv(self, path: str | os.PathLike, head: str | int | None = None) -> None:
+        """Write :meth:`to_dataframe` as CSV."""
+        with replacing(path, "w") as file:
+            self.to_dataframe(head).to_csv(file, index=False)
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """Everything that :meth:`save` keeps, as JSON with lists for arrays; also written to ``path`` where given.
+
+        Undefined and infinite numbers are null, since JSON has none.
+        """
+        arrays, rest = self.parts()
+        lists = {name: _jsonable(array.tolist()) for name, array in arrays.items()}
+        text = json.dumps({"format": FORMAT, **_jsonable(rest), **lists}, ensure_ascii=False, allow_nan=False)
+        if path is not None:
+            with replacing(path, "w") as file:
+                file.write(text)
+        return text
 
     def _table(self, head: str | int | None) -> pandas.DataFrame:
         import pandas
@@ -246,6 +332,23 @@ class InteractionResult:
             if isinstance(problem, ArgumentError):
                 raise
             raise ArgumentError("path", f"{path} ({problem})", expected) from problem
+
+
+def checked_names(names: Sequence[str], n: int) -> tuple[str, ...]:
+    """``n`` names of players as text."""
+    if isinstance(names, str) or len(names) != n:
+        got = repr(names) if isinstance(names, str) else f"{len(names)} names"
+        raise ArgumentError("names", got, f"one name for each of {n} players")
+    return tuple(map(str, names))
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _jsonable(part) for key, part in value.items()}
+    return [_jsonable(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def half_width(stderr: np.ndarray, degrees: np.ndarray, level: float) -> np.ndarray:

@@ -23,9 +23,9 @@ from flmoe_fast.data.own import read_own
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.training import ABLATIONS, REGULARIZERS
-from flmoe_fast.pipeline.faithfulness import AOPC_MODES
-from flmoe_fast.pipeline.importance import METHODS as IMPORTANCE
-from flmoe_fast.pipeline.masking import UNIVERSES
+from flmoe_fast.pipeline.faithful.curves import AOPC_MODES
+from flmoe_fast.pipeline.faithful.masking import UNIVERSES
+from flmoe_fast.pipeline.importance.tokens import METHODS as IMPORTANCE
 from flmoe_fast.probes.gap import GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
@@ -119,7 +119,7 @@ class ExplainSettings:
 
 @dataclass(frozen=True)
 class FaithfulnessSettings:
-    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithfulness.faithfulness`."""
+    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithful.curves.faithfulness`."""
 
     part: str = "valid"
     samples: int | None = None

@@ -7,7 +7,6 @@ says about a sample, and the pairs of tokens between its modalities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -19,8 +18,9 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from flmoe_fast.checks import ArgumentError, one_of
-from flmoe_fast.pipeline.masking import MaskingCurve
+from flmoe_fast.checks import one_of
+from flmoe_fast.pipeline.faithful.masking import MaskingCurve
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.probes.result import InteractionResult
 
 if TYPE_CHECKING:
@@ -35,37 +35,8 @@ LINKS = 12
 WIDTH, THINNEST, THICKEST = 0.32, 0.5, 6.0
 #: Tokens of a text or a table that are drawn; of longer ones those with a link, and the first.
 MOST_TOKENS = 36
-VIEW_KINDS = ("text", "image", "table")
 STYLE = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False}
-
-
-@dataclass(frozen=True)
-class View:
-    """What a modality of a sample looks like.
-
-    Attributes
-    ----------
-    name : str
-    kind : "text", "image" or "table"
-    tokens : tuple of str
-        What each token is called.
-    image : uint8 (height, width, 3) or float (height, width), or None
-        As the model sees it, for an image.
-    grid : (rows, columns) or None
-        How tokens divide the image, row by row.
-    """
-
-    name: str
-    kind: str
-    tokens: tuple[str, ...]
-    image: np.ndarray | None = None
-    grid: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        one_of("kind", self.kind, VIEW_KINDS)
-        if self.kind == "image" and (self.image is None or self.grid is None):
-            raise ArgumentError("image", None, "pixels and a grid for an image")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.environment import require
 from flmoe_fast.model.network import FLI2MoE, eval_mode
-from flmoe_fast.pipeline.importance import Importance, sequence_segments, target_weights
+from flmoe_fast.pipeline.importance.tokens import Importance, sequence_segments, target_weights
 
 
 def captum_importance(
@@ -25,23 +25,34 @@ def captum_importance(
 ) -> Importance:
     """Importance of every token by a method of ``captum.attr``: the mean over the width of absolute attributions.
 
-    Args:
-        model: evaluated in eval mode.
-        features: M encoded modalities (B, T_m, H).
-        masks: M masks (B, T_m), or ``None``.
-        attribution: a class of ``captum.attr`` that attributes the output of a function to its inputs and needs
-            nothing else to be made, such as ``"IntegratedGradients"``, ``"InputXGradient"``, ``"Saliency"``,
-            ``"GradientShap"``, ``"FeatureAblation"`` or ``"ShapleyValueSampling"``.
-        targets: as for :func:`~flmoe_fast.pipeline.importance.batch_importance`.
-        **options: of the method's ``attribute``, such as ``n_steps`` or ``baselines``.
+    Parameters
+    ----------
+    model : FLI2MoE
+        Evaluated in eval mode.
+    features : sequence of M tensors (B, T_m, H)
+        Encoded modalities.
+    masks : sequence of M tensors (B, T_m), or None
+    attribution : str
+        A class of ``captum.attr`` that attributes the output of a function to its inputs and needs nothing else to be
+        made, such as ``"IntegratedGradients"``, ``"InputXGradient"``, ``"Saliency"``, ``"GradientShap"``,
+        ``"FeatureAblation"`` or ``"ShapleyValueSampling"``.
+    targets : sequence of B, optional
+        As for :func:`batch_importance`.
+    **options
+        Of the method's ``attribute``, such as ``n_steps`` or ``baselines``.
 
-    Returns:
-        :class:`~flmoe_fast.pipeline.importance.Importance`: (B, E, L) of every expert's share of the score (its routing
-        weight times its logit), and (B, L) of the mixture's score.
+    Returns
+    -------
+    Importance
+        (B, E, L) of every expert's share of the score (its routing weight times its logit), and (B, L) of the mixture's
+        score.
 
-    Raises:
-        ArgumentError: captum has no such method.
-        MissingExtra: captum is not installed.
+    Raises
+    ------
+    ArgumentError
+        captum has no such method.
+    MissingExtra
+        captum is not installed.
     """
     methods = require("captum.attr", "captum")
     kind = getattr(methods, attribution, None) if isinstance(attribution, str) else None

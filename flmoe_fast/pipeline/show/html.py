@@ -20,7 +20,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from flmoe_fast.files import replacing
-from flmoe_fast.pipeline.figures import STYLE
+from flmoe_fast.pipeline.show.figures import STYLE
 
 #: Stands for the page's text colour while a figure is drawn; no figure uses it otherwise.
 INK = "#010203"

@@ -11,7 +11,7 @@ from flmoe_fast.adapt.dual_game import DualEncoderGame
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.pipeline.importance import IG_STEPS, METHODS, rolled_out
+from flmoe_fast.pipeline.importance.tokens import IG_STEPS, METHODS, rolled_out
 
 
 def player_importance(
@@ -19,11 +19,11 @@ def player_importance(
 ) -> Tensor:
     """Importance of every player of a game that :func:`flmoe_fast.accelerate` has put on an encoder engine.
 
-    As :func:`~flmoe_fast.pipeline.importance.batch_importance` has it, of the target's logit (of the first value where
-    the value is a function), with three differences: of the rolled out matrix the rows of those tokens are averaged
-    which the model's head reads; integrated gradients start at what replaces absent tokens, and at zero for tokens that
-    are removed; and a player's importance is the sum over its tokens. In dual encoders each side is rolled out by
-    itself, with gradients of their similarity.
+    As :func:`batch_importance` has it, of the target's logit (of the first value where the value is a function), with
+    three differences: of the rolled out matrix the rows of those tokens are averaged which the model's head reads;
+    integrated gradients start at what replaces absent tokens, and at zero for tokens that are removed; and a player's
+    importance is the sum over its tokens. In dual encoders each side is rolled out by itself, with gradients of their
+    similarity.
 
     Parameters
     ----------
