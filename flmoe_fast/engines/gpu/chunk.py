@@ -27,7 +27,7 @@ from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS, Precision
 from flmoe_fast.engines.gpu.workspace import Array, Layout
 
 #: Kernels whose products are small or none, in fp32 whatever the precision.
-PLAIN = ("hidden", "head", "mean_features", "gate", "choose", "scan", "place", "combine", "pool")
+PLAIN = ("hidden", "head", "mean_features", "gate", "choose", "scan", "place", "combine", "pool", "corners")
 #: Columns behind the pooled activations of a sparse block: the sum of the scores, and zeros that keep rows aligned.
 SCORE_COLUMNS = 16
 #: Kernels that leave LayerNorm statistics behind.
@@ -93,8 +93,13 @@ class Spec:
         return find(kernel, precision, self.arch, self.depth if attention else 0)
 
     def block(self) -> int:
-        """Columns of one block of LayerNorm statistics of the residual stream."""
-        return statistics_block(self.precision, self.arch)
+        """Columns of one block of LayerNorm statistics of the stream: those of a tile of the kernels that leave it."""
+        blocks = {self.config(kernel).columns for kernel in PRODUCERS}
+        if len(blocks) > 1:
+            raise ArgumentError(
+                f"configuration of {self.arch}", f"columns {sorted(blocks)}", f"one number for {PRODUCERS}"
+            )
+        return blocks.pop()
 
 
 @dataclass(frozen=True)
@@ -221,14 +226,6 @@ def layout(spec: Spec, coalitions: int, contexts: int) -> Layout:
 def flops(spec: Spec, part: Part) -> int:
     """Multiplications and additions of a chunk, see :class:`Step`."""
     return sum(step.flops for step in steps(spec, part))
-
-
-def statistics_block(precision: str, arch: str) -> int:
-    """Columns of one block of LayerNorm statistics: those of a tile of the kernels that leave them, which all agree."""
-    blocks = {find(kernel, precision, arch).columns for kernel in PRODUCERS}
-    if len(blocks) > 1:
-        raise ArgumentError(f"configuration of {arch}", f"columns {sorted(blocks)}", f"one number for {PRODUCERS}")
-    return blocks.pop()
 
 
 def _check(words: torch.Tensor, others: Sequence[torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ from flmoe_fast.coalitions import pack
 from flmoe_fast.engines import torch_engine
 from flmoe_fast.engines.engine import Corners, Engine, Request
 from flmoe_fast.engines.gpu.chunk import layout
-from flmoe_fast.engines.gpu.kernels.configs import find, target_of
+from flmoe_fast.engines.gpu.kernels.configs import arch_of
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.plan import Plan, most_contexts, outputs
 from flmoe_fast.engines.gpu.weights import lay_out
@@ -113,11 +113,11 @@ class TritonEngine(Engine):
         if arch is None:
             arch = "sm_80"
             if device.type == "cuda":
-                arch = target_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+                arch = arch_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         self.arch = arch
+        self._rest()
         with self._alone():
             self.chunk = lay_out(PreparedSample(problem), self.name, self.precision, arch, device)
-        self._rest()
 
     def _rest(self) -> None:
         """What a copy makes anew."""
@@ -167,7 +167,9 @@ class TritonEngine(Engine):
             ("the number of tokens", problem.length, MOST_LENGTH),
             ("the number of networks", config.ffn_experts if config.gate else 0, MOST_NETWORKS),
         )
-        return "; ".join(f"{what} is {is_}, and at most {most} is supported" for what, is_, most in limits if is_ > most)
+        return "; ".join(
+            f"{what} is {is_}, and at most {most} is supported" for what, is_, most in limits if is_ > most
+        )
 
     @classmethod
     def make(cls, request: Request) -> TritonEngine:
@@ -262,7 +264,7 @@ class TritonEngine(Engine):
                 defined,
                 kind=kind,
                 least=least,
-                config=find("corners", "fp32", self.arch),
+                config=self.chunk.spec.config("corners"),
             )
         return Corners(second, gap, None if defined is None else defined.bool())
 

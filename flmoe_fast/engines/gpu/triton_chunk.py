@@ -146,7 +146,9 @@ def _project(spec: Spec, part: Part, layer: int) -> Step:
         tiles = (spec.experts, part.coalitions, -(-spec.length // config.rows), spec.modalities)
         writes["pooled_stream"] = Array(torch.float32, (*tiles, spec.hidden))
         if not (spec.wide or spec.is_sparse(layer)):
-            writes["pooled_wide"] = Array(torch.float32, (*tiles, 0))  # there is no block whose sums the head could read
+            writes["pooled_wide"] = Array(
+                torch.float32, (*tiles, 0)
+            )  # there is no block whose sums the head could read
 
     def launch(run: Run) -> None:
         chunk, arrays = run.chunk, run.arrays
@@ -176,7 +178,12 @@ def _project(spec: Spec, part: Part, layer: int) -> Step:
 def _normalising(spec: Spec, part: Part, run: Run, kernel: str) -> dict:
     """What every product of the normalised stream is given."""
     before = {"statistics": run.arrays["statistics"], "block": spec.block(), "terms": spec.kind.linear[0]}
-    return {"rows": part.rows(spec), "length": spec.length, "precision": spec.kind, "config": spec.config(kernel)} | before
+    return {
+        "rows": part.rows(spec),
+        "length": spec.length,
+        "precision": spec.kind,
+        "config": spec.config(kernel),
+    } | before
 
 
 def _up(spec: Spec, part: Part, layer: int) -> Step:
@@ -185,9 +192,7 @@ def _up(spec: Spec, part: Part, layer: int) -> Step:
         inputs = arrays["stream"], weights.up, weights.up_bias, arrays["between"]
         linear(*inputs, activation="gelu", **_normalising(spec, part, run, "up"))
 
-    return Step(
-        "up", _between(spec, part.rows(spec), spec.wide), launch, _products(spec, part, spec.hidden, spec.wide)
-    )
+    return Step("up", _between(spec, part.rows(spec), spec.wide), launch, _products(spec, part, spec.hidden, spec.wide))
 
 
 def _down(spec: Spec, part: Part, layer: int) -> Step:

@@ -11,8 +11,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.coalitions import extension
-from flmoe_fast.engines.gpu.chunk import SCORE_COLUMNS, Chunk, Layer, Spec, statistics_block
-from flmoe_fast.engines.gpu.kernels.configs import find
+from flmoe_fast.engines.gpu.chunk import SCORE_COLUMNS, Chunk, Layer, Spec
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
 from flmoe_fast.engines.stack import LOG2E
@@ -98,7 +97,7 @@ def lay_out(sample: PreparedSample, engine: str, precision: str, arch: str, devi
         spec,
         constant=none,
         varying=none,
-        states=_project_states(casting.single(x.flatten(1, 2)), weights, arch, precision),
+        states=_project_states(casting.single(x.flatten(1, 2)), weights, spec),
         residual=casting.single(x if stack.residual else torch.zeros_like(x)),
         segments=torch.tensor(edges, dtype=torch.int32, device=device),
         head_wide=casting.single(_wide_head(sample)),
@@ -147,14 +146,14 @@ def _weights(model: PreparedModel, engine: str, casting: _Casting) -> Weights:
     return Weights(casting.operand(qkv), single(shift[:, 0]), tuple(layers), router)
 
 
-def _project_states(rows: torch.Tensor, weights: Weights, arch: str, precision: str) -> torch.Tensor:
+def _project_states(rows: torch.Tensor, weights: Weights, spec: Spec) -> torch.Tensor:
     """Layer-1 Q, K and V (planes, E, 2 L, 3 H) of the inputs ``rows`` (E, 2 L, H) fp32, once per sample.
 
     The kernel is the one that later layers use.
     """
     from flmoe_fast.engines.gpu.kernels.linear import linear
 
-    kind, block = PRECISIONS[precision], statistics_block(precision, arch)
+    kind, block = spec.kind, spec.block()
     shape = (kind.planes, *rows.shape[:2], weights.qkv.shape[2])
     out = torch.empty(*shape, dtype=kind.operand, device=rows.device)
     statistics = []
@@ -169,7 +168,7 @@ def _project_states(rows: torch.Tensor, weights: Weights, arch: str, precision: 
         rows=rows.shape[1],
         precision=kind,
         terms=kind.linear[0],
-        config=find("qkv", precision, arch),
+        config=spec.config("qkv"),
         statistics=torch.stack(statistics, dim=2).float(),
         block=block,
     )
