@@ -7,15 +7,17 @@ Triton's interpreter stands in for those, csrc/fused/emulator.h stands in for th
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
 
-from flmoe_fast import _C
 from flmoe_fast.engines.gpu.chunk import Part, Run, Spec, Step
 from flmoe_fast.engines.gpu.triton_chunk import layer_one_attention, logits_and_routing
 from flmoe_fast.engines.gpu.workspace import Array
 
+#: There is a chunk of these kernels only where the extension was found.
+_C = importlib.import_module("flmoe_fast._C")
 #: csrc/fused: Residual, Stage and Where.
 NO_RESIDUAL, STATES, STREAM = 0, 1, 2
 WHOLE, TAIL, ATTENTION = 0, 1, 2

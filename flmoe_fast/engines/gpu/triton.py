@@ -165,7 +165,7 @@ class TritonEngine(Engine):
             ("the token width", config.hidden, MOST_HIDDEN),
             ("the number of classes", config.classes, MOST_CLASSES),
             ("the number of tokens", problem.length, MOST_LENGTH),
-            ("the number of networks", config.ffn_experts if config.gate else 0, MOST_NETWORKS),
+            ("the number of networks", config.ffn_experts or 0, MOST_NETWORKS),
         )
         return "; ".join(
             f"{what} is {is_}, and at most {most} is supported" for what, is_, most in limits if is_ > most

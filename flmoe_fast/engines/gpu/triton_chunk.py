@@ -6,6 +6,8 @@ the routing, is here as well.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flmoe_fast.engines.gpu.chunk import SCORE_COLUMNS, Part, Run, Spec, Step
@@ -46,7 +48,7 @@ def layer_one_attention(spec: Spec, part: Part) -> list[Step]:
     sums = {"numerators": Array(torch.float32, (*states, spec.depth)), "scalars": Array(torch.float32, (*states, 2))}
     each = 4 * tokens * spec.hidden * spec.experts
 
-    def common(run: Run) -> dict:
+    def common(run: Run) -> dict[str, Any]:
         group = {"words": run.words, "group": run.part.group, "offset": run.part.offset}
         kept = run.arrays["numerators"], run.arrays["scalars"]
         return {"length": tokens, "heads": spec.heads, "precision": kind, "sums": kept, **group}
@@ -153,9 +155,7 @@ def _project(spec: Spec, part: Part, layer: int) -> Step:
     def launch(run: Run) -> None:
         chunk, arrays = run.chunk, run.arrays
         weights = chunk.layers[layer]
-        onto = {"residual": chunk.residual, "words": run.words} if layer == 0 else {}
-        if layer and spec.added:
-            onto = {"residual": arrays["stream"]}
+        residual = arrays["stream"] if spec.added else None
         linear(
             arrays["attended"],
             weights.out,
@@ -167,15 +167,16 @@ def _project(spec: Spec, part: Part, layer: int) -> Step:
             precision=spec.kind,
             terms=terms,
             config=config,
+            residual=chunk.residual if layer == 0 else residual,
+            words=run.words if layer == 0 else None,
             pooled=arrays["pooled_stream"] if last else None,
             segments=chunk.segments if last else None,
-            **onto,
         )
 
     return Step(kernel, writes, launch, _products(spec, part, spec.hidden, spec.hidden))
 
 
-def _normalising(spec: Spec, part: Part, run: Run, kernel: str) -> dict:
+def _normalising(spec: Spec, part: Part, run: Run, kernel: str) -> dict[str, Any]:
     """What every product of the normalised stream is given."""
     before = {"statistics": run.arrays["statistics"], "block": spec.block(), "terms": spec.kind.linear[0]}
     return {
@@ -221,9 +222,9 @@ def _up_last(spec: Spec, part: Part) -> Step:
     pooled = Array(torch.float32, (spec.experts, part.coalitions, tiles, spec.modalities, spec.wide))
 
     def launch(run: Run) -> None:
-        weights, sums = run.chunk.layers[-1], {"pooled": run.arrays["pooled_wide"], "segments": run.chunk.segments}
-        common = _normalising(spec, part, run, "up_last")
-        linear(run.arrays["stream"], weights.up, weights.up_bias, None, activation="gelu", **sums, **common)
+        weights, common = run.chunk.layers[-1], _normalising(spec, part, run, "up_last")
+        common |= {"pooled": run.arrays["pooled_wide"], "segments": run.chunk.segments}
+        linear(run.arrays["stream"], weights.up, weights.up_bias, None, activation="gelu", **common)
 
     return Step("up_last", {"pooled_wide": pooled}, launch, _products(spec, part, spec.hidden, spec.wide))
 
@@ -244,8 +245,16 @@ def _later(spec: Spec, part: Part) -> Step:
     """Attention of a later layer."""
 
     def launch(run: Run) -> None:
-        attend = {"length": spec.length, "heads": spec.heads, "precision": spec.kind, "config": spec.config("later")}
-        attention("later", run.arrays["between"], batches=part.coalitions, out=run.arrays["attended"], **attend)
+        attention(
+            "later",
+            run.arrays["between"],
+            length=spec.length,
+            heads=spec.heads,
+            batches=part.coalitions,
+            precision=spec.kind,
+            config=spec.config("later"),
+            out=run.arrays["attended"],
+        )
 
     products = 4 * spec.experts * part.rows(spec) * spec.length * spec.hidden
     return Step("later", {"attended": _attended(spec, part)}, launch, products)
@@ -295,8 +304,17 @@ def _sent(spec: Spec, part: Part, layer: int) -> list[Step]:
 
     def run_place(run: Run) -> None:
         chunk, arrays = run.chunk, run.arrays
-        queued = *(arrays[name] for name in ("chosen", "starts", "totals")), chunk.segments, chunk.room, arrays["order"]
-        place(*queued, None if last else arrays["places"], length=spec.length, config=spec.config("place"))
+        place(
+            arrays["chosen"],
+            arrays["starts"],
+            arrays["totals"],
+            chunk.segments,
+            chunk.room,
+            arrays["order"],
+            None if last else arrays["places"],
+            length=spec.length,
+            config=spec.config("place"),
+        )
 
     return [
         Step("choose", chosen, run_choose, _products(spec, part, spec.hidden, spec.networks)),
