@@ -22,6 +22,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.files import replacing
+from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
 from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
@@ -217,6 +218,8 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
+    if not isinstance(game, TokenGame):
+        raise ArgumentError("model", type(model).__name__, "an ensemble of interaction experts")
     names = player_labels(views, game.positions)
     found = dataclasses.replace(found, interactions=found.interactions.named(names))
     scores = found.importance["mixture"]
