@@ -1,5 +1,4 @@
-"""Linear layers of all experts: ``out = act(norm(a) @ w + bias) + residual``, with what comes before and after fused
-in.
+"""Linear layers of all experts, ``out = act(norm(a) @ w + bias) + residual``, with what comes before and after in one.
 
 Before the product, a LayerNorm (its gain and shift are part of w and bias) that reads the fp32 stream and the
 statistics its producer left. After it, bias, GELU or ReLU, the residual, the statistics of the next LayerNorm per block
@@ -15,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch, multiply, narrow, present, store_planes
-from flmoe_fast.engines.triton_kernels.configs import Config
-from flmoe_fast.engines.triton_kernels.precision import Precision
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch, multiply, narrow, present, store_planes
+from flmoe_fast.engines.gpu.kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.precision import Precision
 
 #: LayerNorm's epsilon, as everywhere in the model.
 EPSILON = 1e-5
