@@ -173,7 +173,7 @@ def _game(model: Any, inputs: Any, players: Any, masks: Any, options: Mapping[st
 def _per_modality(candidates: int | Sequence[int], modalities: int) -> list[int]:
     if isinstance(candidates, int) and not isinstance(candidates, bool):
         candidates = [candidates] * modalities
-    if not hasattr(candidates, "__len__") or len(candidates) != modalities:
+    if isinstance(candidates, bool) or not hasattr(candidates, "__len__") or len(candidates) != modalities:
         raise ArgumentError(
             "candidates", repr(candidates), f"an integer, or one for each of the {modalities} modalities"
         )

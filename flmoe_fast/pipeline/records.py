@@ -22,6 +22,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.files import replacing
+from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
 from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
@@ -213,6 +214,8 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
+    if not isinstance(game, TokenGame):
+        raise ArgumentError("model", type(model).__name__, "an ensemble of interaction experts")
     scores = found.importance["mixture"]
     faithful = None if percents is None else faithfulness(game, scores, percents=percents, repeats=repeats, seed=seed)
     masked = {}
