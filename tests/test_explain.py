@@ -15,6 +15,7 @@ import flmoe_fast
 from flmoe_fast import ArgumentError, InteractionResult, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.games.game import as_game
 from flmoe_fast.pipeline.importance.tokens import token_importance
+from flmoe_fast.pipeline.show.text import report
 from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.naive import four_corner_loop
 from flmoe_fast.runs.settings import ExplainSettings
@@ -88,6 +89,8 @@ def test_any_model_that_accelerate_takes(name, tmp_path):
     full = game(torch.ones(1, game.n, dtype=torch.bool)).reshape(-1)[0]
     assert found.prediction["full"] == pytest.approx(float(full), abs=1e-12)
     assert found.prediction["target"] == game.target
+    text = report(found, 1)
+    assert f"{game.n} tokens" in text and found.game.player_names[found.candidates[0][0]] in text
     found.save(tmp_path)
     assert len((tmp_path / "importance.csv").read_text().splitlines()) == 1 + game.n
 
