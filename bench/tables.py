@@ -19,7 +19,7 @@ from bench import peers_tables
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md", ROOT / "docs" / "models.md")
 
 
 def _machine(head: dict) -> str:
@@ -265,6 +265,28 @@ def adapt(rows: list[dict]) -> tuple[str, str]:
         "Milliseconds per coalition, per call for the experts; medians and quartiles, speed against the first of each "
         "model. Difference: the largest between engine and model relative to the largest value, in float64 for whole "
         "models, in float32 against grouped_mm for the experts."
+    )
+    return _markdown(columns, table), note
+
+
+@results("zoo")
+def zoo(rows: list[dict]) -> tuple[str, str]:
+    """Kinds of models: path, error, speed and reason."""
+    table = []
+    for row in sorted(rows, key=lambda row: row["group"]):
+        if row["path"] == "crash":
+            table.append([row["group"], row["model"], "**crash**", "", "", "", row["reason"]])
+            continue
+        faster = row["taken"] == "batches" and row["path"] != "batches"
+        path = row["path"] + (" (batches are faster here)" if faster else "")
+        own = "1" if row["taken"] == "batches" else _times(row["times_batched"])
+        alone = _times(row["times_alone"])
+        table.append([row["group"], row["model"], path, f"{row['error']:.0e}", alone, own, row["reason"]])
+    columns = ["", "model", "path", "error", "speed against one at a time", "against batches of 32", "why no engine"]
+    note = (
+        "Tiny configurations with random weights. Error: the largest difference to the model's own masked forward "
+        "passes relative to the largest value, in float64 throughout. Speed: float32, corner grids of three by three "
+        "pairs, medians and quartiles, candidates in turns; 1 where the batches themselves are taken."
     )
     return _markdown(columns, table), note
 
