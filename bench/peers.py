@@ -1,7 +1,8 @@
 """Error, coverage and seconds at equal evaluations: our estimators and every one of shapiq's, where truth is known.
 
     python -m bench.peers [--tables FOLDER ...] [--kinds NAME ...] [--budgets 512 1024 2048] [--games 4] [--seeds 3]
-                          [--methods default grid ...] [--python PYTHON [--estimators NAME ...]] [--into peers]
+                          [--methods default grid ...] [--gaps max ...] [--python PYTHON [--estimators NAME ...]]
+                          [--into peers]
 
 - ``--tables``: folders of games, each a NAME_NUMBER.npz whose ``values`` are those of all 2^n coalitions (bit p of the
   index says whether player p is present); those of one name are a group. ``python -m bench.model_games`` writes such a
@@ -23,7 +24,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,8 +122,8 @@ def slope(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float((estimate * truth).sum() / ((truth**2).sum() or 1.0))
 
 
-def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
-    """One of our methods, with the intervals of the SII and of every kind of gap whose truth is known."""
+def ours(game: Probed, budget: int, seed: int, options: dict, gaps: Sequence[str] = GAPS) -> Found:
+    """One of our methods, with the intervals of the SII and of the kinds of gap given, where their truth is known."""
     held: dict[str, float] = {}
     withheld: dict[str, float] = {}
 
@@ -136,7 +137,7 @@ def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
         withheld[of] = 1 - float(claimed.sum() / max(defined.sum(), 1))
 
     cost: tuple[float, float, int, float] | None = None
-    for gap in game.gaps or ("max",):
+    for gap in gaps if game.gaps else gaps[:1]:
         game.asked, game.seconds, started = 0, 0.0, time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,12 +153,12 @@ def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
     return Found(*cost, held, withheld)
 
 
-def estimators(methods: list[str], python: str | None, names: list[str]) -> dict[str, Callable]:
+def estimators(methods: list[str], gaps: Sequence[str], python: str | None, names: list[str]) -> dict[str, Callable]:
     """By name, functions of a game, a budget and a seed."""
     found: dict[str, Callable] = {}
     for method in methods:
         options = {} if method == "default" else {"method": method}
-        found[method] = lambda game, budget, seed, options=options: ours(game, budget, seed, options)
+        found[method] = lambda game, budget, seed, options=options: ours(game, budget, seed, options, gaps)
     if python is not None:
         worker = shapiq_peers.Shapiq(python)
 
@@ -216,6 +217,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], default=None)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="*", choices=["default", *METHODS], default=["default"])
+    parser.add_argument(
+        "--gaps", nargs="+", choices=GAPS, default=GAPS, help="a call each; their intervals are checked"
+    )
     parser.add_argument("--python", help="an interpreter with shapiq")
     parser.add_argument("--estimators", nargs="+", choices=shapiq_peers.ESTIMATORS, default=shapiq_peers.STRONG)
     parser.add_argument("--games", type=int, default=4, help="games of a kind")
@@ -227,7 +231,7 @@ def main() -> None:
     if before is None:
         write(options.into, [])
     done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
-    every = estimators(options.methods, options.python, options.estimators)
+    every = estimators(options.methods, options.gaps, options.python, options.estimators)
 
     def measure(group: str, games: list[Probed]) -> None:
         for budget in options.budgets:
