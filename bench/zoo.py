@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.cells import Table
+from bench.cells import times as in_times
 from bench.timing import interleave, spread, write
 from flmoe_fast import accelerate
 from flmoe_fast.adapt.remember import forget
@@ -99,6 +101,30 @@ def caller(game: Game, alone: bool) -> Callable[[], torch.Tensor]:
         return game(z[:ALONE] if alone else z)
 
     return call
+
+
+def table(rows: list[dict]) -> Table:
+    """Kinds of models: path, error, speed and reason."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["group"]):
+        if row["path"] == "crash":
+            lines.append([row["group"], row["model"], "**crash**", "", "", "", row["reason"]])
+            continue
+        faster = row["taken"] == "batches" and row["path"] != "batches"
+        path = row["path"] + (" (batches are faster here)" if faster else "")
+        own = "1" if row["taken"] == "batches" else in_times(row["times_batched"])
+        alone = in_times(row["times_alone"])
+        lines.append([row["group"], row["model"], path, f"{row['error']:.0e}", alone, own, row["reason"]])
+    columns = ["", "model", "path", "error", "speed against one at a time", "against batches of 32", "why no engine"]
+    note = (
+        "Tiny configurations with random weights. Error: the largest difference to the model's own masked forward "
+        "passes relative to the largest value, in float64 throughout. Speed: float32, corner grids of three by three "
+        "pairs, medians and quartiles, candidates in turns; 1 where the batches themselves are taken."
+    )
+    return columns, lines, note
+
+
+TABLES = {"zoo": ("zoo", table)}
 
 
 def main() -> None:
