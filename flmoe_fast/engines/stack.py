@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T", "Layer", "Networks", "Norm")
 #: Scores times this are for softmaxes in base 2.
 LOG2E = 1.0 / math.log(2.0)
 #: Epsilon of LayerNorms that say nothing else.
@@ -67,6 +69,17 @@ class Layer:
     networks: Networks | None = None
     norm1: Norm = Norm()
     norm2: Norm = Norm()
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layer:
+        """The layer with every tensor replaced by what ``change`` makes of it."""
+
+        def of(part: T) -> T:
+            fields = {name: getattr(part, name) for name in part.__dataclass_fields__}
+            tensors = {name: change(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+            parts = {name: of(value) for name, value in fields.items() if isinstance(value, (Networks, Norm))}
+            return replace(part, **tensors, **parts)
+
+        return of(self)
 
     def projections(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Q, K and V as columns (E, H, 3 D) and their bias (E, 1, 3 D), scores times ``scale``."""
