@@ -168,6 +168,35 @@ def test_another_model_explains_anew(unbroken, tmp_path):
     assert np.array_equal(after.interactions.sii, whole.interactions.sii)
 
 
+def test_finished_records_stay_until_they_are_replaced(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken.parent, tmp_path / "f")
+    path = tmp_path / "f" / "run.toml"
+    samples = path.parent / "run" / "samples"
+    before = {folder.name: SampleRecord.load(folder) for folder in sorted(samples.glob("test-*"))}
+    assert len(before) == 2
+    path.write_text(path.read_text().replace("contexts = 4", "contexts = 5"))
+    killed("record.npz", -1, "explain", path)  # the first new record is complete, but not in its place
+    for name, record in before.items():
+        assert np.array_equal(SampleRecord.load(samples / name).interactions.sii, record.interactions.sii)
+    killed("record.npz", 1, "explain", path)
+    changed = [name for name in before if SampleRecord.load(samples / name).made_by != before[name].made_by]
+    assert changed == ["test-000000"]
+    capsys.readouterr()
+    run("report", path)
+    page = (path.parent / "run" / "report.html").read_text()
+    assert page.count("Explained with other settings") == 1
+    path.write_text(path.read_text().replace("samples = 2\n", "samples = 1\n", 1))
+    run("explain", path)  # done: nothing is explained, and the other sample is kept
+    assert "were explained with other settings" in capsys.readouterr().err
+    assert SampleRecord.load(samples / "test-000001").made_by == before["test-000001"].made_by
+    path.write_text(path.read_text().replace("samples = 1\n", "samples = 2\n", 1))
+    run("explain", path)
+    for name in before:
+        assert SampleRecord.load(samples / name).made_by["contexts"] == 5
+    run("report", path)
+    assert "Explained with other settings" not in (path.parent / "run" / "report.html").read_text()
+
+
 def test_method_and_indices_of_the_settings_reach_the_report(unbroken, tmp_path):
     shutil.copytree(unbroken.parent, tmp_path / "e")
     path = tmp_path / "e" / "run.toml"

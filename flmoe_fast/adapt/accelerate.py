@@ -52,8 +52,9 @@ def accelerate(
     heads, temperature : optional
         Where a live module does not say them itself (``attn.num_heads``, ``reweight.temperature``) and for
         checkpoints without a configuration.
-    task : "multiclass" or "multilabel"
-        By default what a checkpoint's configuration says, "multiclass" for a live module.
+    task : "multiclass", "multilabel" or "regression"
+        By default what a checkpoint's configuration says; for a live module "multiclass", or "regression" if it has a
+        single output.
     gate, top_k : optional
         Of sparse blocks, where the module does not say them (by its gates' classes and ``top_k``); see
         :class:`FLI2MoEConfig`.
@@ -153,10 +154,19 @@ class AcceleratedModel:
                     return DualEncoderGame(self.model, inputs, players, **scored, **options)
                 scored = {"target": target, "value": value or "prob", "heads": heads}
                 return EncoderGame(self.model, inputs, players, **scored, **options)
-            except Unsupported as problem:
-                if path == "engine":
+            except Exception as problem:
+                # What is wrong with the arguments is wrong on either path; whatever else a model raises when it is
+                # taken apart (its own errors above all) says nothing about a plain forward pass.
+                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
                     raise
-                why = str(problem)
-                warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
+                why = _reason(problem)
+            warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
         value = value or ("logit" if dual else "prob")
         return ModuleGame(self.model, inputs, players, target=target, value=value, heads=heads, batch=batch, why=why)
+
+
+def _reason(problem: Exception) -> str:
+    """Why a model could not be taken apart, for a person to read."""
+    if isinstance(problem, Unsupported):
+        return str(problem)
+    return f"taking it apart raised {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,10 +18,10 @@ from torch import nn
 from flmoe_fast.adapt import native_stack
 from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, read_layer
 from flmoe_fast.adapt.native_stack import NativeStackEngine
-from flmoe_fast.adapt.players import NOBODY, PlayerMap
+from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
 from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
+from flmoe_fast.adapt.steady import steady
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.model.network import eval_mode
 
 #: An additive mask below this hides a key; between it and zero it would be a bias, which no plain layer has.
 HIDDEN = -1e4
@@ -33,8 +32,6 @@ LAYER_TOLERANCE = 1e-6
 STATES = 1 << 24
 #: Tokens that a head may read before it is taken to read them all.
 MOST_READS = 8
-#: Held while a model runs around its layers.
-_alone = threading.RLock()
 
 
 @dataclass
@@ -188,7 +185,7 @@ class Tower:
         """The same through the model itself, one coalition at a time. Nothing can be removed that has no mask."""
         parts = []
         for coalition in coalitions:
-            with self._steady():
+            with steady(self.model):
                 parts.append(self.read(self.run(**self.players.inputs(self.inputs, coalition[None]))))
         return torch.cat(parts)
 
@@ -203,23 +200,10 @@ class Tower:
             maps.append(attention)
         everyone = torch.ones(len(states), self.players.n, dtype=torch.bool)
         graded = torch.is_grad_enabled()
-        with self._steady(), torch.set_grad_enabled(graded), _instead(self.stack.layers, states, self._returned):
+        with steady(self.model), torch.set_grad_enabled(graded), _instead(self.stack.layers, states, self._returned):
             return self.read(self.run(**self._head_inputs(everyone))), maps
 
     # ---- running the model around its layers --------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _steady(self) -> Iterator[None]:
-        """Eval mode, no gradients, and the same random numbers each time (some models shuffle their patches).
-
-        One thread at a time: the random state is the process's, and hooks and replaced layers are the model's. The
-        engine, where the time goes, runs outside.
-        """
-        parameter = next(self.model.parameters())
-        devices = [parameter.device] if parameter.device.type == "cuda" else []
-        with _alone, eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            yield
 
     def _watch(self, stacks: list[Stack]) -> tuple[Stack, list[tuple[tuple, dict]], torch.Tensor]:
         """One forward pass of the full sample: the stack it goes through, its layers' arguments, what is read."""
@@ -234,7 +218,7 @@ class Tower:
         def leaves(module: nn.Module, args: tuple, output: object) -> None:
             self._returned = type(output)
 
-        with self._steady(), _eager(self.model), contextlib.ExitStack() as hooks:
+        with steady(self.model), _eager(self.model), contextlib.ExitStack() as hooks:
             for stack in stacks:
                 for layer in stack.layers:
                     hook = layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True)
@@ -263,7 +247,7 @@ class Tower:
                 seen.mask = _torch_mask(kwargs)
 
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
-        with self._steady(), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+        with steady(self.model), _eager(self.model), _instead(self.stack.layers, None, self._returned):
             hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
             try:
                 self.run(**inputs)
@@ -281,12 +265,12 @@ class Tower:
         return self._finish(full.to(parameter.dtype), coalitions)
 
     def _finish(self, full: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
-        with self._steady(), _instead(self.stack.layers, full, self._returned):
+        with steady(self.model), _instead(self.stack.layers, full, self._returned):
             return self.read(self.run(**self._head_inputs(coalitions)))
 
     def _head_inputs(self, coalitions: torch.Tensor) -> dict[str, torch.Tensor]:
         """The full sample's inputs for the head, with the masks of removed players, by which a head may pool."""
-        inputs = {name: _expanded(value, len(coalitions)) for name, value in self.inputs.items()}
+        inputs = {name: repeated(value, len(coalitions)) for name, value in self.inputs.items()}
         for part, columns in zip(self.players.parts, self.players.columns):
             if part.mask:
                 alone = PlayerMap.of_parts([part]).inputs(self.inputs, coalitions[:, columns])
@@ -383,7 +367,7 @@ class Tower:
         double = torch.float64
         args, kwargs = tuple(_cast(a, double) for a in args), {k: _cast(v, double) for k, v in kwargs.items()}
         before = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with self._steady(), _eager(self.model):
+        with steady(self.model), _eager(self.model):
             after = copy.deepcopy(layer).double()(*args, **kwargs)
         after = after[0] if isinstance(after, tuple) else after
         everyone = torch.arange(before.shape[1])
@@ -464,11 +448,6 @@ def _allowed(mask: torch.Tensor | None, length: int, name: str) -> torch.Tensor 
         raise Unsupported("model", f"{name} with a bias on its attention scores", "a mask that shows or hides")
     visible = visible[0, 0].expand(length, length).contiguous()
     return None if bool(visible.all()) else visible
-
-
-def _expanded(value: object, count: int) -> object:
-    batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == 1
-    return value.expand(count, *value.shape[1:]) if batched else value
 
 
 def _torch_mask(given: Mapping[str, object]) -> torch.Tensor | None:

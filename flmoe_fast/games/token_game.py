@@ -20,6 +20,7 @@ from flmoe_fast.engines.triton_engine import AUTO_PRECISION, TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
+from flmoe_fast.model.config import TEXT_MODALITIES
 from flmoe_fast.model.network import FLI2MoE
 
 #: Tokens evaluated per call, see :attr:`Game.block`.
@@ -28,8 +29,6 @@ BLOCK_TOKENS = 1 << 16
 GPU_BLOCK_TOKENS = 1 << 22
 #: Bytes of activations unless told otherwise; the Triton engine has its own.
 DEFAULT_MEMORY = 1 << 27
-#: Modalities whose first token is the start symbol of a text, which is no player.
-TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
 BACKENDS = ("auto", "cpu", "torch", "triton", "cuda", "reference")
 #: Backends whose engine is a :class:`TritonEngine`, on a GPU.

@@ -426,7 +426,12 @@ def _complete(
             fields = FLI2MoEConfig.from_dict(stored).to_dict()
         except ArgumentError as error:
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
-        return FLI2MoEConfig.from_dict({**fields, **given})
+        config = FLI2MoEConfig.from_dict({**fields, **given})
+        for name, value in given.items():
+            if (list(value) if isinstance(value, tuple) else value) != fields[name]:
+                text = f"{path} was saved with {name} {fields[name]!r}; with {value!r} it is another model"
+                warnings.warn(text, stacklevel=4)
+        return config
     count, experts = derived["modalities"], derived["experts"]
     if experts != count + 2 and "roles" not in given:
         found = f"{experts} experts"

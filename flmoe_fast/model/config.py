@@ -18,6 +18,8 @@ CAPACITIES = ("none", "reference")
 ROUTINGS = ("features", "average")
 #: Role of an expert without an interaction loss: alone, it makes the model a plain dense transformer.
 DENSE = "dense"
+#: Modalities whose first token is the start symbol of a text, which takes no part in probes.
+TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class FLI2MoEConfig:
         hidden: width H of every token, even and divisible by ``heads``.
         heads: attention heads h; each is H / h wide.
         layers: encoder layers of each expert.
-        classes: number C of output logits.
+        classes: number C of output logits, 2 or more for ``"multiclass"``.
         generation: ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual
             blocks, interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches
             per modality, learned positions, no masks, no residual around attention, losses on logits).
@@ -110,6 +112,10 @@ class FLI2MoEConfig:
             raise ArgumentError("heads", self.heads, f"a divisor of hidden = {self.hidden}")
         one_of("generation", self.generation, GENERATIONS)
         one_of("task", self.task, TASKS)
+        if self.task == "multiclass" and self.classes == 1:
+            # A softmax over one logit is one whatever the logit: every effect on it would be zero.
+            expected = "2 or more for task 'multiclass'; a single output is task 'regression', or 'multilabel'"
+            raise ArgumentError("classes", 1, expected)
         settle("num_tokens", self._token_counts())
         settle("temperature", _number("temperature", self.temperature, above=0.0))
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from flmoe_fast.checks import ArgumentError, finite, integer, shape
 from flmoe_fast.model.blocks import MLP, Attention, ClassificationHead
-from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.config import TEXT_MODALITIES, FLI2MoEConfig
 from flmoe_fast.model.interpretcc import InterpretCC
 from flmoe_fast.model.moepp import MoEPlusPlus
 from flmoe_fast.model.sparse import LinearGate, SparseMLP
@@ -322,6 +322,8 @@ class FLI2MoE(nn.Module):
     def set_feature_means(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         """Remember the mean valid token (H,) of each modality, which stands for an absent token in probes.
 
+        The start symbol of a text, which is never absent, does not count.
+
         Args:
             features: M encoded modalities (N, T_m, H), of the training set.
             masks: M masks (N, T_m), nonzero for valid tokens, or ``None``.
@@ -332,11 +334,17 @@ class FLI2MoE(nn.Module):
         self.check_inputs(features, masks)
         means = []
         for m, feature in enumerate(features):
-            tokens = feature.detach().flatten(0, 1) if masks is None else feature.detach()[masks[m].bool()]
+            tokens = self.tokens_in_play(m, feature.detach(), None if masks is None else masks[m])
             if not len(tokens):
                 raise ArgumentError(f"masks[{m}]", "no valid token in any sample", "at least one valid token")
             means.append(tokens.double().mean(dim=0).to(tokens.dtype))
         self.feature_means = means
+
+    def tokens_in_play(self, modality: int, feature: Tensor, mask: Tensor | None) -> Tensor:
+        """The tokens (S, H) of a modality (N, T, H) that probes may make absent: valid, and no start of a text."""
+        if self.config.modalities[modality] in TEXT_MODALITIES and feature.shape[1] > 1:
+            feature, mask = feature[:, 1:], None if mask is None else mask[:, 1:]
+        return feature.flatten(0, 1) if mask is None else feature[mask.bool()]
 
     def check_inputs(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         """Raise :class:`ArgumentError` unless :meth:`forward` can run on these arguments and give finite numbers."""

@@ -30,7 +30,7 @@ from flmoe_fast.pipeline.show.figures import (
 )
 from flmoe_fast.pipeline.show.html import Page, inked
 from flmoe_fast.pipeline.show.views import View
-from flmoe_fast.runs.explain import read_records
+from flmoe_fast.runs.explain import explained_with, read_records
 from flmoe_fast.runs.faithfulness import read_tables
 from flmoe_fast.runs.settings import RunSettings
 
@@ -54,6 +54,8 @@ class RunContents:
     predictions : dict of arrays ``expert_logits``, ``weights``, ``logits``, ``targets``
     tables : dict from importance method to a table of faithfulness
     records : list of SampleRecord
+    made_by : dict
+        What the run's settings and model would make records with now; the page names those that were made otherwise.
     """
 
     title: str
@@ -65,6 +67,7 @@ class RunContents:
     predictions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tables: dict[str, pandas.DataFrame] = dataclasses.field(default_factory=dict)
     records: list[SampleRecord] = dataclasses.field(default_factory=list)
+    made_by: dict = dataclasses.field(default_factory=dict)
 
 
 def report_run(settings: RunSettings) -> Path:
@@ -94,6 +97,7 @@ def report_run(settings: RunSettings) -> Path:
         predictions,
         read_tables(settings),
         read_records(settings),
+        explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
     path = out / "report.html"
     build_page(contents).save(path)
@@ -274,6 +278,8 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
     else:
         truth = ", ".join(contents.classes[int(c)] for c in record.truth) or "none"
     page.heading(f"Sample {record.id}: {named}")
+    if record.made_by != contents.made_by:
+        page.text("Explained with other settings, or another model, than the run has now.")
     result = record.interactions
     page.text(
         f"True: {truth}. Value of {named} with all tokens {record.full:.4f}, with none {record.empty:.4f}. "

@@ -219,7 +219,7 @@ def mean_features(model: FLI2MoE, part: Part, batch_size: int = 256) -> None:
         for index in torch.arange(len(part)).split(batch_size):
             features = model.encode([column[index].to(parameter.device) for column in part.inputs])
             for m, feature in enumerate(features):
-                tokens = feature.flatten(0, 1) if part.masks is None else feature[part.masks[m][index].bool()]
+                tokens = model.tokens_in_play(m, feature, None if part.masks is None else part.masks[m][index])
                 sums[m] += tokens.double().sum(0)
                 counts[m] += len(tokens)
     model.feature_means = [(total / max(count, 1)).to(parameter.dtype) for total, count in zip(sums, counts)]
