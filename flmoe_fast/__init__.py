@@ -20,7 +20,7 @@ _PUBLIC = {
     "InteractionResult": "flmoe_fast.probes.result",
     "TokenGame": "flmoe_fast.games.token_game",
     "accelerate": "flmoe_fast.adapt.accelerate",
-    "backends": "flmoe_fast.environment",
+    "backends": "flmoe_fast.engines.backends",
     "exact_interactions": "flmoe_fast.probes.exact",
     "explain": "flmoe_fast.pipeline.explain",
     "image_players": "flmoe_fast.adapt.players",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from flmoe_fast.adapt.players import image_players, text_players
     from flmoe_fast.adapt.reference_layout import AcceleratedMoE
     from flmoe_fast.checks import ArgumentError
-    from flmoe_fast.environment import backends
+    from flmoe_fast.engines.backends import backends
     from flmoe_fast.games.game import Game
     from flmoe_fast.games.token_game import TokenGame
     from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint

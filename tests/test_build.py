@@ -127,7 +127,7 @@ def test_works_without_the_extension():
     code = """
     import torch
     from flmoe_fast import coalitions
-    from flmoe_fast.environment import backends
+    from flmoe_fast.engines.backends import backends
     assert coalitions.implementation() == "numpy"
     native = backends()["native"]
     assert not native.available and "FLMOE_NATIVE" in native.reason, native

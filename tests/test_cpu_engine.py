@@ -35,7 +35,7 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines import cpu_engine
 from flmoe_fast.engines.cpu_engine import CpuEngine, levels
 from flmoe_fast.engines.problem import TokenProblem
-from flmoe_fast.environment import backends
+from flmoe_fast.engines.backends import backends
 from flmoe_fast.model import sparse as sparse_blocks
 
 EXTENSION, MISSING = coalitions.extension()
@@ -448,7 +448,7 @@ sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, "tests")
 import torch
 from edge_shapes import EDGES
-from flmoe_fast.environment import backends
+from flmoe_fast.engines.backends import backends
 print(EDGES[0].game(dtype=torch.float32).backend, backends()["cpu"].available, bool(backends()["cpu"].reason))
 try:
     EDGES[0].game(dtype=torch.float32, backend="cpu")

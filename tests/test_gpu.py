@@ -17,7 +17,7 @@ from flmoe_fast.engines.cuda_engine import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.engines.triton_engine import TritonEngine
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
-from flmoe_fast.environment import backends
+from flmoe_fast.engines.backends import backends
 from flmoe_fast.probes.grid import CornerGrid
 
 pytestmark = pytest.mark.gpu

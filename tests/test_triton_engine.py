@@ -35,7 +35,7 @@ from flmoe_fast.engines.triton_kernels import (  # noqa: E402
     routing,
 )
 from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
-from flmoe_fast.environment import backends  # noqa: E402
+from flmoe_fast.engines.backends import backends  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
 from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
 from flmoe_fast.probes.moments import unit_means  # noqa: E402

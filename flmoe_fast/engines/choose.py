@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.engines.engine import Engine, Request
@@ -53,7 +56,7 @@ def choose(request: Request) -> tuple[Engine, str]:
         kinds = engines(request.backend)
         fitting = [kind for kind in kinds if not kind.unfit(request)]
         return (fitting or kinds)[0].make(request), ""
-    reasons = []
+    reasons: list[str] = []
     for backend in _candidates(request):
         for kind in engines(backend):
             reason = kind.unfit(request)
@@ -62,6 +65,18 @@ def choose(request: Request) -> tuple[Engine, str]:
                 return kind.make(request), reasons[0] if reasons else ""
             reasons += [reason] if reason else []
     raise ArgumentError("backend", "'auto'", f"an engine that can run the model, but {'; '.join(reasons)}")
+
+
+def _check_precision(request: Request, backend: str) -> None:
+    """``precision`` is known, and given only where there is a choice of it."""
+    if request.precision == "auto":
+        return
+    from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+
+    one_of("precision", request.precision, ("auto", *PRECISIONS))
+    if backend not in ON_GPU and request.precision != "auto":
+        got = f"{request.precision!r} with backend {backend!r}"
+        raise ArgumentError("precision", got, "'auto', or backend 'triton' or 'cuda'")
 
 
 def _candidates(request: Request) -> Sequence[str]:
@@ -73,8 +88,12 @@ def _candidates(request: Request) -> Sequence[str]:
 
 def _fastest_on_gpu(request: Request) -> str:
     """The GPU backend that was measured to be the faster one on this device and shape, where both can run."""
-    if why_not(_of(request, "triton")) or why_not(_of(request, "cuda")):
+    if any(why_not(replace(request, backend=backend)) for backend in ON_GPU):
         return "triton"
-    from flmoe_fast.engines.gpu.fastest import fastest_for
+    from flmoe_fast.engines.gpu.fastest import fastest
+    from flmoe_fast.engines.gpu.triton import AUTO_PRECISION
 
-    return fastest_for(request)
+    config = request.known_problem.model.config
+    precision = AUTO_PRECISION if request.precision == "auto" else request.precision
+    name = torch.cuda.get_device_name(request.device)
+    return fastest(name, config.hidden, config.heads, request.known_problem.length, precision)

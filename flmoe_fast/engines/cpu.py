@@ -1,10 +1,10 @@
 """The native CPU engine: what differs per coalition runs in C++, cache-blocked and fused, in one call per chunk.
 
 What is computed once per sample or per context is :mod:`flmoe_fast.engines.first_layer`'s: the two states of every
-token, the routing, and the layer-1 attention terms with one fixed maximum per query. Those terms are summed here by *pattern*: the varying
-tokens are cut into groups, and every pattern of presence that a group shows among the coalitions gets its sum of
-numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up: only positive
-terms in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
+token, the routing, and the layer-1 attention terms with one fixed maximum per query. Those terms are summed here by
+*pattern*: the varying tokens are cut into groups, and every pattern of presence that a group shows among the coalitions
+gets its sum of numerators and denominators once. A coalition's layer-1 attention is then one row per group, added up:
+only positive terms in the denominator, as in the torch engine. On a corner grid of two modalities that is two rows.
 
 Gates of sparse feed-forward blocks are multiplied in plain float32 at every level, so that their own rounding rarely
 changes a choice. Where two logits are nearly equal it can, and so can the rounding of the stream before them, which is
@@ -133,10 +133,6 @@ class CpuEngine(Engine):
         """Level and arithmetic."""
         return {"level": self.level, "arithmetic": self.arithmetic}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the extension holds, which is built anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_native"}
-
     # ---- public -----------------------------------------------------------------------------------------------------
 
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
@@ -146,11 +142,12 @@ class CpuEngine(Engine):
             experts, _, _, classes = self.sample.model.head.shape
             nothing = torch.zeros(0, experts, classes, dtype=torch.float64)
             return Logits(nothing, nothing.sum(-1))
-        tokens, sums, pick = self.problem.presence(coalitions), None, None
+        tokens, first = self.problem.presence(coalitions), None
         varying, patterns = self._patterns(coalitions)
         if self._worth_sharing(varying, patterns):
-            sums, pick = self._pattern_sums(tokens[0], varying, patterns), patterns.pick
-        return Logits(self._native.run(tokens, sums, pick, self.memory), self.routing.weights(coalitions))
+            first = self._pattern_sums(tokens[0], varying, patterns)
+        logits = self._native.run(tokens, self._projected if first is None else first, self.memory)
+        return Logits(logits, self.routing.weights(coalitions))
 
     def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
         """Logits and routing of ``contexts[k] ^ toggled[g]`` for all k, g, in the order (k, g)."""
@@ -223,7 +220,7 @@ class CpuEngine(Engine):
         length = len(base)
         absent_row = torch.full((length,), -1, dtype=torch.int32)
         absent_row[varying] = torch.arange(length, queries, dtype=torch.int32)
-        return PatternSums(table, absent_row)
+        return PatternSums(table, patterns.pick, absent_row)
 
     # ---- the native part --------------------------------------------------------------------------------------------
 
@@ -236,8 +233,11 @@ class CpuEngine(Engine):
         )
         reading = Reading.of_sums(modality - 1, sample.wide_head, sample.stream_head, sample.head_bias)
 
-        def projected() -> torch.Tensor:
-            rows = torch.stack([states.q * LOG2E, states.k, states.v])
-            return rows.permute(1, 3, 4, 0, 2, 5).flatten(3)
+        return NativeSample(model, states.residual, reading, sample.room)
 
-        return NativeSample(model, states.residual, projected, reading, sample.room)
+    @functools.cached_property
+    def _projected(self) -> torch.Tensor:
+        """Layer-1 Q, K and V of both states of every token, for coalitions that share no sums."""
+        states = self.states
+        rows = torch.stack([states.q * LOG2E, states.k, states.v])  # (3, E, h, 2, L, d)
+        return self._native.model.by_head(rows.permute(1, 3, 4, 0, 2, 5).flatten(3)).contiguous()

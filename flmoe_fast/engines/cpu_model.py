@@ -26,9 +26,10 @@ CELL = 32
 
 @dataclass(frozen=True)
 class PatternSums:
-    """Layer-1 attention sums (P, E, h, L + J, d + 1) of every pattern: numerators, then the denominator."""
+    """Layer-1 attention sums of every pattern, and which patterns a coalition's are the sum of."""
 
-    table: torch.Tensor
+    table: torch.Tensor  # (P, E, h, L + J, d + 1) numerators, then the denominator
+    pick: torch.Tensor  # (C, G) int32
     absent_row: torch.Tensor  # (L,) int32: the row with which a varying token asks where it is absent, else -1
 
 
@@ -56,6 +57,9 @@ class NativeModel:
         )
         for index, layer in enumerate(stack.layers):
             self._set_layer(index, layer, first=index == 0, last=layer is last)
+
+    def __reduce__(self) -> tuple[type[NativeModel], tuple[Stack, str]]:
+        return NativeModel, (self.stack, self.level)
 
     def workspace(self, length: int, slots: int) -> int:
         """Bytes that one thread needs for samples of that many tokens."""
@@ -118,10 +122,21 @@ class Reading:
 
     @staticmethod
     def of_sums(slot: torch.Tensor, wide: torch.Tensor, stream: torch.Tensor, bias: torch.Tensor) -> Reading:
-        """From heads on hidden activations (E, S, X, F, K), down-projections included, and on the stream (E, S, H, K)."""
+        """From heads on the last hidden activations (E, S, X, F, K) and on the final stream (E, S, H, K)."""
         wide, stream = wide.permute(0, 4, 1, 2, 3), stream.permute(0, 3, 1, 2)
         head = torch.cat([_pad_last(wide).flatten(3), _pad_last(stream)], dim=-1)
         return Reading(slot.int(), head.contiguous(), bias.contiguous())
+
+    @staticmethod
+    def of_tokens(reads: torch.Tensor, length: int, last: Layer, scale: float) -> Reading:
+        """Final states of the tokens ``reads`` (R,), one after the other: K = R H outputs of one stack."""
+        count, hidden = len(reads), last.down.shape[2]
+        slot = torch.full((length,), count, dtype=torch.int32)  # all others share one that nobody reads
+        slot[reads] = torch.arange(count, dtype=torch.int32)
+        state = torch.cat([_pad_last(last.down[0].T), _pad_last(torch.eye(hidden).double() / scale)], dim=1)
+        head = torch.zeros(count, hidden, count + 1, state.shape[1], dtype=torch.float64)
+        head[torch.arange(count), :, torch.arange(count)] = state
+        return Reading(slot, head.flatten(0, 1)[None].contiguous(), last.down_bias[0].repeat(1, count).contiguous())
 
 
 class NativeSample:
@@ -133,51 +148,35 @@ class NativeSample:
     residual : Tensor (E, 2, L, H)
         What the first layer's attention is added to in both states of every token, its bias included, times the
         model's scale.
-    projected : function
-        Returns the first layer's Q, K and V (E, 2, L, 3 D), scores in base 2, for coalitions without shared sums.
     reading : Reading
     room : tuple of ints, optional
         Slots of each modality's tokens that a network takes.
     """
 
     def __init__(
-        self,
-        model: NativeModel,
-        residual: torch.Tensor,
-        projected: Callable[[], torch.Tensor],
-        reading: Reading,
-        room: tuple[int, ...] | None = None,
+        self, model: NativeModel, residual: torch.Tensor, reading: Reading, room: tuple[int, ...] | None = None
     ):
         self.model, self.reading = model, reading
         self._base = _padded(residual.float(), rows=False)
-        self._projected = projected
-        self._states: torch.Tensor | None = None
         self._room = None if room is None else torch.tensor(room, dtype=torch.int32)
         self._scratch = Scratch()
 
-    def run(
-        self, tokens: torch.Tensor, sums: PatternSums | None, pick: torch.Tensor | None, memory: int
-    ) -> torch.Tensor:
-        """Head outputs (C, E, K) float64 of coalitions given as token states (C, L), in calls of bounded memory."""
+    def run(self, tokens: torch.Tensor, first: PatternSums | torch.Tensor, memory: int) -> torch.Tensor:
+        """Head outputs (C, E, K) float64 of coalitions given as token states (C, L), in calls of bounded memory.
+
+        ``first`` is the first layer's attention: sums that coalitions share, or the projected Q, K and V of both states
+        of every token (E, 2, L, 3 D), scores in base 2 and heads padded (:meth:`NativeModel.by_head`).
+        """
         count, length = tokens.shape
         experts, outputs, slots = self.reading.head.shape[:3]
         threads, stride = torch.get_num_threads(), self.model.workspace(length, slots)
         workspace = self._scratch.tensor("workspace", threads * stride)
-        shared = {"table": 0, "absent_row": 0, "groups": 0, "queries": 0, "states": 0}
-        if sums is not None and pick is not None:
-            shared |= {"table": sums.table.data_ptr(), "absent_row": sums.absent_row.data_ptr()}
-            shared |= {"groups": pick.shape[1], "queries": sums.table.shape[3]}
-        else:
-            if self._states is None:
-                self._states = self.model.by_head(self._projected()).contiguous()
-            shared["states"] = self._states.data_ptr()
         logits = torch.empty(count, experts, outputs, dtype=torch.float64)
         present = tokens.to(torch.uint8)
         chunk = max(1, memory // (length + 8 * experts * outputs))
         for start in range(0, count, chunk):
             self.model.run(
-                **shared,
-                pick=0 if pick is None else pick[start:].data_ptr(),
+                **_first_arrays(first, start),
                 base=self._base.data_ptr(),
                 present=present[start:].data_ptr(),
                 modality=self.reading.slot.data_ptr(),
@@ -194,6 +193,20 @@ class NativeSample:
                 stride=stride,
             )
         return logits
+
+
+def _first_arrays(first: PatternSums | torch.Tensor, start: int) -> dict[str, int]:
+    """The first layer's attention for coalitions from ``start`` on, as addresses and sizes."""
+    nothing = {"table": 0, "pick": 0, "absent_row": 0, "groups": 0, "queries": 0, "states": 0}
+    if isinstance(first, torch.Tensor):
+        return nothing | {"states": first.data_ptr()}
+    return nothing | {
+        "table": first.table.data_ptr(),
+        "pick": first.pick[start:].data_ptr(),
+        "absent_row": first.absent_row.data_ptr(),
+        "groups": first.pick.shape[1],
+        "queries": first.table.shape[3],
+    }
 
 
 def _pad_last(tensor: torch.Tensor) -> torch.Tensor:

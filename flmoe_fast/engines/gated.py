@@ -14,7 +14,6 @@ from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 
-
 class GatedEngine(Engine):
     """Evaluates coalitions of a :class:`TokenProblem` whose experts are InterpretCC.
 

@@ -287,7 +287,7 @@ class TorchEngine(Engine):
         segments = self.problem.segments
         normalised = F.layer_norm(stream, stream.shape[-1:])
         logits = torch.baddbmm(networks.gate_bias, normalised, networks.gate)
-        chosen, scores = choose(logits, self.stack.gate, self.stack.slots)
+        chosen, scores = choose(logits, self.stack.gate or "", self.stack.slots)
         modality = torch.repeat_interleave(
             torch.arange(len(segments), device=self.device),
             torch.tensor([stop - start for start, stop in segments], device=self.device),
