@@ -25,7 +25,7 @@ from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
 from flmoe_fast.pipeline.show.text import report
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
@@ -37,7 +37,7 @@ _EXPLAIN: dict[str, Any] = {
     "method": "grid",
     "also": (),
     "seed": 0,
-    "gap": "max",
+    "gap": DEFAULT_GAP,
     "value": "prob",
     "fill": "mean",
     "backend": "auto",

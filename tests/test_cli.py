@@ -101,7 +101,8 @@ def test_options_reach_the_probe(folder, tmp_path):
     options = ["--budget", "90", "--value", "logit", "--target", "1", "--fill", "zero", "--dtype", "float64"]
     assert explain(folder, tmp_path, *options, "--backend", "reference") == 0
     found = flmoe_fast.InteractionResult.load(tmp_path / "interactions.npz")
-    assert found.about == {"target": 1, "value": "logit", "dtype": "float64", "device": "cpu"}
+    expected = {"target": 1, "value": "logit", "dtype": "float64", "device": "cpu", "method": "grid"}
+    assert found.about == expected
     assert 0 < found.evaluations <= 90 and found.backend == "reference"
 
 

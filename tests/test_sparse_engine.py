@@ -239,8 +239,8 @@ def test_interpretcc_players_are_modalities():
     assert abs(exact.sii - slow.sii).max() <= FP64
     features, _, fills = edge.sample()
     with pytest.raises(ArgumentError, match="'ig' for InterpretCC"):
-        explain(edge.model(), features, fill=fills, progress=False)
-    found = explain(edge.model(), features, fill=fills, importance="ig", contexts=4, progress=False)
+        explain(edge.model(), features, fill=fills, importance="attn", progress=False)
+    found = explain(edge.model(), features, fill=fills, contexts=4, progress=False)
     assert len(found.interactions.pairs) == 6
 
 

@@ -213,7 +213,7 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
-    scores = found.importance.mixture[game.tokens]
+    scores = found.importance["mixture"]
     faithful = None if percents is None else faithfulness(game, scores, percents=percents, repeats=repeats, seed=seed)
     masked = {}
     budgets = [count for count in most or () if count <= len(found.interactions.pairs)]

@@ -26,7 +26,7 @@ from flmoe_fast.model.training import ABLATIONS, REGULARIZERS
 from flmoe_fast.pipeline.faithful.curves import AOPC_MODES
 from flmoe_fast.pipeline.faithful.masking import UNIVERSES
 from flmoe_fast.pipeline.importance.tokens import METHODS as IMPORTANCE
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
@@ -106,7 +106,7 @@ class ExplainSettings:
     method: str = "grid"
     also: tuple[str, ...] = ()
     seed: int = 0
-    gap: str = "strict"
+    gap: str = DEFAULT_GAP
     importance: str = "attnXgrad"
     fill: str = "mean"
     value: str = "prob"

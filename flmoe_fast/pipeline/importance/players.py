@@ -11,6 +11,7 @@ from flmoe_fast.adapt.dual_game import DualEncoderGame
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of
+from flmoe_fast.games.game import Game
 from flmoe_fast.pipeline.importance.tokens import IG_STEPS, METHODS, rolled_out
 
 
@@ -43,18 +44,27 @@ def player_importance(
     """
     one_of("method", method, METHODS)
     steps = integer("ig_steps", ig_steps, least=1)
-    if not isinstance(game, (EncoderGame, DualEncoderGame)):
-        raise ArgumentError("game", type(game).__name__, "a game on an encoder engine, as accelerate(model).game makes")
+    reason = unreadable(game)
+    if reason:
+        raise ArgumentError("game", *reason)
     found = torch.zeros(game.n, dtype=torch.float64)
     for players, tower, explained in game.towers():
         problem = tower.problem
-        if problem.mixed is not None:
-            raise ArgumentError("game", f"players that share tokens of {tower.stack.name}", "whole tokens a player")
         with torch.inference_mode(False), torch.enable_grad():
             tokens = _integrated(tower, explained, steps) if method == "ig" else _attended(tower, explained, method)
         owned = problem.owner >= 0
         found.index_add_(0, players[problem.owner[owned]], tokens.detach().double().cpu()[owned])
     return found
+
+
+def unreadable(game: Game) -> tuple[str, str] | None:
+    """What a game has, and would have to have, for its attention to be read; None where it can be."""
+    if not isinstance(game, (EncoderGame, DualEncoderGame)):
+        return type(game).__name__, "a game on an encoder engine, as accelerate(model).game makes"
+    for _, tower, _ in game.towers():
+        if tower.problem.mixed is not None:
+            return f"players that share tokens of {tower.stack.name}", "whole tokens a player"
+    return None
 
 
 def _attended(tower: Tower, explained: Callable[[Tensor], Tensor], method: str) -> Tensor:
