@@ -18,7 +18,7 @@ import torch
 from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
-from flmoe_fast.model.training import training_forward
+from flmoe_fast.model.training.forward import training_forward
 from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, faithfulness, selected_tokens
 from flmoe_fast.pipeline.importance.tokens import METHODS, batch_importance
 

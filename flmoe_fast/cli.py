@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             arguments.run(arguments)
-        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError) as problem:
+        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError, FloatingPointError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:

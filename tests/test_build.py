@@ -14,10 +14,11 @@ import torch
 
 from flmoe_fast import coalitions
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.environment import Backends, backends, doctor, environment
+from flmoe_fast.engines.backends import Backends, backends, doctor
+from flmoe_fast.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTENSION, MISSING = coalitions.extension()
+EXTENSION, MISSING = extension()
 
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
 needs_cuda_build = pytest.mark.skipif(

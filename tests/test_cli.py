@@ -20,7 +20,7 @@ from flmoe_fast.data.digits import two_view_digits
 from flmoe_fast.data.sample import load_sample, save_sample
 from flmoe_fast.demo.run import Size, run
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
-from flmoe_fast.model.training import predict
+from flmoe_fast.model.training.predict import predict
 
 TOKENS, WIDTH, HIDDEN = (4, 3), 5, 8
 FILES = {"interactions.npz", "interactions.csv", "importance.csv", "report.txt", "heatmap.png"}

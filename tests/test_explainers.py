@@ -598,7 +598,7 @@ import flmoe_fast
 from flmoe_fast.environment import MissingExtra
 refused = set()
 for module in pkgutil.walk_packages(flmoe_fast.__path__, "flmoe_fast."):
-    if "triton_kernels" in module.name or module.name == "flmoe_fast._C":
+    if "gpu.kernels" in module.name or module.name == "flmoe_fast._C":
         continue
     try:
         importlib.import_module(module.name)

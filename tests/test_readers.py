@@ -491,6 +491,16 @@ def test_own_data(own):
     assert many.classes == ("brown", "cat") and many.targets[:2].tolist() == [[1, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("written", ("nan", "NaN", " ", ""))
+def test_a_class_that_is_missing_is_no_class(own, written):
+    own.write_text(own.read_text().replace("4,2.0,cat", f"4,2.0,{written}"))
+    for task in ("multiclass", "multilabel") if written.strip() else ("multiclass",):
+        with pytest.raises(DataError, match=r"table\.csv:6: got label"):
+            read_own(own, MODALITIES, target="label", task=task)
+        raw, _ = dropped(read_own, own, MODALITIES, target="label", task=task)
+        assert raw.classes == ("cat", "dog") and len(raw.ids) == 19
+
+
 def test_own_data_broken(own):
     lines = own.read_text().splitlines()
     lines[1] = lines[1].replace(",0,0.0", ",old,0.0")

@@ -28,7 +28,9 @@ from flmoe_fast.model.checkpoint import save_checkpoint
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import fit, predict
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import FitSettings, fit
+from flmoe_fast.model.training.predict import predict
 from flmoe_fast.pipeline.explain import Explanation, explain
 from flmoe_fast.pipeline.faithful.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
 from flmoe_fast.pipeline.show.text import facts, report, table, with_errors
@@ -179,13 +181,8 @@ def _train(training: Digits, seed: int, epochs: int, progress: bool) -> tuple[FL
         if count:
             history += fit(
                 model,
-                training.inputs,
-                training.masks,
-                training.labels,
-                epochs=count,
-                batch_size=BATCH,
-                lr=rate,
-                seed=seed,
+                Examples(training.inputs, training.masks, training.labels),
+                FitSettings(count, BATCH, rate, seed),
                 progress=progress,
             )
     with torch.no_grad():

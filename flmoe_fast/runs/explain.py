@@ -13,6 +13,7 @@ import safetensors
 from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.model.training.chance import chance_warning
 from flmoe_fast.pipeline.records import SampleRecord, is_done, made_by, record_sample
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study
@@ -32,6 +33,8 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
     options = settings.explain
     study = Study(settings, progress)
     model = study.trained()
+    if text := doubt(settings.out):
+        warnings.warn(text, stacklevel=2)
     ids = study.splits.part(options.part).ids
     rows = chosen_rows(ids, options.samples, options.ids)
     kept = settings.out / "samples"
@@ -81,6 +84,13 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
         )
         dataclasses.replace(record, made_by=now).save(folder)
     return folders
+
+
+def doubt(out: Path) -> str | None:
+    """What the run's scores say against explaining its model; None where they say nothing."""
+    path = out / "metrics.json"
+    found = json.loads(path.read_text()).get("chance") if path.is_file() else None
+    return chance_warning(found) if found else None
 
 
 def explained_with(settings: RunSettings) -> dict:

@@ -11,6 +11,7 @@ import pandas
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.environment import environment
+from flmoe_fast.model.training.chance import chance_warning
 from flmoe_fast.pipeline.faithful.curves import COLUMNS
 from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
@@ -49,7 +50,7 @@ class RunContents:
     classes : tuple of C str
     task : str
     history : list of dict
-        Of :func:`flmoe_fast.model.training.fit`.
+        Of :func:`flmoe_fast.model.training.fit.fit`.
     metrics : dict
     predictions : dict of arrays ``expert_logits``, ``weights``, ``logits``, ``targets``
     tables : dict from importance method to a table of faithfulness
@@ -140,6 +141,8 @@ def _model(page: Page, contents: RunContents) -> None:
     )
     if found:
         page.text(f"Test part: {found}.")
+    if text := chance_warning(contents.metrics["chance"]) if contents.metrics.get("chance") else None:
+        page.text(f"Take care: {text}.")
     if rows:
         page.table("Scores", pandas.DataFrame(rows))
     if contents.history:

@@ -22,7 +22,8 @@ from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.config import FLI2MoEConfig
-from flmoe_fast.model.training import ABLATIONS, REGULARIZERS
+from flmoe_fast.model.training.fit import ABLATIONS
+from flmoe_fast.model.training.losses import REGULARIZERS
 from flmoe_fast.pipeline.faithful.curves import AOPC_MODES
 from flmoe_fast.pipeline.faithful.masking import UNIVERSES
 from flmoe_fast.pipeline.importance.tokens import METHODS as IMPORTANCE
@@ -70,7 +71,7 @@ _FROM_DATA = ("modalities", "classes", "task", "num_tokens")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Options of :func:`flmoe_fast.model.training.fit`.
+    """Options of :func:`flmoe_fast.model.training.fit.fit`.
 
     ``device`` is where the model is trained and explained; ``threads`` of PyTorch are the machine's if 0.
     """

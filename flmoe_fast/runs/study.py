@@ -20,7 +20,7 @@ from flmoe_fast.model.checkpoint import load_weights
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ColumnGroupEncoder, ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import Held
+from flmoe_fast.model.training.examples import Examples
 from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.runs.settings import READERS, RunSettings
 
@@ -151,10 +151,10 @@ class Study:
         load_weights(model, path)
         return model.eval()
 
-    def held(self, part: str) -> Held:
+    def held(self, part: str) -> Examples:
         """Inputs, masks and targets of a part."""
         data = self.splits.part(part)
-        return Held(data.inputs, data.masks, data.targets)
+        return Examples(data.inputs, data.masks, data.targets)
 
     @torch.no_grad()
     def sample(self, model: FLI2MoE, part: str, row: int, views: bool = True) -> Sample:

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch
-from flmoe_fast.engines.triton_kernels.choice import TILE
-from flmoe_fast.engines.triton_kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch
+from flmoe_fast.engines.gpu.kernels.choice import TILE
+from flmoe_fast.engines.gpu.kernels.configs import Config
 
 
 @triton.jit(do_not_specialize=["blocks"])

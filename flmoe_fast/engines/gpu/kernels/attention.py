@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch, multiply, narrow, present, store_planes
-from flmoe_fast.engines.triton_kernels.configs import Config
-from flmoe_fast.engines.triton_kernels.linear import arithmetic
-from flmoe_fast.engines.triton_kernels.precision import Precision
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch, multiply, narrow, present, store_planes
+from flmoe_fast.engines.gpu.kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.linear import arithmetic
+from flmoe_fast.engines.gpu.kernels.precision import Precision
 
 #: Attention weights are kept 2^8 times too large: their small terms then stay clear of fp16's subnormal numbers.
 SHIFT = 8.0

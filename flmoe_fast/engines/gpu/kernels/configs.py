@@ -1,6 +1,6 @@
 """Tile sizes of the kernels: from the file of the device, else of its architecture, else an analytic default.
 
-Files are ``configs/<target>.json``, with one entry per kernel and precision. They are looked up by kernel, precision
+Files are ``configs/<arch>.json``, with one entry per kernel and precision. They are looked up by kernel, precision
 and head width only, never by a length, and nothing searches here: ``python -m bench.tune`` does, and writes such a
 file.
 """
@@ -40,14 +40,14 @@ def device_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def target_of(name: str, capability: tuple[int, int]) -> str:
+def arch_of(name: str, capability: tuple[int, int]) -> str:
     """The name under which configurations of a device are kept: its own if there is a file, else its architecture."""
     own = device_name(name)
     return own if (FOLDER / f"{own}.json").exists() else f"sm_{capability[0]}{capability[1]}"
 
 
 def shipped() -> tuple[str, ...]:
-    """Targets that have a file."""
+    """Architectures and devices that have a file."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
 
@@ -57,17 +57,17 @@ def entry(kernel: str, precision: str, depth: int = 0) -> str:
 
 
 @functools.cache
-def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
-    """Configuration of ``kernel`` on ``target``: its own file, the nearest older architecture's, or the default.
+def find(kernel: str, precision: str, arch: str, depth: int = 0) -> Config:
+    """Configuration of ``kernel`` on ``arch``: its own file, the nearest older architecture's, or the default.
 
-    An older architecture with more shared memory than the target has is no help.
+    An older architecture with more shared memory than the device has is no help.
     """
     precision = TILES.get(precision, precision)
-    architecture = int(target[3:]) if re.fullmatch(r"sm_\d+", target) else 0
+    architecture = int(arch[3:]) if re.fullmatch(r"sm_\d+", arch) else 0
     older = sorted((int(n[3:]) for n in shipped() if re.fullmatch(r"sm_\d+", n)), reverse=True)
     shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     fitting = [number for number in older if number <= architecture and SHARED_BYTES[number] <= shared]
-    for name in (target, *(f"sm_{number}" for number in fitting)):
+    for name in (arch, *(f"sm_{number}" for number in fitting)):
         found = _file(name).get(entry(kernel, precision, depth))
         if found:
             return Config(**found)
@@ -109,14 +109,14 @@ def default(kernel: str, precision: str, depth: int = 0) -> Config:
 
 
 @functools.cache
-def _file(target: str) -> dict[str, dict[str, int]]:
-    path = FOLDER / f"{target}.json"
+def _file(arch: str) -> dict[str, dict[str, int]]:
+    path = FOLDER / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(target: str, entries: dict[str, Config]) -> Path:
-    """Write the file of ``target``; for the tuner."""
-    path = FOLDER / f"{target}.json"
+def write(arch: str, entries: dict[str, Config]) -> Path:
+    """Write the file of ``arch``; for the tuner."""
+    path = FOLDER / f"{arch}.json"
     rows = [f"  {json.dumps(key)}: {json.dumps(asdict(entries[key]))}" for key in sorted(entries)]
     path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     _file.cache_clear()

@@ -1,7 +1,7 @@
 """Routing: mean features of each modality, normalised; the softmax that ends the routing network, and the mixture.
 
 The mean features of a coalition are affine in its presence bits, so they are one product of bits with what each token
-adds. The network's hidden layers run through :mod:`flmoe_fast.engines.triton_kernels.linear` in fp32.
+adds. The network's hidden layers run through :mod:`flmoe_fast.engines.gpu.kernels.linear` in fp32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch, present
-from flmoe_fast.engines.triton_kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch, present
+from flmoe_fast.engines.gpu.kernels.configs import Config
 
 
 @triton.jit(do_not_specialize=["coalitions", "words", "modalities"], do_not_specialize_on_alignment=["words_ptr"])

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch
-from flmoe_fast.engines.triton_kernels.configs import Config
-from flmoe_fast.engines.triton_kernels.linear import EPSILON, normaliser
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch
+from flmoe_fast.engines.gpu.kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.linear import EPSILON, normaliser
 
 #: Most logits of a tile: rows times networks.
 TILE = 4096

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.configs import Config
 
 
 def launch(kernel, programs: int, config: Config, first: torch.Tensor, *args, **constants) -> None:

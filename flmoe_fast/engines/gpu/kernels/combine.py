@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch
-from flmoe_fast.engines.triton_kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch
+from flmoe_fast.engines.gpu.kernels.configs import Config
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch, store_planes
-from flmoe_fast.engines.triton_kernels.configs import Config
-from flmoe_fast.engines.triton_kernels.linear import EPSILON, arithmetic, gelu, normaliser, product
-from flmoe_fast.engines.triton_kernels.precision import Precision
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch, store_planes
+from flmoe_fast.engines.gpu.kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.linear import EPSILON, arithmetic, gelu, normaliser, product
+from flmoe_fast.engines.gpu.kernels.precision import Precision
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "networks"])

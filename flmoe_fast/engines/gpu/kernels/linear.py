@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flmoe_fast.engines.triton_kernels.arithmetic import launch, multiply, narrow, present, store_planes
-from flmoe_fast.engines.triton_kernels.configs import Config
-from flmoe_fast.engines.triton_kernels.precision import Precision
+from flmoe_fast.engines.gpu.kernels.arithmetic import launch, multiply, narrow, present, store_planes
+from flmoe_fast.engines.gpu.kernels.configs import Config
+from flmoe_fast.engines.gpu.kernels.precision import Precision
 
 #: LayerNorm's epsilon, as everywhere in the model.
 EPSILON = 1e-5
