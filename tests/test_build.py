@@ -16,6 +16,7 @@ from flmoe_fast import coalitions
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.backends import Backends, backends, doctor
 from flmoe_fast.environment import environment
+from flmoe_fast.native import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION, MISSING = extension()

@@ -66,7 +66,8 @@ class GatedEngine(Engine):
         self.classifier = [tuple(part.to(dtype) for part in stack(f"classifier.{i}")) for i in (0, 2)]
         linears = range(0, 3 * config.reweight_layers, 3)
         self.routing = [
-            (state[f"reweight.mlp.network.{i}.weight"].mT, state[f"reweight.mlp.network.{i}.bias"]) for i in linears
+            (state[f"reweight.mlp.network.{i}.weight"].mT.clone(), state[f"reweight.mlp.network.{i}.bias"].clone())
+            for i in linears
         ]
         self.inputs = both
         self.players = problem.players.to(self.device)
