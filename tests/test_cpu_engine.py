@@ -135,7 +135,6 @@ def test_a_table_for_each_context(level: str, monkeypatch):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mistake", [*IN_THE_MODEL, *IN_THE_ENGINE])
 def test_a_mistake_is_seen(mistake, level: str, path: str):
     """Negative control: each planted mistake moves values beyond the tolerance of the coarsest arithmetic."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+import flmoe_fast.engines.forks  # noqa: F401 - what engines need in forked processes
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
