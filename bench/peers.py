@@ -1,7 +1,7 @@
 """Error, coverage and seconds at equal evaluations: our estimators and every one of shapiq's, where truth is known.
 
     python -m bench.peers [--tables FOLDER ...] [--kinds NAME ...] [--budgets 512 1024 2048] [--games 4] [--seeds 3]
-                          [--methods default grid ...] [--python PYTHON [--estimators NAME ...]]
+                          [--methods default grid ...] [--python PYTHON [--estimators NAME ...]] [--into peers]
 
 - ``--tables``: folders of games, each a NAME_NUMBER.npz whose ``values`` are those of all 2^n coalitions (bit p of the
   index says whether player p is present); those of one name are a group. ``python -m bench.model_games`` writes such a
@@ -10,10 +10,11 @@
 - ``--methods``: ours; "default" is the call without a method.
 - ``--python``: an interpreter with shapiq (of any version, 1.8 needs Python 3.12), for shapiq's estimators.
 
-Every group, estimator and budget is a row of bench/results/peers.jsonl, appended as it comes with its machine; what is
-there is not measured again. nMSE is the sum of squared errors over the pairs of a game relative to the sum of squares
-of the truth: 1 is what answering zero everywhere would score. Seconds are the estimator's own, of one thread: those
-that the game took are not counted.
+Every group, estimator and budget is a row of bench/results/peers.jsonl, or of the file named by ``--into``, appended as
+it comes with its machine; what is there is not measured again. nMSE is the sum of squared errors over the pairs of a
+game relative to the sum of squares of the truth: 1 is what answering zero everywhere would score. The slope is that of
+the estimates on the truth: 1 on average for an unbiased estimator, less for one that shrinks. Seconds are the
+estimator's own, of one thread: those that the game took are not counted.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Found:
     """One estimate: nMSE, cost, and of the intervals of each score the share that hold and that are NaN."""
 
     nmse: float
+    slope: float
     evaluations: int
     seconds: float
     held: dict[str, float] = field(default_factory=dict)
@@ -114,6 +116,11 @@ def nmse(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float(((estimate - truth) ** 2).sum() / ((truth**2).sum() or 1.0))
 
 
+def slope(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Of the estimates on the truth, through the origin."""
+    return float((estimate * truth).sum() / ((truth**2).sum() or 1.0))
+
+
 def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
     """One of our methods, with the intervals of the SII and of every kind of gap whose truth is known."""
     held: dict[str, float] = {}
@@ -128,14 +135,15 @@ def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
         held[of] = float(inside[claimed].mean()) if claimed.any() else float("nan")
         withheld[of] = 1 - float(claimed.sum() / max(defined.sum(), 1))
 
-    cost: tuple[float, int, float] | None = None
+    cost: tuple[float, float, int, float] | None = None
     for gap in game.gaps or ("max",):
         game.asked, game.seconds, started = 0, 0.0, time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = interactions(game.torch, n=game.n, pairs=game.pairs.tolist(), budget=budget, seed=seed, gap=gap,
                                  progress=False, **options)  # fmt: skip
-        cost = cost or (nmse(found.sii, game.sii), game.asked, time.process_time() - started - game.seconds)
+        seconds = time.process_time() - started - game.seconds
+        cost = cost or (nmse(found.sii, game.sii), slope(found.sii, game.sii), game.asked, seconds)
         if "sii" not in held:
             note("sii", found, game.sii)
         if game.gaps:
@@ -156,7 +164,8 @@ def estimators(methods: list[str], python: str | None, names: list[str]) -> dict
         def theirs(game: Probed, budget: int, seed: int, name: str) -> Found:
             game.asked = 0
             answer = worker.estimate(name, game.values, game.n, [tuple(p) for p in game.pairs.tolist()], budget, seed)
-            return Found(nmse(answer.values, game.sii), game.asked, answer.seconds)
+            errors = nmse(answer.values, game.sii), slope(answer.values, game.sii)
+            return Found(*errors, game.asked, answer.seconds)
 
         for name in names:
             found[f"shapiq {name}"] = lambda game, budget, seed, name=name: theirs(game, budget, seed, name)
@@ -178,11 +187,13 @@ def cell(games: list[Probed], estimate: Callable, budget: int, seeds: int) -> di
 
 def summary(found: list[Found]) -> dict:
     """Means, medians and spreads of estimates."""
-    errors = [one.nmse for one in found]
+    errors, slopes = [one.nmse for one in found], [one.slope for one in found]
     row: dict = {
         "nmse": float(np.mean(errors)),
         "nmse_median": float(np.median(errors)),
-        "nmse_stderr": float(np.std(errors, ddof=1) / len(errors) ** 0.5) if len(errors) > 1 else None,
+        "nmse_stderr": standard_error(errors),
+        "slope": float(np.mean(slopes)),
+        "slope_stderr": standard_error(slopes),
         "seconds": float(np.median([one.seconds for one in found])),
         "most_evaluations": max(one.evaluations for one in found),
     }
@@ -191,6 +202,11 @@ def summary(found: list[Found]) -> dict:
         row[f"coverage_{of}"] = float(np.mean(shares)) if shares else None
         row[f"withheld_{of}"] = float(np.mean([one.withheld[of] for one in found]))
     return row
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def main() -> None:
@@ -204,11 +220,12 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="+", choices=shapiq_peers.ESTIMATORS, default=shapiq_peers.STRONG)
     parser.add_argument("--games", type=int, default=4, help="games of a kind")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--into", default="peers", help="name of the results file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    before = read("peers")
+    before = read(options.into)
     if before is None:
-        write("peers", [])
+        write(options.into, [])
     done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
     every = estimators(options.methods, options.python, options.estimators)
 
@@ -219,7 +236,7 @@ def main() -> None:
                     continue
                 row = {"group": group, "estimator": name, "budget": budget}
                 row |= cell(games, estimate, budget, options.seeds) | machine_line()
-                with open(RESULTS / "peers.jsonl", "a") as file:
+                with open(RESULTS / f"{options.into}.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
 

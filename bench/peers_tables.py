@@ -1,4 +1,4 @@
-"""Tables of bench/results/peers.jsonl: a function of its rows returns columns, lines and a note."""
+"""Tables of the estimators' benches: a function of a results file's rows returns columns, lines and a note."""
 
 from __future__ import annotations
 
@@ -59,6 +59,22 @@ def kinds(rows: list[dict]) -> Table:
     return columns, lines, f"{NMSE}, mean; intervals and seconds are the default's. {_counts(rows)}"
 
 
+def bias(rows: list[dict]) -> Table:
+    """Slope of the estimates on the truth: 1 on average where an estimator is unbiased."""
+    lines = [
+        [
+            row["group"],
+            row["estimator"],
+            f"{row['budget']:,}",
+            f"{row['slope']:.4f} ± {row['slope_stderr']:.4f}",
+            f"{(row['slope'] - 1) / row['slope_stderr']:+.1f}" if row["slope_stderr"] else "",
+        ]
+        for row in rows
+    ]
+    columns = ["game", "estimator", "evaluations", "slope", "standard errors from 1"]
+    return columns, lines, f"Mean ± standard error. {_counts(rows)}"
+
+
 def peers(rows: list[dict]) -> Table:
     """Every estimator in every cell."""
     budgets = sorted({row["budget"] for row in rows})
@@ -77,12 +93,39 @@ def peers(rows: list[dict]) -> Table:
     )
 
 
-TABLES: dict[str, Callable[[list[dict]], Table]] = {
-    "accuracy": accuracy,
-    "coverage": coverage,
-    "kinds": kinds,
-    "peers": peers,
-}
+def controls(rows: list[dict]) -> Table:
+    """What is found where there is nothing, and of one pair among many."""
+    lines = []
+    for key in dict.fromkeys((row["game"], row["question"], row["budget"]) for row in rows):
+        own = [row for row in rows if (row["game"], row["question"], row["budget"]) == key]
+        if key[1] == "estimated":
+            largest, held = max(row["largest"] for row in own), min(row["held"] for row in own)
+            said = f"largest SII {largest:.0e}, {100 * held:.0f} % of the intervals hold 0"
+        else:
+            ranks = [row["rank"] for row in own if row.get("rank")]
+            found = len(own) - sum("refuses" in row for row in own) - len(ranks)
+            said = f"{sum('refuses' in row for row in own)} of {len(own)} refused"
+            said += f", ranks of the pair: {', '.join(map(str, ranks))}" if ranks else ""
+            said += f", {found} accepted" if found else ""
+        lines.append([key[0], "default" if key[1] == "estimated" else "screen", f"{key[2]:,}", said])
+    return ["game", "asked", "evaluations", "answer"], lines, f"{len({row['seed'] for row in rows})} seeds."
+
+
+def estimator(rows: list[dict]) -> Table:
+    """Seconds and memory of the default call without its game."""
+    lines = [
+        [
+            str(row["players"]),
+            f"{row['evaluations']:,}",
+            str(row["heads"]),
+            f"{row['seconds']['median']:.2g} ({row['seconds']['q1']:.2g}–{row['seconds']['q3']:.2g})",
+            f"{row['gb']:.2f} GB",
+            f"{row['share_of_probe']:.1%}" if "share_of_probe" in row else "",
+        ]
+        for row in rows
+    ]
+    columns = ["players", "evaluations", "heads", "seconds", "memory", "share of a probe of MM-IMDb's shape"]
+    return columns, lines, f"{rows[0]['pairs']} pairs, {rows[0]['threads']} threads; medians and quartiles."
 
 
 def _cells(rows: list[dict]) -> list[tuple[str, int, dict[str, dict]]]:
@@ -115,3 +158,15 @@ def _error(row: dict | None) -> str:
 def _counts(rows: list[dict]) -> str:
     counts = sorted({f"{row['games']} x {row['seeds']}" for row in rows})
     return f"Games x seeds: {', '.join(counts)}."
+
+
+#: Tables by name, and the results file that each is of.
+TABLES: dict[str, tuple[str, Callable[[list[dict]], Table]]] = {
+    "accuracy": ("peers", accuracy),
+    "coverage": ("peers", coverage),
+    "kinds": ("peers", kinds),
+    "peers": ("peers", peers),
+    "bias": ("bias", bias),
+    "controls": ("controls", controls),
+    "estimator": ("estimator", estimator),
+}

@@ -51,7 +51,7 @@ ESTIMATORS: dict[str, tuple[str, dict]] = {
     "SPEX, hard decoding": ("SPEX", {"decoder_type": "hard"}),
 }
 #: Those worth running where every one of them takes its minute.
-STRONG = ("ProxySHAP", "ProxySHAP, MSR", "ProxySHAP, linear, MSR", "KernelSHAP-IQ, pairing", "ProxySPEX")
+STRONG = ("ProxySHAP", "ProxySHAP, MSR", "ProxySHAP, one tree", "ProxySHAP, linear, MSR", "KernelSHAP-IQ, pairing")
 
 
 @dataclass(frozen=True)

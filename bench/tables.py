@@ -60,14 +60,14 @@ def results(name: str) -> Callable:
     return register
 
 
-for _name, _table in peers_tables.TABLES.items():
+for _name, (_results, _table) in peers_tables.TABLES.items():
 
     def _peers(rows: list[dict], table: Callable[[list[dict]], peers_tables.Table] = _table) -> tuple[str, str] | None:
         columns, lines, note = table(rows)
         return (_markdown(columns, lines), note) if lines else None
 
     _peers.__name__ = _name
-    results("peers")(_peers)
+    results(_results)(_peers)
 
 
 @results("cpu-engine")

@@ -5,7 +5,11 @@ probe: any function or game: which pairs of its players work together.
     GroupedGame
 
 explain: one call from a model and a sample to ranked pairs, and its steps one by one.
-    explain, Explanation, text_players, image_players, player_scores, candidate_players, cross_pairs
+    explain, Explanation, text_players, image_players, image_token_players, grid_players, player_scores,
+    candidate_players, cross_pairs
+
+ask: what the value of a decoder's prompt is.
+    answer_logprob, next_token, contrast, Question
 
 adapt: models: those one already has, and FL-I2MoE.
     accelerate, AcceleratedModel, AcceleratedMoE, FLI2MoE, FLI2MoEConfig, TokenGame, load_checkpoint,
@@ -48,9 +52,17 @@ GROUPS = {
         "Explanation": "flmoe_fast.pipeline.explain",
         "text_players": "flmoe_fast.adapt.players",
         "image_players": "flmoe_fast.adapt.players",
+        "image_token_players": "flmoe_fast.adapt.causal.players",
+        "grid_players": "flmoe_fast.adapt.causal.players",
         "player_scores": "flmoe_fast.pipeline.importance.scores",
         "candidate_players": "flmoe_fast.pipeline.importance.candidates",
         "cross_pairs": "flmoe_fast.pipeline.importance.candidates",
+    },
+    "ask": {
+        "answer_logprob": "flmoe_fast.adapt.causal.questions",
+        "next_token": "flmoe_fast.adapt.causal.questions",
+        "contrast": "flmoe_fast.adapt.causal.questions",
+        "Question": "flmoe_fast.adapt.causal.questions",
     },
     "adapt": {
         "accelerate": "flmoe_fast.adapt.accelerate",
@@ -88,6 +100,12 @@ __all__ = list(_PUBLIC)
 if TYPE_CHECKING:
     from flmoe_fast.adapt.accelerate import AcceleratedModel as AcceleratedModel
     from flmoe_fast.adapt.accelerate import accelerate as accelerate
+    from flmoe_fast.adapt.causal.players import grid_players as grid_players
+    from flmoe_fast.adapt.causal.players import image_token_players as image_token_players
+    from flmoe_fast.adapt.causal.questions import Question as Question
+    from flmoe_fast.adapt.causal.questions import answer_logprob as answer_logprob
+    from flmoe_fast.adapt.causal.questions import contrast as contrast
+    from flmoe_fast.adapt.causal.questions import next_token as next_token
     from flmoe_fast.adapt.players import image_players as image_players
     from flmoe_fast.adapt.players import text_players as text_players
     from flmoe_fast.adapt.reference_layout import AcceleratedMoE as AcceleratedMoE

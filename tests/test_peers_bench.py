@@ -71,3 +71,28 @@ def test_the_default_stands_beside_the_best_of_each_kind():
     assert "2 x 3" in note
     refused = {"group": "g", "estimator": "shapiq C", "budget": 512, "games": 2, "seeds": 3, "refuses": "no"}
     assert [line[-2] for line in peers_tables.peers([*rows, refused])[1] if line[1] == "shapiq C"] == ["refuses: no"]
+
+
+def test_the_slope_tells_shrinking_from_noise():
+    truth = np.array([1.0, -2.0, 3.0])
+    assert peers.slope(0.9 * truth, truth) == pytest.approx(0.9)
+    assert peers.slope(truth + np.array([2.0, 1.0, 0.0]), truth) == pytest.approx(1.0)  # the noise is orthogonal to it
+    row = {
+        "group": "g",
+        "estimator": "grid",
+        "budget": 512,
+        "games": 1,
+        "seeds": 200,
+        "slope": 0.94,
+        "slope_stderr": 0.02,
+    }
+    assert peers_tables.bias([row])[1] == [["g", "grid", "512", "0.9400 ± 0.0200", "-3.0"]]
+
+
+def test_a_control_that_finds_something_is_told():
+    asked = {"game": "planted", "question": "screened", "budget": 2048}
+    rows = [asked | {"seed": 0, "rank": 1}, asked | {"seed": 1, "refuses": "no"}, asked | {"seed": 2, "rank": 7}]
+    [[*_, said]] = peers_tables.controls(rows)[1]
+    assert said == "1 of 3 refused, ranks of the pair: 1, 7"
+    [[*_, said]] = peers_tables.controls([asked | {"game": "null", "seed": 0, "rank": None, "reliability": 0.9}])[1]
+    assert said == "0 of 1 refused, 1 accepted"

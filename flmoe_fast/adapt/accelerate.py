@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flmoe_fast.adapt.causal.game import DecoderGame, decoder_module_game, is_decoder
+from flmoe_fast.adapt.causal.questions import Question, next_token, own_answer
 from flmoe_fast.adapt.dual_game import DualEncoderGame, is_dual_encoder
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
@@ -42,7 +44,8 @@ def accelerate(
       or the path of a checkpoint: an :class:`AcceleratedMoE` with the same ``inference(inputs, masks)`` and a ``game``
       on the engine. The weights are copied; changes of the module afterwards are not seen.
     * Any other module: an :class:`AcceleratedModel`, whose ``game`` runs plain encoder stacks (BERT, RoBERTa, ViT,
-      CLIP, ViLT and others) on the encoder engine, and everything else in batches.
+      CLIP, ViLT and others) on the encoder engine, decoders (Llama, Mixtral, LLaVA, Qwen-VL and others) by the prefix
+      tree of their coalitions, and everything else in batches.
 
     Parameters
     ----------
@@ -107,7 +110,7 @@ class AcceleratedModel:
         players: Players | Sequence[Players],
         *,
         target: int | None = None,
-        value: str | Callable[[object], torch.Tensor] | None = None,
+        value: str | Question | Callable[[object], torch.Tensor] | None = None,
         heads: Sequence[str] | None = None,
         path: str = "auto",
         backend: str = "auto",
@@ -125,7 +128,9 @@ class AcceleratedModel:
             See :func:`text_players` and :func:`image_players`.
         target, value, heads
             As for :class:`ModuleGame`; for dual encoders as for :class:`DualEncoderGame`. By default the probability
-            of the predicted class, or the similarity of image and text.
+            of the predicted class, or the similarity of image and text. Of a decoder a :class:`Question` as value, see
+            :func:`answer_logprob`, :func:`next_token` and :func:`contrast`, or a token as target; by default how
+            likely its own answer is.
         path : "auto", "engine" or "module"
             "auto" takes the engine where it can, else the module in batches, and then warns and says why.
         backend, dtype, memory
@@ -135,7 +140,7 @@ class AcceleratedModel:
 
         Returns
         -------
-        DualEncoderGame, EncoderGame or ModuleGame
+        DualEncoderGame, EncoderGame, DecoderGame or ModuleGame
 
         Warns
         -----
@@ -143,6 +148,12 @@ class AcceleratedModel:
             The slow path was taken.
         """
         one_of("path", path, PATHS)
+        if is_decoder(self.model) and (value is None or isinstance(value, Question)):
+            if value is None:
+                value = own_answer(self.model, inputs) if target is None else next_token(target)
+            elif target is not None:
+                raise ArgumentError("target", target, "None, since the question says what is asked")
+            return self._decoder_game(inputs, players, value, path, dtype, memory, batch)
         dual = is_dual_encoder(self.model) and not callable(value)
         why = "it was asked for"
         if path != "module":
@@ -163,6 +174,27 @@ class AcceleratedModel:
             warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
         value = value or ("logit" if dual else "prob")
         return ModuleGame(self.model, inputs, players, target=target, value=value, heads=heads, batch=batch, why=why)
+
+    def _decoder_game(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        players: Players | Sequence[Players],
+        question: Question,
+        path: str,
+        dtype: torch.dtype | None,
+        memory: int,
+        batch: int,
+    ) -> DecoderGame | ModuleGame:
+        why = "it was asked for"
+        if path != "module":
+            try:
+                return DecoderGame(self.model, inputs, players, question=question, dtype=dtype, memory=memory)
+            except Exception as problem:
+                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
+                    raise
+                why = _reason(problem)
+            warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=3)
+        return decoder_module_game(self.model, inputs, players, question, batch=batch, why=why)
 
 
 def _reason(problem: Exception) -> str:

@@ -214,7 +214,10 @@ class Score:
 
     def about(self) -> dict[str, Any]:
         """Facts for a result."""
-        return {"target": self.target, "value": "a function" if callable(self.value) else self.value}
+        return {
+            "target": self.target,
+            "value": getattr(self.value, "name", "a function") if callable(self.value) else self.value,
+        }
 
 
 def name_players(game: Game, players: PlayerMap) -> None:

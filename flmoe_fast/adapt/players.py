@@ -140,20 +140,22 @@ class PlayerMap:
                 mask = torch.ones((1, *part.owner.shape), dtype=torch.long, device=present.device)
             made[part.mask] = torch.where(part.kept(present), mask, torch.zeros_like(mask))
             varied.add(part.mask)
-        return {name: value if name in varied else repeated(value, count) for name, value in made.items()}
+        return {name: value if name in varied else repeated(name, value, count) for name, value in made.items()}
 
 
-def repeated(value: object, count: int) -> object:
+def repeated(name: str, value: object, count: int) -> object:
     """An input of one sample for ``count`` of them: a batch axis of 1 grows, rows of one sample follow one another."""
     if not isinstance(value, torch.Tensor) or not value.dim() or count == 1:
         return value
+    if name == "position_ids" and value.dim() == 3:  # one for each axis of space and time, then the batch
+        return value.expand(-1, count, -1)
     return value.expand(count, *value.shape[1:]) if len(value) == 1 else value.repeat(count, *[1] * (value.dim() - 1))
 
 
 def text_players(
     input_ids: torch.Tensor,
     *,
-    by: str = "token",
+    by: str | torch.Tensor = "token",
     absent: int | str = "remove",
     special: Sequence[int] = (),
     attention_mask: torch.Tensor | None = None,
@@ -169,8 +171,9 @@ def text_players(
     Parameters
     ----------
     input_ids : integer Tensor (T,) or (1, T)
-    by : "token", "word" or "all"
-        What a player is; "all" makes the whole text one player.
+    by : "token", "word", "all" or integer Tensor (T,)
+        What a player is; "all" makes the whole text one player, numbers make what has the same number one (a sentence,
+        a turn of a dialogue), and negative ones nobody.
     absent : "remove" or int
         "remove" hides absent tokens from attention through the attention mask; positions stay as they are. An integer
         is the token that replaces them (a tokenizer's ``mask_token_id``, ``unk_token_id``, ...).
@@ -196,8 +199,11 @@ def text_players(
     """
     ids = _flat("input_ids", input_ids)
     length = len(ids)
+    if isinstance(by, torch.Tensor):
+        shape("by", by, (length,), "a number for every token (T,)")
+        word_ids, by = [None if number < 0 else number for number in by.tolist()], "word"
     if by not in ("token", "word", "all"):
-        raise ArgumentError("by", repr(by), "'token', 'word' or 'all'")
+        raise ArgumentError("by", repr(by), "'token', 'word', 'all' or the number of every token's player")
     if by == "word" and word_ids is None:
         raise ArgumentError("word_ids", None, "the word of every token, for players that are words")
     for name, values in (("word_ids", word_ids), ("offsets", offsets)):

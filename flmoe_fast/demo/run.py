@@ -78,8 +78,11 @@ class Size:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread inside the block. All operations here are small: dividing them gains little on idle cores, and on
-    busy ones every division waits for a core."""
+    """One thread inside the block.
+
+    All operations here are small: dividing them gains little on idle cores, and on busy ones every division waits for a
+    core.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

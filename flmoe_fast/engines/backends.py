@@ -20,7 +20,8 @@ from flmoe_fast.native import extension
 class Backend:
     """One way to run some of the work.
 
-    Attributes:
+    Attributes
+    ----------
         name: ``reference``, ``torch``, ``cpu``, ``native``, ``cuda`` or ``triton``.
         available: whether it can be used in this process.
         reason: one line: what is missing, empty when nothing is.

@@ -1,8 +1,7 @@
 """After a fork, the child computes on one thread.
 
 PyTorch's OpenMP threads do not survive a fork, and the first parallel region of a child whose parent had one waits for
-them for ever. A region of one thread waits for nobody, so a child that takes PyTorch's setting at one works. A child may
-set another number where it has not inherited used threads.
+them for ever. A region of one thread waits for nobody, so a child that takes PyTorch's setting at one works.
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ DEVICE, ONE_GROUP, TWO_GROUPS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Emulation:
-    """How the kernels run on tensors of the CPU: groups of 64 rows in a block, in which order its threads go, and a
-    planted mistake (csrc/fused/emulator.h)."""
+    """How the kernels run on tensors of the CPU (csrc/fused/emulator.h).
+
+    Groups of 64 rows in a block, in which order its threads go, and a planted mistake.
+    """
 
     groups: int = TWO_GROUPS
     backwards: bool = False

@@ -54,16 +54,24 @@ def batched_passes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run every expert on the true features and, for every replaced modality, with that modality replaced.
 
-    Args:
-        model: a model for which :func:`can_batch` holds; dropout acts in train mode.
-        features: M encoded modalities (B, T_m, H).
-        replacements: for each expert, P tensors (B, T_m, H) or (T_m, H), those of the modalities ``replaced``.
-        replaced: P modalities in increasing order.
-        masks: M masks (B, T_m) or ``None``.
+    Parameters
+    ----------
+    model : FLI2MoE
+        A model for which :func:`can_batch` holds; dropout acts in train mode.
+    features : sequence of Tensor
+        M encoded modalities (B, T_m, H).
+    replacements : Sequence[sequence of Tensor]
+        For each expert, P tensors (B, T_m, H) or (T_m, H), those of the modalities ``replaced``.
+    replaced : sequence of int
+        P modalities in increasing order.
+    masks : sequence of Tensor, optional
+        M masks (B, T_m) or ``None``.
 
-    Returns:
-        Logits (E, 1 + P, B, C), latents (E, 1 + P, B, M*H) and load-balancing losses (E, 1 + P), summed over layers
-        and 0 without sparse layers; pass 0 is the unperturbed one.
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        Logits (E, 1 + P, B, C), latents (E, 1 + P, B, M*H) and load-balancing losses (E, 1 + P), summed over layers and
+        0 without sparse layers; pass 0 is the unperturbed one.
     """
     if model.config.fusion != "transformer":
         return _stacked_passes(model, features, replacements, replaced, masks)

@@ -40,17 +40,26 @@ _DEFAULT_WEIGHTS = {None: 0.0, "rep-cos": 3e-3, "rep-barlow": 10.0}
 class TrainingOutput(NamedTuple):
     """Result of :func:`training_forward`; the losses are differentiable.
 
-    Attributes:
-        loss: scalar, the task loss + interaction_weight * sum(interaction_losses) / (M + 2) + regularizer_weight *
-            regularization + gate_weight * gate_loss.
-        task_loss: scalar, cross entropy, binary cross entropy or smooth L1 of the mixture's logits.
-        interaction_losses: (E,), one per expert.
-        logits: (B, C) of the mixture, on the true features.
-        expert_logits: (B, E, C), on the true features.
-        weights: (B, E), routing weights.
-        regularization: scalar, the unweighted regulariser, 0 without one.
-        gate_loss: scalar, load-balancing loss of the sparse feed-forward blocks, summed over layers and averaged over
-            experts and passes; 0 without such blocks.
+    Attributes
+    ----------
+    loss : Tensor
+        Scalar, the task loss + interaction_weight * sum(interaction_losses) / (M + 2) + regularizer_weight *
+        regularization + gate_weight * gate_loss.
+    task_loss : Tensor
+        Scalar, cross entropy, binary cross entropy or smooth L1 of the mixture's logits.
+    interaction_losses : Tensor
+        (E,), one per expert.
+    logits : Tensor
+        (B, C) of the mixture, on the true features.
+    expert_logits : Tensor
+        (B, E, C), on the true features.
+    weights : Tensor
+        (B, E), routing weights.
+    regularization : Tensor
+        Scalar, the unweighted regulariser, 0 without one.
+    gate_loss : Tensor
+        Scalar, load-balancing loss of the sparse feed-forward blocks, summed over layers and averaged over experts and
+        passes; 0 without such blocks.
     """
 
     loss: Tensor
@@ -80,32 +89,49 @@ def training_forward(
 ) -> TrainingOutput:
     """One training forward with all perturbed passes.
 
-    Args:
-        model: in train mode for dropout; the mode is not changed.
-        features: M encoded modalities (B, T_m, H).
-        masks: M masks (B, T_m) or ``None``. Replacements replace padded tokens too, which the masks then hide.
-        targets: (B,) integer classes, (B, C) zeros and ones for ``"multilabel"``, or (B, C) numbers for
-            ``"regression"`` ((B,) where C = 1).
-        generator: source of the noise, on the model's device. Draws are made expert by expert and, within an
-            expert, modality by modality, each for a whole (B, T_m, H) tensor.
-        regularizer: ``None``, ``"rep-cos"``, ``"rep-barlow"`` or ``"rep-cka"``: a penalty on the similarity of the
-            experts' latents, averaged over expert pairs. For a single sparse transformer rep-cka compares the latents
-            of the networks of its feed-forward blocks.
-        regularizer_weight: its factor; default 3e-3 for rep-cos and 10 for rep-barlow, to be given for rep-cka.
-        perturbed: modalities that are replaced, in increasing order; ``None`` for all, nothing for a step without
-            interaction losses. The uniqueness loss of a modality that is not replaced is 0.
-        replacements: M tensors (T_m, H) or (B, T_m, H) that stand for an absent modality, instead of Gaussian noise.
-        detach: whether the interaction losses see the representations without their gradient.
-        gate_gradient: whether the gate loss has a gradient. In the published mixtures it is a constant, so that gates
-            are not balanced; there it has one only where a single transformer is trained.
-        passes: ``"sequential"``, ``"batched"`` or ``"auto"``, batched where possible. Both give the same losses for the
-            same generator up to rounding, as long as there is no dropout and no noise in gates.
+    Parameters
+    ----------
+    model : FLI2MoE
+        In train mode for dropout; the mode is not changed.
+    features : sequence of Tensor
+        M encoded modalities (B, T_m, H).
+    masks : sequence of Tensor, optional
+        M masks (B, T_m) or ``None``. Replacements replace padded tokens too, which the masks then hide.
+    targets : Tensor
+        (B,) integer classes, (B, C) zeros and ones for ``"multilabel"``, or (B, C) numbers for ``"regression"`` ((B,)
+        where C = 1).
+    generator : torch.Generator, optional
+        Source of the noise, on the model's device. Draws are made expert by expert and, within an expert, modality by
+        modality, each for a whole (B, T_m, H) tensor.
+    regularizer : str, optional
+        ``None``, ``"rep-cos"``, ``"rep-barlow"`` or ``"rep-cka"``: a penalty on the similarity of the experts' latents,
+        averaged over expert pairs. For a single sparse transformer rep-cka compares the latents of the networks of its
+        feed-forward blocks.
+    regularizer_weight : float, optional
+        Its factor; default 3e-3 for rep-cos and 10 for rep-barlow, to be given for rep-cka.
+    perturbed : sequence of int, optional
+        Modalities that are replaced, in increasing order; ``None`` for all, nothing for a step without interaction
+        losses. The uniqueness loss of a modality that is not replaced is 0.
+    replacements : sequence of Tensor, optional
+        M tensors (T_m, H) or (B, T_m, H) that stand for an absent modality, instead of Gaussian noise.
+    detach : bool
+        Whether the interaction losses see the representations without their gradient.
+    gate_gradient : bool
+        Whether the gate loss has a gradient. In the published mixtures it is a constant, so that gates are not
+        balanced; there it has one only where a single transformer is trained.
+    passes : str
+        ``"sequential"``, ``"batched"`` or ``"auto"``, batched where possible. Both give the same losses for the same
+        generator up to rounding, as long as there is no dropout and no noise in gates.
 
-    Returns:
+    Returns
+    -------
+    TrainingOutput
         :class:`TrainingOutput`.
 
-    Raises:
-        ArgumentError: as :meth:`FLI2MoE.forward`, and for targets of a wrong shape, type or range.
+    Raises
+    ------
+    ArgumentError
+        As :meth:`FLI2MoE.forward`, and for targets of a wrong shape, type or range.
 
     Source: I2MoE, ICML 2025 (losses on logits), arXiv 2603.13326 (losses on latents, not detached).
     """

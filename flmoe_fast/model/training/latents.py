@@ -15,10 +15,13 @@ from flmoe_fast.model.sparse import SparseMLP
 class NetworkLatents(NamedTuple):
     """One call of one sparse block: the tokens of one modality.
 
-    Attributes:
-        means: (X, B, H), mean output of each network over the tokens of each sample that it served, not weighted by
-            their scores; 0 where it served none.
-        present: (X, B) bool, where it served any.
+    Attributes
+    ----------
+    means : Tensor
+        (X, B, H), mean output of each network over the tokens of each sample that it served, not weighted by their
+        scores; 0 where it served none.
+    present : Tensor
+        (X, B) bool, where it served any.
     """
 
     means: Tensor

@@ -30,11 +30,15 @@ def task_loss(model: FLI2MoE, logits: Tensor, targets: Tensor) -> Tensor:
 def interaction_loss(interaction: int, anchor: Tensor, perturbed: Sequence[Tensor | None]) -> Tensor:
     """Interaction loss of one expert, a scalar.
 
-    Args:
-        interaction: below M uniqueness of that modality, M synergy and M + 1 redundancy.
-        anchor: (B, D), representation of the true features.
-        perturbed: M tensors (B, D), entry i with modality i replaced, ``None`` where it was not. The loss is 0 where
-            nothing is left to compare.
+    Parameters
+    ----------
+    interaction : int
+        Below M uniqueness of that modality, M synergy and M + 1 redundancy.
+    anchor : Tensor
+        (B, D), representation of the true features.
+    perturbed : Sequence[Tensor | None]
+        M tensors (B, D), entry i with modality i replaced, ``None`` where it was not. The loss is 0 where nothing is
+        left to compare.
     """
     count = len(perturbed)
     integer("interaction", interaction, least=0, most=count + 1)
@@ -74,10 +78,13 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 def representation_penalty(regularizer: str | None, latents: Sequence[Tensor]) -> Tensor:
     """Similarity of the experts' latents, averaged over unordered expert pairs, a scalar.
 
-    Args:
-        regularizer: ``"rep-cos"``: mean squared cosine per sample. ``"rep-barlow"``: mean squared off-diagonal entry
-            of the cross-correlation (D, D) over the batch. ``"rep-cka"``: linear centred kernel alignment. ``None``: 0.
-        latents: E tensors (B, D).
+    Parameters
+    ----------
+    regularizer : str, optional
+        ``"rep-cos"``: mean squared cosine per sample. ``"rep-barlow"``: mean squared off-diagonal entry of the
+        cross-correlation (D, D) over the batch. ``"rep-cka"``: linear centred kernel alignment. ``None``: 0.
+    latents : sequence of Tensor
+        E tensors (B, D).
     """
     one_of("regularizer", regularizer, REGULARIZERS)
     if regularizer is None or len(latents) < 2:

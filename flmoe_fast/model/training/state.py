@@ -21,13 +21,19 @@ FORMAT = 1
 class TrainingState:
     """Model, optimiser, position in the data, random states and records of one run.
 
-    Args:
-        model: trained in place.
-        optimizer: of the model's trainable parameters.
-        device: where the noise is drawn.
-        seed: of the shuffling, the noise and the choices of modalities.
-        options: what makes the run this run, plain JSON types; a file of a run with other options is refused. The
-            number of epochs is not among them: a finished run may be trained further.
+    Parameters
+    ----------
+    model : FLI2MoE
+        Trained in place.
+    optimizer : torch.optim.Optimizer
+        Of the model's trainable parameters.
+    device : torch.device
+        Where the noise is drawn.
+    seed : int
+        Of the shuffling, the noise and the choices of modalities.
+    options : dict from str to Any
+        What makes the run this run, plain JSON types; a file of a run with other options is refused. The number of
+        epochs is not among them: a finished run may be trained further.
     """
 
     def __init__(
@@ -119,8 +125,10 @@ class TrainingState:
     def load(self, path: str | os.PathLike) -> None:
         """Go back to a written state. Nothing in the file is executed.
 
-        Raises:
-            ArgumentError: a damaged file, or one of a run with other options.
+        Raises
+        ------
+        ArgumentError
+            A damaged file, or one of a run with other options.
         """
         expected = "a file written by an unfinished training run with the same options"
         try:

@@ -23,10 +23,14 @@ MEMORY = 1 << 30
 class Importance(NamedTuple):
     """Importance of every token of one sample, or of B samples with a leading axis.
 
-    Attributes:
-        experts: (E, L), one map per expert, in expert order; (B, E, L) for a batch.
-        mixture: (L,), the aggregate over experts; (B, L) for a batch.
-        segments: M slices of the token axis, one per modality.
+    Attributes
+    ----------
+    experts : Tensor
+        (E, L), one map per expert, in expert order; (B, E, L) for a batch.
+    mixture : Tensor
+        (L,), the aggregate over experts; (B, L) for a batch.
+    segments : tuple of slice
+        M slices of the token axis, one per modality.
     """
 
     experts: Tensor
@@ -45,18 +49,27 @@ def token_importance(
 ) -> Importance:
     """Importance of each token of one sample, for each expert and for the mixture.
 
-    Args:
-        model, method, ig_steps: see :func:`batch_importance`.
-        features: M encoded modalities (1, T_m, H).
-        masks: M masks (1, T_m), or ``None``.
-        target: a class; for ``"multilabel"`` also a (C,) tensor of zeros and ones, whose positive logits are
-            averaged (the largest logit where there is none). ``None``: the prediction.
+    Parameters
+    ----------
+    model, method, ig_steps
+        See :func:`batch_importance`.
+    features : sequence of Tensor
+        M encoded modalities (1, T_m, H).
+    masks : sequence of Tensor, optional
+        M masks (1, T_m), or ``None``.
+    target : int | Tensor, optional
+        A class; for ``"multilabel"`` also a (C,) tensor of zeros and ones, whose positive logits are averaged (the
+        largest logit where there is none). ``None``: the prediction.
 
-    Returns:
+    Returns
+    -------
+    Importance
         :class:`Importance`, in the features' dtype.
 
-    Raises:
-        ArgumentError: as :func:`batch_importance`, or more than one sample.
+    Raises
+    ------
+    ArgumentError
+        As :func:`batch_importance`, or more than one sample.
     """
     one_of("method", method, METHODS)
     model.check_inputs(features, masks)
@@ -94,21 +107,33 @@ def batch_importance(
     straight line from zero features, by the right Riemann sum. An expert's map is that of its share of ``S``, its
     routing weight times its logit; the shares' signed attributions sum to the mixture's, their absolute values do not.
 
-    Args:
-        model: evaluated in eval mode; modes, parameters and their ``grad`` are left as they are. Frozen parameters
-            and ``torch.no_grad`` around the call are fine. Gradients are taken of nothing but what is needed.
-        features: M encoded modalities (B, T_m, H).
-        masks: M masks (B, T_m), or ``None``. Padded queries count in the mean over rows.
-        targets: B targets as for :func:`token_importance`, or ``None`` for the predictions.
-        method: ``"attnXgrad"``, ``"attn"`` or ``"ig"``.
-        ig_steps: points of the integration path.
-        memory: bytes of activations that are held at a time; samples are taken in as many batches as that needs.
+    Parameters
+    ----------
+    model : FLI2MoE
+        Evaluated in eval mode; modes, parameters and their ``grad`` are left as they are. Frozen parameters and
+        ``torch.no_grad`` around the call are fine. Gradients are taken of nothing but what is needed.
+    features : sequence of Tensor
+        M encoded modalities (B, T_m, H).
+    masks : sequence of Tensor, optional
+        M masks (B, T_m), or ``None``. Padded queries count in the mean over rows.
+    targets : Sequence[int | Tensor], optional
+        B targets as for :func:`token_importance`, or ``None`` for the predictions.
+    method : str
+        ``"attnXgrad"``, ``"attn"`` or ``"ig"``.
+    ig_steps : int
+        Points of the integration path.
+    memory : int
+        Bytes of activations that are held at a time; samples are taken in as many batches as that needs.
 
-    Returns:
+    Returns
+    -------
+    Importance
         :class:`Importance`, in the features' dtype.
 
-    Raises:
-        ArgumentError: as :meth:`FLI2MoE.forward`, a bad target or method.
+    Raises
+    ------
+    ArgumentError
+        As :meth:`FLI2MoE.forward`, a bad target or method.
     """
     one_of("method", method, METHODS)
     ig_steps, memory = integer("ig_steps", ig_steps, least=1), integer("memory", memory, least=1)
@@ -137,8 +162,10 @@ def batch_importance(
 
 
 def _leaf(feature: Tensor, mask: Tensor | None) -> Tensor:
-    """A copy to take gradients of, with zeros for padding. It makes the graph reach every attention map even if all
-    parameters are frozen."""
+    """A copy to take gradients of, with zeros for padding.
+
+    It makes the graph reach every attention map even if all parameters are frozen.
+    """
     feature = feature.detach().clone()
     if mask is not None:
         feature = feature.masked_fill(~mask.bool()[:, :, None], 0.0)
@@ -197,13 +224,19 @@ def target_weights(logits: Tensor, targets: Sequence[int | Tensor] | None, task:
 def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Tensor:
     """Indices of the classes whose logits are averaged into the explained score.
 
-    Args:
-        logits: (C,) of the mixture.
-        target: see :func:`token_importance`. The prediction of a ``"multilabel"`` model is every class with a
-            probability of at least 1/2, or the most probable one.
-        task: ``"multiclass"`` or ``"multilabel"``.
+    Parameters
+    ----------
+    logits : Tensor
+        (C,) of the mixture.
+    target : int | Tensor, optional
+        See :func:`token_importance`. The prediction of a ``"multilabel"`` model is every class with a probability of at
+        least 1/2, or the most probable one.
+    task : str
+        ``"multiclass"`` or ``"multilabel"``.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (K,) int64, K >= 1.
     """
     classes = logits.shape[-1]
@@ -226,13 +259,19 @@ def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Te
 def normalize_importance(values: Tensor, segments: Sequence[slice], candidates: Tensor | None = None) -> Tensor:
     """Scale importances to [0, 1] within each modality.
 
-    Args:
-        values: (..., L).
-        segments: slices of the token axis, one per modality.
-        candidates: (L,), nonzero for the tokens that count (valid ones, without a text's start token). The others
-            are neither scaled nor looked at for the range. ``None``: all count.
+    Parameters
+    ----------
+    values : Tensor
+        (..., L).
+    segments : sequence of slice
+        Slices of the token axis, one per modality.
+    candidates : Tensor, optional
+        (L,), nonzero for the tokens that count (valid ones, without a text's start token). The others are neither
+        scaled nor looked at for the range. ``None``: all count.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (..., L), a new tensor. A modality whose importances are all equal becomes 0.
     """
     length = values.shape[-1]

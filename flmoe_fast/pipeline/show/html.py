@@ -53,9 +53,12 @@ th { position: sticky; top: 0; background: var(--ground); } th:first-child, td:f
 class Page:
     """Builds a report from headings, texts, figures and tables.
 
-    Args:
-        title: of the page.
-        subtitle: a line below it.
+    Parameters
+    ----------
+    title : str
+        Of the page.
+    subtitle : str
+        A line below it.
     """
 
     title: str

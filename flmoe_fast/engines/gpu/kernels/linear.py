@@ -1,5 +1,4 @@
-"""Linear layers of all experts: ``out = act(norm(a) @ w + bias) + residual``, with what comes before and after fused
-in.
+"""Linear layers of all experts, ``out = act(norm(a) @ w + bias) + residual``, with what comes before and after in one.
 
 Before the product, a LayerNorm (its gain and shift are part of w and bias) that reads the fp32 stream and the
 statistics its producer left. After it, bias, GELU or ReLU, the residual, the statistics of the next LayerNorm per block
