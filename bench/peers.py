@@ -217,14 +217,16 @@ def main() -> None:
     """Measure what is missing and append it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=Path, nargs="+", default=[])
-    parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], default=None)
+    parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], metavar="KIND")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="*", choices=["default", *METHODS], default=["default"])
     parser.add_argument(
         "--gaps", nargs="+", choices=GAPS, default=GAPS, help="a call each; their intervals are checked"
     )
     parser.add_argument("--python", help="an interpreter with shapiq")
-    parser.add_argument("--estimators", nargs="*", choices=shapiq_peers.ESTIMATORS, default=list(shapiq_peers.STRONG))
+    parser.add_argument(
+        "--estimators", nargs="*", metavar="NAME", choices=shapiq_peers.ESTIMATORS, default=list(shapiq_peers.STRONG)
+    )
     parser.add_argument("--games", type=int, default=4, help="games of a kind")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--into", default="peers", help="name of the results file")
