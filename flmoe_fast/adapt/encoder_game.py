@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,11 +129,16 @@ class EncoderGame(Game):
         }
 
     def _make_tower(self, **known: object) -> None:
-        run, read = self.model.__call__, self.score.read
+        run, read = self.model, self.score.read
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower
         self.more_exact = more_exact(tower)
-        self._values = Remembered(lambda coalitions: self.score.values(tower.encode(coalitions)))
+        self._values = Remembered(functools.partial(_values, self.score, tower))
+
+
+def _values(score: Score, tower: Tower, coalitions: torch.Tensor) -> torch.Tensor:
+    """Values of coalitions (C, n)."""
+    return score.values(tower.encode(coalitions))
 
 
 def more_exact(*towers: Tower) -> str:
