@@ -242,6 +242,11 @@ def _folded(parts: LayerParts) -> Layer:
     )
 
 
+def gelu_in_place(x: torch.Tensor) -> torch.Tensor:
+    """The exact GELU of x, which is overwritten."""
+    return torch.ops.aten.gelu_(x)
+
+
 @dataclass(frozen=True)
 class PackedEncoderLayer:
     """One layer of a folded stack in one dtype on one device; every matrix is input-major, ready for ``x @ w``."""
@@ -292,7 +297,7 @@ class PackedEncoderLayer:
             norm2=gain_and_shift(layer.norm2),
             eps2=layer.norm2.epsilon,
             # The exact GELU is done in place.
-            activation=torch.ops.aten.gelu_ if stack.activation is None else stack.activation,
+            activation=gelu_in_place if stack.activation is None else stack.activation,
         )
 
     @property
