@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,12 +132,10 @@ class EncoderGame(Game):
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower
         self.more_exact = more_exact(tower)
-        self._values = Remembered(functools.partial(_values, self.score, tower))
+        self._values = Remembered(self._compute)
 
-
-def _values(score: Score, tower: Tower, coalitions: torch.Tensor) -> torch.Tensor:
-    """Values of coalitions (C, n)."""
-    return score.values(tower.encode(coalitions))
+    def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
+        return self.score.values(self.tower.encode(coalitions))
 
 
 def more_exact(*towers: Tower) -> str:

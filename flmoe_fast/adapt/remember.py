@@ -28,14 +28,6 @@ class Remembered:
         self._rows: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and the rows, which a copy computes again."""
-        return {"compute": self.compute, "computed": self.computed}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["compute"])  # type: ignore[misc]
-        self.computed = state["computed"]
-
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         distinct, again = coalitions.bool().cpu().unique(dim=0, return_inverse=True)
         keys = [row.tobytes() for row in distinct.numpy()]
@@ -50,3 +42,23 @@ class Remembered:
                 for i, row in zip(missing, found):
                     rows[keys[i]] = self._rows[keys[i]] = row
         return torch.stack([rows[key] for key in keys])[again]
+
+    def forget(self) -> None:
+        """Compute everything anew from here on."""
+        with self._lock:
+            self._rows.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+def forget(game: object) -> None:
+    """Let a game compute everything anew from here on, as a measurement of its speed has to."""
+    for part in vars(game).values():
+        for remembered in part.values() if isinstance(part, dict) else (part,):
+            if isinstance(remembered, Remembered):
+                remembered.forget()
