@@ -131,7 +131,8 @@ def _cuda_engine(info: dict) -> Backend:
     """The fused CUDA kernels; they need the Triton engine beside them."""
     about = "fused CUDA kernels for dense float32 games on NVIDIA GPUs (mixed, fp16x2 or fp16 products)"
     if not info.get("cuda"):
-        return Backend("cuda", False, "kernels not built: reinstall with nvcc on PATH and FLMOE_CUDA=on", about)
+        why = info.get("without_cuda") or "there is no extension"
+        return Backend("cuda", False, f"{why}: reinstall with nvcc on PATH and FLMOE_CUDA=on", about)
     about += f", built by nvcc {info['nvcc']} for {info['archs']}"
     beside = _triton_engine()
     return Backend("cuda", beside.available, beside.reason, about)

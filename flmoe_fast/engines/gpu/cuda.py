@@ -51,11 +51,14 @@ class CudaEngine(TritonEngine):
         if request.device.type != "cuda":
             return ""
         if not module.info()["cuda"]:
-            return "the extension was built without CUDA kernels"
+            return f"the extension has no CUDA kernels: {module.info()['without_cuda']}"
         if request.problem is None:
             return ""
-        with torch.cuda.device(request.device):
-            groups, needed, limit = module.fused_fit(request.problem.model.config.hidden)
+        try:
+            with torch.cuda.device(request.device):
+                groups, needed, limit = module.fused_fit(request.problem.model.config.hidden)
+        except RuntimeError as error:  # no code for this device among what was built, for one
+            return f"the kernels do not load on {torch.cuda.get_device_name(request.device)}: {error}"
         return "" if groups else f"a block needs {needed} bytes of shared memory, and the device has {limit}"
 
     @classmethod
