@@ -14,7 +14,7 @@ from flmoe_fast.probes.by_surrogate import by_surrogate, surrogate_budget
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
-from flmoe_fast.probes.pairs import resolve_pairs
+from flmoe_fast.probes.pairs import Pairs, resolve_pairs
 from flmoe_fast.probes.result import InteractionResult, checked_names
 from flmoe_fast.probes.run import Run, per_head
 
@@ -28,7 +28,7 @@ def interactions(
     *,
     rows: Sequence[int] | None = None,
     cols: Sequence[int] | None = None,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Pairs | None = None,
     n: int | None = None,
     contexts: int | None = None,
     budget: int | None = None,
