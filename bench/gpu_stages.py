@@ -303,7 +303,7 @@ def device() -> str:
 
 def built(architecture: str) -> None:
     """Exit with a line unless the extension that is found has CUDA kernels for the device."""
-    from flmoe_fast.coalitions import extension
+    from flmoe_fast.native import extension
 
     module, missing = extension()
     info = module.info() if module is not None else {"cuda": False, "without_cuda": missing}

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
 from bench import gpu, shapes, tables, timing, tune
-from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.gpu.kernels.configs import KERNELS, Config
 from flmoe_fast.engines.gpu.triton import interpreted
+from flmoe_fast.native import extension
 
 pytestmark = pytest.mark.skipif(
     not interpreted(), reason="needs TRITON_INTERPRET=1; with a GPU the benchmark itself is run instead"
@@ -48,13 +48,13 @@ def test_rows_are_written_and_shown(no_device, tmp_path):
     assert 0 < ours["noise_share"] < 1 and rows[3]["noise_share"] < ours["noise_share"]
     assert rows[0]["scaled"] is False  # this explanation is no larger than the part that is timed
     timing.write("gpu", [{"machine_rates": True, "matmul_flops": 1e12, "copy_bytes": 1e12}, *rows])
-    shown = tables.gpu()
+    shown = tables.text("gpu")
     assert shown.count("| tiny |") == 5 and "triton fp16" in shown
     assert all(json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines())
 
 
 def test_not_measured_where_there_is_no_file(no_device):
-    assert tables.gpu() == "not measured"
+    assert tables.text("gpu") == "not measured"
 
 
 def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 
 from bench import gpu_stages
 from bench.gpu_stages import Stage
-from flmoe_fast.coalitions import extension
+from flmoe_fast.native import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSED = ("times", "kernels", "sanitize", "tune", "compiled")
@@ -110,7 +110,7 @@ def test_the_build_says_when_it_has_no_cuda(monkeypatch):
         def info():
             return {"cuda": False, "without_cuda": "built where there was no nvcc"}
 
-    monkeypatch.setattr("flmoe_fast.coalitions.extension", lambda: (Module, ""))
+    monkeypatch.setattr("flmoe_fast.native.extension", lambda: (Module, ""))
     with pytest.raises(SystemExit, match="CUDA is missing from the build: built where there was no nvcc"):
         gpu_stages.built("90a")
 

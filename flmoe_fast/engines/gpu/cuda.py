@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.gpu.weights import SLAB
+from flmoe_fast.native import extension
 
 #: Arithmetics of the fused kernels.
 FUSED_PRECISIONS = ("fp16x2", "mixed", "fp16")
@@ -42,18 +42,15 @@ class CudaEngine(TritonEngine):
 
     @classmethod
     def missing(cls, request: Request) -> str:
-        reason = super().missing(request)
-        if reason:
-            return reason
         module, lacking = extension()
         if module is None:
             return lacking
-        if request.device.type != "cuda":
-            return ""
-        if not module.info()["cuda"]:
+        on_device = request.device.type == "cuda"
+        if on_device and not module.info()["cuda"]:
             return f"the extension has no CUDA kernels: {module.info()['without_cuda']}"
-        if request.problem is None:
-            return ""
+        reason = super().missing(request)
+        if reason or not on_device or request.problem is None:
+            return reason
         try:
             with torch.cuda.device(request.device):
                 groups, needed, limit = module.fused_fit(request.problem.model.config.hidden)
