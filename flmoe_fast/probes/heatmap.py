@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from flmoe_fast.probes.result import InteractionResult
 
 
+def literal(text: str) -> str:
+    """``text`` as matplotlib shows it letter by letter: no formula between dollars, nothing that cannot be printed."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+
+
 def heatmap(
     result: InteractionResult, *, head: str | int | None = None, of: str = "sii", ax: Axes | None = None
 ) -> Axes:
@@ -34,10 +39,10 @@ def heatmap(
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-bound or -1.0, vmax=bound or 1.0, aspect="auto")
     sure = (low > 0) | (high < 0)
     ax.plot(col[sure], row[sure], "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5)
-    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7)
-    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7)
+    ax.set_xticks(range(len(cols)), [literal(result.player_names[p]) for p in cols], rotation=90, fontsize=7)
+    ax.set_yticks(range(len(rows)), [literal(result.player_names[p]) for p in rows], fontsize=7)
     kind = "Shapley interaction" if of == "sii" else f"redundancy gap ({result.gap_kind})"
     name = "" if result.heads is None else f", {result.heads[result.head(head)]}"
-    ax.set_title(kind + name, fontsize=9)
+    ax.set_title(kind + literal(name), fontsize=9)
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     return ax

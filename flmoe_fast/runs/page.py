@@ -31,6 +31,7 @@ from flmoe_fast.pipeline.show.figures import (
 )
 from flmoe_fast.pipeline.show.html import Page, inked
 from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.probes.heatmap import literal
 from flmoe_fast.runs.explain import explained_with, read_records
 from flmoe_fast.runs.faithfulness import read_tables
 from flmoe_fast.runs.settings import RunSettings
@@ -298,7 +299,7 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
     for of, head in (("sii", None), ("gap", "redundancy" if "redundancy" in (result.heads or ()) else None)):
         axes = pair_view(result, record.places, record.views, head=head, of=of)
         name = "Interactions" if of == "sii" else f"Redundancy ({result.gap_kind} gap)"
-        axes.set_title(f"{name}, {result.heads[result.head(head)] if result.heads else 'value'}")
+        axes.set_title(f"{name}, {literal(result.heads[result.head(head)]) if result.heads else 'value'}")
         table = _named(result.to_dataframe(head or 0), record)
         table = table.iloc[result.order("abs_sii" if of == "sii" else "gap", head)[:PAIRS]]
         description = f"{name} of token pairs of sample {record.id}."

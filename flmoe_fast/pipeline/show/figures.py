@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from flmoe_fast.checks import one_of
 from flmoe_fast.pipeline.faithful.masking import MaskingCurve
 from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.probes.heatmap import literal
 from flmoe_fast.probes.result import InteractionResult
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def pair_view(
     for m, view in enumerate(views):
         width, found = _draw_view(axes, view, x, rows, {p for owner, p in linked if owner == m})
         anchors |= {(m, position): at for position, at in found.items()}
-        axes.text(x + width / 2, -0.55, view.name, ha="center", va="bottom", fontweight="bold")
+        axes.text(x + width / 2, -0.55, literal(view.name), ha="center", va="bottom", fontweight="bold")
         x += width + 0.55 * rows
     right = x - 0.55 * rows
     for pair, ((m1, p1), (m2, p2)) in reversed(list(zip(order, ends))):
@@ -176,7 +177,7 @@ def _draw_view(
     found = {}
     for number, position in enumerate(shown):
         y = (number + 0.5) * step
-        text = view.tokens[position].strip() or "·"
+        text = literal(view.tokens[position].strip()) or "·"
         text = text if len(text) <= 18 else text[:17] + "…"
         marked = position in linked
         if marked:
@@ -238,7 +239,7 @@ def loss_curves(history: Sequence[Mapping], expert_names: Sequence[str]) -> Figu
         left.plot(epochs, held, color=CURVES[2][0], marker=CURVES[2][1], markersize=3, label="validation task loss")
     for number, (name, (colour, marker)) in enumerate(zip(expert_names, CURVES * 3)):
         values = [record["interaction_losses"][number] for record in history]
-        right.plot(epochs, values, color=colour, marker=marker, markersize=3, label=name)
+        right.plot(epochs, values, color=colour, marker=marker, markersize=3, label=literal(name))
     for axes, title in ((left, "Losses"), (right, "Interaction losses")):
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -267,7 +268,7 @@ def local_bars(
     low, high = np.zeros(len(shown)), np.zeros(len(shown))
     for e, (name, (colour, _)) in enumerate(zip(expert_names, CURVES * 3)):
         offset = (e - (experts - 1) / 2) * 0.8 / experts
-        logits.bar(spots + offset, expert_logits[e, shown], 0.8 / experts, color=colour, label=name)
+        logits.bar(spots + offset, expert_logits[e, shown], 0.8 / experts, color=colour, label=literal(name))
         routing.bar(e, weights[e], color=colour)
         part = weights[e] * expert_logits[e, shown]
         base = np.where(part >= 0, high, low)
@@ -301,12 +302,14 @@ def importance_rows(axes: Axes, frame: pandas.DataFrame, groups: Sequence[tuple[
     share = frame[names].to_numpy(float).T
     share = share / np.maximum(share.mean(1, keepdims=True), 1e-30)
     image = axes.imshow(share, cmap="cividis", aspect="auto")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set_xticks([])
     axes.tick_params(length=0)
     for name, players in groups:
         if players:
-            axes.text(np.mean(players), len(names) - 0.3, f"{name} tokens", ha="center", va="top", fontsize=8.5)
+            axes.text(
+                np.mean(players), len(names) - 0.3, f"{literal(name)} tokens", ha="center", va="top", fontsize=8.5
+            )
             axes.axvline(players[0] - 0.5, color="white", linewidth=2.5)
     axes.set_title("Token importance (1 = average token)")
     axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=12)
@@ -401,7 +404,7 @@ def place_maps(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
             image = axes.imshow(values, cmap=colours, vmin=0.0)
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_title(f"{name}, {kind}", fontsize=9)
+            axes.set_title(f"{literal(name)}, {kind}", fontsize=9)
             figure.colorbar(image, ax=axes, pad=0.02)
     return figure
 
@@ -412,8 +415,8 @@ def styled():
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(": ", ":\n")
+    return literal(name).replace(": ", ":\n")
 
 
 def _short(text: str, most: int = 20) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return literal(text if len(text) <= most else text[: most - 1] + "…")
