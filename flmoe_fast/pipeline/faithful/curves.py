@@ -266,6 +266,29 @@ def faithfulness_table(
     return pandas.DataFrame(table)[list(COLUMNS)]
 
 
+def faithfulness_errors(samples: Sequence[Faithfulness], head: str | int | None = None) -> pandas.DataFrame:
+    """Standard errors over samples of the mean drops in :func:`faithfulness_table`.
+
+    Returns
+    -------
+    DataFrame
+        ``K_percent`` and ``<comprehensiveness or sufficiency>_prob_stderr_<identified or random>``; NaN for one sample.
+    """
+    import pandas
+
+    column, percents = _common(samples, head)
+    table: dict[str, Any] = {"K_percent": percents}
+    for name in ("comprehensiveness", "sufficiency"):
+        drops = {
+            "identified": [getattr(sample, name)[:, column] for sample in samples],
+            "random": [_mean_repeats(getattr(sample, f"random_{name}")[:, :, column]) for sample in samples],
+        }
+        for which, own in drops.items():
+            spread = np.std(own, axis=0, ddof=1) if len(samples) > 1 else np.full(len(percents), math.nan)
+            table[f"{name}_prob_stderr_{which}"] = spread / math.sqrt(len(samples))
+    return pandas.DataFrame(table)
+
+
 def paired_gaps(samples: Sequence[Faithfulness], head: str | int | None = None) -> dict[str, tuple[float, float]]:
     """Mean AOPC gap of ``"comprehensiveness"`` and ``"sufficiency"``, and its standard error over samples.
 
