@@ -107,9 +107,9 @@ def _share(store: ExplanationSet, count: int, settings: Mapping[str, Any] | None
             if group.size == 1:
                 raise
             found = [], str(problem)
-    missing, problem = group.agree(found)
-    if problem:
-        raise ArgumentError("folder", f"what the first process refuses ({problem})", "a folder to go on in")
+    missing, refused = group.agree(found)
+    if refused:
+        raise ArgumentError("folder", f"what the first process refuses ({refused})", "a folder to go on in")
     return missing[group.rank :: group.size]
 
 
