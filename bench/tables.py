@@ -18,13 +18,8 @@ from bench.cells import markdown
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "precision", "models", "guarantees")))
-    ROOT / "README.md",
-    ROOT / "docs" / "accuracy.md",
-    ROOT / "docs" / "precision.md",
-    ROOT / "docs" / "models.md",
-    ROOT / "docs" / "guarantees.md",
-)
+DOCS = ("accuracy", "precision", "models", "guarantees")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables, soak, zoo)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
