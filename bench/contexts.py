@@ -16,6 +16,7 @@ from bench.cells import Table, quartiles
 from bench.timing import interleave, spread, write
 from flmoe_fast import coalitions
 from flmoe_fast.coalitions import MODES
+from flmoe_fast.native import extension
 
 PLAYERS = 516
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    module, missing = coalitions.extension()
+    module, missing = extension()
     if module is None:
         parser.exit(1, f"{missing}\n")
     implementations = {"native": coalitions._Native(module), "numpy": coalitions._NumPy()}

@@ -24,9 +24,11 @@ from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, read, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
 from flmoe_fast.data.digits import two_view_digits
-from flmoe_fast.engines.cpu_engine import CpuEngine, levels, model_reason
+from flmoe_fast.engines.cpu import CpuEngine
+from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.levels import levels
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.problem import Logits
-from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.probes.grid import CornerGrid
 
@@ -88,7 +90,7 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, tuple[int, float, Call
         program = torch.compile(batched, mode="max-autotune-no-cudagraphs", dynamic=False)
         runs["batched SDPA fp32, torch.compile"] = (len(many), 4.0, lambda: program(many))
     engines = {"torch engine fp32": TorchEngine(game.problem)}
-    for level in usable_levels() if not model_reason(game.problem.model.config) else ():
+    for level in usable_levels() if not CpuEngine.unfit(Request(torch.float32, game.device, game.problem)) else ():
         engines[f"native {level} {levels()[level][0]}"] = CpuEngine(game.problem, level=level)
     for name, engine in engines.items():
         count = len(contexts) * corners.evaluations

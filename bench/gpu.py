@@ -29,8 +29,8 @@ from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.fastest import FILE
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.triton import TritonEngine
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
-from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.games.heads import Heads
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST
 
