@@ -16,7 +16,7 @@ from flmoe_fast import native
 from flmoe_fast.engines.prepared import forget, prepared
 
 EDGE = EDGES[2]
-GATED = Edge("gated", (1, 1), (1, 1), fusion="interpretcc")
+GATED = Edge("gated", (1, 1), None, generation="original", fusion="interpretcc")
 BACKENDS = [
     pytest.param(
         "cpu", torch.float32, marks=pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "-")

@@ -54,8 +54,19 @@ class PreparedModel:
         )
         self.temperature = float(config.temperature)
         self._learned = weights("pos_embed")[:, 0] if config.generation == "original" else None
+        self._keep()
+
+    def _keep(self) -> None:
         self._kept: dict[Hashable, Any] = {}
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what engines laid out, which they do again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep()
 
     def positions(self, length: int) -> torch.Tensor:
         """What is added to each of ``length`` positions: (1, length, H), or learned per expert (E, length, H)."""
