@@ -6,6 +6,7 @@ interpreter takes milliseconds per program.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from unittest import mock
@@ -20,16 +21,13 @@ from flmoe_fast.engines.gpu.cuda import CudaEngine
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.portable import TorchEngine
-from flmoe_fast.engines.problem import Logits
-from flmoe_fast.engines.stack import LOG2E
+from flmoe_fast.engines.prepared import prepared
+from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.engines.stack import LOG2E, Layer, Networks
 from flmoe_fast.native import extension
 
 GPU = torch.cuda.is_available()
-
-
 DEVICE = torch.device("cuda" if GPU else "cpu")
-
-
 #: The interpreter takes milliseconds per program: where the shape is not the point, it is as small as it gets.
 TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
 
@@ -38,28 +36,29 @@ def engine(edge: Edge, precision: str = "fp32", **options) -> TritonEngine:
     return TritonEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
 
 
-def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
+def rounded_problem(problem: TokenProblem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
     """The float64 torch engine of the model whose matrices were rounded to ``operand`` as the kernels' are."""
-    made = TorchEngine(problem, dtype=torch.float64, device=device)
-    scale = torch.tensor([LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
-    scale = scale[:, None, None, None, None]
+    model = copy.deepcopy(problem.model)
+    ready = prepared(model)
+    *layers, last = ready.stack.layers
+    rounded = [_rounded(layer, operand, down=True) for layer in layers]
+    # The last down-projection is multiplied with the classifier first, and never rounded.
+    rounded.append(_rounded(last, operand, down=False))
+    ready.stack = dataclasses.replace(ready.stack, layers=tuple(rounded))
+    return TorchEngine(dataclasses.replace(problem, model=model), dtype=torch.float64, device=device)
 
+
+def _rounded(layer: Layer, operand: torch.dtype, down: bool) -> Layer:
     def cast(x: torch.Tensor) -> torch.Tensor:
         return x.to(operand).double()
 
-    def block(layer, last: bool) -> dict[str, torch.Tensor]:
-        # The last down-projection is multiplied with the classifier first, and never rounded.
-        return {"up": cast(layer.up), "down": layer.down if last else cast(layer.down)}
+    def block(part: Layer | Networks) -> dict[str, torch.Tensor]:
+        return {"up": cast(part.up), "down": cast(part.down) if down else part.down}
 
-    layers = []
-    for layer in made.packed.layers:
-        last = layer is made.packed.layers[-1]
-        networks = layer.networks and dataclasses.replace(layer.networks, **block(layer.networks, last))
-        qkv, out = cast(layer.qkv * scale) / scale, cast(layer.out)
-        layers.append(dataclasses.replace(layer, qkv=qkv, out=out, networks=networks, **block(layer, last)))
-    made.packed = dataclasses.replace(made.packed, layers=tuple(layers))
-    made.states = made._two_states()
-    return made
+    q, k, v = layer.qkv.chunk(3, dim=2)
+    qkv = torch.cat([cast(q * LOG2E) / LOG2E, cast(k), cast(v)], dim=2)
+    networks = layer.networks and dataclasses.replace(layer.networks, **block(layer.networks))
+    return dataclasses.replace(layer, qkv=qkv, out=cast(layer.out), networks=networks, **block(layer))
 
 
 @functools.cache
