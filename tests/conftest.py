@@ -93,3 +93,9 @@ class _Torch:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+@pytest.fixture(autouse=True)
+def engines_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Games take the engine where they can: at the sizes of tests its speed says nothing, and changes with the load."""
+    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.0)
