@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from flmoe_fast.engines import portable, sparse_rows
-from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
+from flmoe_fast.engines.prepared import PreparedModel
 from flmoe_fast.engines.sparse_rows import choose
+from flmoe_fast.model.sparse import slots_per_network
 
 
 def break_gain(model: PreparedModel) -> None:
@@ -96,10 +97,15 @@ def give_room(engine) -> None:
     engine.sample.room = None
 
 
+def unpadded_room(engine) -> tuple[int, ...]:
+    """Slots of each modality that a network would take if padding did not count."""
+    config, lengths = engine.problem.model.config, [stop - start for start, stop in engine.problem.segments]
+    return tuple(slots_per_network(config.gate, tokens, config.ffn_experts, False) for tokens in lengths)
+
+
 def room_of_valid_tokens(engine) -> None:
     """Capacity from the valid tokens only."""
-    lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.sample.room = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths)).room
+    engine.sample.room = unpadded_room(engine)
 
 
 SPARSE_IN_THE_MODEL = (swap_down, forget_gate_bias, mistake_scores)
@@ -123,8 +129,7 @@ def share_room(monkeypatch, engine):
 
 def forget_padding(monkeypatch, engine):
     """Capacity from the valid tokens only."""
-    lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.sample = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths))
+    engine.sample.room = unpadded_room(engine)
 
 
 def last_come(monkeypatch, engine):
