@@ -164,7 +164,7 @@ def _every_pair(surrogate: Surrogate, pairs: torch.Tensor, n: int) -> tuple[torc
     nodes = rule("SII", 2, n)
     sii, variance = [], []
     for block in pairs.split(PAIR_BLOCK):
-        column = functionals(surrogate.process, block, nodes)
+        column = functionals(surrogate.process.x, surrogate.process.rate, block, nodes)
         sii.append(column @ surrogate.process.weights)
         jackknife, _ = surrogate.jackknife(column)
         variance.append(surrogate.efficiency(block, column, nodes) * jackknife)
