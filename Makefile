@@ -19,7 +19,7 @@ export MAX_JOBS ?= 2
 VENV := .venv
 OUT ?= out/demo
 ARGS ?=
-BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/fused/*)
+BUILD_INPUTS := setup.py CMakeLists.txt flmoe_fast/__init__.py $(wildcard csrc/* csrc/cpu/* csrc/fused/*)
 
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
@@ -37,7 +37,7 @@ CPU_EXTENSION := build/.cpu-extension
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench wheels env extension lint host-test portable-check nvcc-check budgets pytest clean
+.PHONY: demo test bench wheels env extension lint types host-test portable-check nvcc-check budgets pytest clean
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
@@ -56,6 +56,11 @@ env: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# Whether what annotations promise fits together.
+types: $(INSTALLED)
+	$(PY) -m mypy
 
 # The shared C++ core under AddressSanitizer and UBSan.
 host-test: $(INSTALLED)

@@ -22,10 +22,12 @@ from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame, interactions
 from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, Digits, two_view_digits
 from flmoe_fast.model.config import DENSE
 from flmoe_fast.model.encoders import ProjectionEncoder
-from flmoe_fast.model.training import fit, predict
-from flmoe_fast.pipeline.faithfulness import faithfulness, faithfulness_table, paired_gaps
-from flmoe_fast.pipeline.importance import METHODS, batch_importance
-from flmoe_fast.pipeline.masking import mask_pairs, masking_curve, masking_scores
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import FitSettings, fit
+from flmoe_fast.model.training.predict import predict
+from flmoe_fast.pipeline.faithful.curves import faithfulness, faithfulness_table, paired_gaps
+from flmoe_fast.pipeline.faithful.masking import mask_pairs, masking_curve, masking_scores
+from flmoe_fast.pipeline.importance.tokens import METHODS, batch_importance
 
 HIDDEN = 64
 GAP = "strict"
@@ -42,8 +44,8 @@ def train(training: Digits, roles: tuple[str, ...] | None, seed: int, epochs: in
     settling = max(1, round(0.2 * epochs))
     for count, rate in ((epochs - settling, 2e-3), (settling, 5e-4)):
         if count:
-            data = training.inputs, training.masks, training.labels
-            fit(model, *data, epochs=count, lr=rate, seed=seed, progress=False)
+            data = Examples(training.inputs, training.masks, training.labels)
+            fit(model, data, FitSettings(count, lr=rate, seed=seed), progress=False)
     with torch.no_grad():
         model.set_feature_means(model.encode(training.inputs), training.masks)
     return model

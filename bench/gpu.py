@@ -5,7 +5,7 @@
 All candidates of a shape take turns in one run. A candidate too slow for a whole explanation (10 x 10 pairs in 64
 contexts) is timed on a part of it, and its row says how large; times of a whole explanation are then scaled. Fractions
 are of this machine's own 16-bit matrix product rate, measured in the same run. Rows go to bench/results/gpu.jsonl, and
-which of the two GPU engines was faster to flmoe_fast/engines/fastest.json, which ``backend="auto"`` goes by.
+which of the two GPU engines was faster to flmoe_fast/engines/gpu/fastest.json, which ``backend="auto"`` goes by.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bench.baselines import BatchedSDPA
 from bench.shapes import SHAPES, Shape
 from bench.tables import gpu as table
 from bench.timing import spread, write
-from flmoe_fast.engines import cuda_engine
-from flmoe_fast.engines.cuda_engine import FUSED_PRECISIONS, CudaEngine
-from flmoe_fast.engines.fastest import FILE
+from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
+from flmoe_fast.engines.gpu.fastest import FILE
+from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.heads import Heads
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST
 
@@ -115,7 +115,8 @@ def gpu_engines(problem: TokenProblem) -> dict[str, TritonEngine]:
     made = {}
     for precision in PRECISIONS:
         made[f"triton {precision}"] = TritonEngine(problem, device=DEVICE, precision=precision)
-        if precision in FUSED_PRECISIONS and not cuda_engine.why_not(torch.float32, torch.device(DEVICE), problem):
+        request = Request(torch.float32, torch.device(DEVICE), problem, precision=precision)
+        if not CudaEngine.why_not(request):
             made[f"cuda {precision}"] = CudaEngine(problem, device=DEVICE, precision=precision)
     return made
 
@@ -226,12 +227,12 @@ def measure(
             row |= {
                 "launches": plan.launches,
                 "chunks": len(plan.parts()),
-                "launches_per_chunk": plan.engine.sizes.launches(),
+                "launches_per_chunk": plan.launches // len(plan.parts()),
                 "peak_bytes": memory[name],
                 "flops": plan.flops(),
-                "configurations": plan.engine.target,
+                "configurations": plan.chunk.spec.arch,
             }
-            products = PRODUCTS.get(plan.engine.precision)
+            products = PRODUCTS.get(plan.chunk.spec.precision)
             if products:
                 row["share_of_matmul_rate"] = spread([products * plan.flops() / s / rates[0] for s in per_run])
         rows.append(row)

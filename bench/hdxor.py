@@ -30,7 +30,9 @@ from flmoe_fast.data.splits import Part, Splits
 from flmoe_fast.files import replacing
 from flmoe_fast.games.modality_game import ModalityGame
 from flmoe_fast.model.encoders import ColumnGroupEncoder, TabularTokenEncoder
-from flmoe_fast.model.training import Held, fit, predict
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import FitSettings, fit
+from flmoe_fast.model.training.predict import predict
 
 #: Published InterSHAP shares in per cent (early-fusion network), and their spread where the paper gives one.
 PUBLISHED = {
@@ -67,17 +69,10 @@ def train(data: Splits, seed: int, options: argparse.Namespace, folder: Path) ->
     model = FLI2MoE(config, encoders)
     fit(
         model,
-        data.train.inputs,
-        ones(data.train, options.groups),
-        data.train.targets,
-        epochs=options.epochs,
-        batch_size=128,
-        lr=options.lr,
-        seed=seed,
-        validation=Held(data.valid.inputs, ones(data.valid, options.groups), data.valid.targets),
-        select="accuracy",
+        Examples(data.train.inputs, ones(data.train, options.groups), data.train.targets),
+        FitSettings(options.epochs, 128, options.lr, seed, select="accuracy", checkpoint_steps=50),
+        validation=Examples(data.valid.inputs, ones(data.valid, options.groups), data.valid.targets),
         checkpoint=folder / "training.pt",
-        checkpoint_steps=50,
         log=folder / "training.csv",
         progress=False,
     )

@@ -1,278 +1,250 @@
-"""Error and coverage at equal evaluations against every estimator of the SII that shapiq has, on several games.
+"""Error, coverage and seconds at equal evaluations: our estimators and every one of shapiq's, where truth is known.
 
-    python -m bench.peers [--kinds digits-prob digits-logit vit soum large] [--budgets 1024 2048 4096]
-                          [--games 2] [--seeds 3] [--coverage-seeds 100] [--coverage-only]
+    python -m bench.peers [--tables FOLDER ...] [--kinds NAME ...] [--budgets 512 1024 2048] [--games 4] [--seeds 3]
+                          [--methods default grid ...] [--python PYTHON [--estimators NAME ...]] [--into peers]
 
-- ``digits-prob``, ``digits-logit``: held-out digits seen by the demonstration's model (run make demo first), 16 tokens.
-- ``vit``: a vision transformer of Hugging Face's library, trained here on the same images as 16 patches of 2 x 2
-  pixels; absent patches are black; the value is the probability of the predicted digit. Pairs of the upper and the
-  lower half.
-- ``soum``: sums of 200 unanimity games of up to five of 32 players; the truth has a closed form.
-- ``large``: the same with 500 players; what every estimator does, including to refuse. Stopped after two minutes
-  of processor time.
+- ``--tables``: folders of games, each a NAME_NUMBER.npz whose ``values`` are those of all 2^n coalitions (bit p of the
+  index says whether player p is present); those of one name are a group. ``python -m bench.model_games`` writes such a
+  folder from models trained here; published game tables do as well. All pairs are asked for, or those in ``pairs``.
+- ``--kinds``: groups of :mod:`bench.kinds`, a game a seed. Without an argument: all of them.
+- ``--methods``: ours; "default" is the call without a method.
+- ``--python``: an interpreter with shapiq (of any version, 1.8 needs Python 3.12), for shapiq's estimators.
 
-Truth is by enumeration but for ``soum`` and ``large``. Every kind is asked for 64 pairs. Results are appended to
-bench/results/peers.jsonl as they come, one line a kind, estimator and budget; what is there is not measured again.
+Every group, estimator and budget is a row of bench/results/peers.jsonl, or of the file named by ``--into``, appended as
+it comes with its machine; what is there is not measured again. nMSE is the sum of squared errors over the pairs of a
+game relative to the sum of squares of the truth: 1 is what answering zero everywhere would score. The slope is that of
+the estimates on the truth: 1 on average for an unbiased estimator, less for one that shrinks. Seconds are the
+estimator's own, of one thread: those that the game took are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench import accuracy
-from bench.timing import RESULTS, read, write
-from flmoe_fast import exact_interactions, interactions, load_checkpoint
-from flmoe_fast.games.game import as_game
-from flmoe_fast.probes.exact import enumerate_values
+from bench import kinds, shapiq_peers
+from bench.timing import RESULTS, machine_line, read, write
+from flmoe_fast import InteractionResult, exact_interactions, interactions
+from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.interactions import METHODS
 
-BUDGETS = (1024, 2048, 4096)
-COVERAGE_BUDGETS = (512, 1024)
-KINDS = ("digits-prob", "digits-logit", "vit", "soum", "large")
-PATIENCE = 120
-#: Children begin as copies, with the games in memory.
-PROCESSES = multiprocessing.get_context("fork")
+BUDGETS = (512, 1024, 2048)
+#: What makes a row.
+KEY = ("group", "estimator", "budget")
 
 
-class Soum:
-    """A sum of unanimity games: each term is worth its weight where all its members are present."""
+@dataclass
+class Probed:
+    """A game whose truth is known; it counts what it is asked for, and the processor seconds of answering."""
 
-    def __init__(self, n: int, terms: int, seed: int):
-        rng = np.random.default_rng(seed)
-        self.n, self.asked = n, 0
-        self.members = [rng.choice(n, rng.integers(1, 6), replace=False) for _ in range(terms)]
-        self.weights = torch.from_numpy(rng.uniform(-1, 1, terms))
-        self.incidence = torch.zeros(terms, n, dtype=torch.float64)
-        for row, some in enumerate(self.members):
-            self.incidence[row, some] = 1.0
-        self.size = self.incidence.sum(1)
+    n: int
+    answers: kinds.Values
+    pairs: np.ndarray
+    sii: np.ndarray
+    gaps: dict[str, np.ndarray] = field(default_factory=dict)
+    asked: int = 0
+    seconds: float = 0.0
 
-    def __call__(self, coalitions) -> torch.Tensor:
-        rows = torch.as_tensor(np.atleast_2d(coalitions)).double()
+    @classmethod
+    def of_table(cls, values: np.ndarray, pairs: np.ndarray | None = None) -> Probed:
+        """From the values of all coalitions (2^n,), with the truth of every kind of gap."""
+        n = len(values).bit_length() - 1
+        bits = 1 << np.arange(n)
+        game = cls(n, lambda rows: values[rows @ bits], kinds.all_pairs(n) if pairs is None else pairs, np.empty(0))
+        for gap in GAPS:
+            exact = exact_interactions(game.torch, n=n, pairs=game.pairs.tolist(), gap=gap, progress=False)
+            game.sii, game.gaps[gap] = exact.sii, exact.gap
+        return game
+
+    @classmethod
+    def of_kind(cls, known: kinds.Known) -> Probed:
+        """From a kind; the gaps' truth only where a game can be enumerated."""
+        if known.n <= kinds.ENUMERABLE:
+            table = cls.of_table(known.values(kinds.every_coalition(known.n)), known.pairs)
+            return cls(known.n, known.values, known.pairs, known.truth, table.gaps)
+        return cls(known.n, known.values, known.pairs, known.truth)
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """Values (C,) of bool coalitions (C, n)."""
+        started = time.process_time()
+        found = self.answers(rows)
         self.asked += len(rows)
-        return (rows @ self.incidence.T == self.size).double() @ self.weights
+        self.seconds += time.process_time() - started
+        return found
 
-    def truth(self, pairs: list[tuple[int, int]]) -> np.ndarray:
-        """SII: a term of t members gives weight / (t - 1) to each of its pairs."""
-        both = torch.stack([self.incidence[:, i] * self.incidence[:, j] for i, j in pairs])
-        return (both @ (self.weights / (self.size - 1).clamp(min=1))).numpy()
-
-
-def busy_pairs(game: Soum, count: int = 64) -> list[tuple[int, int]]:
-    """Pairs (i, j) of the eight players of the lower half and the eight of the upper half with most terms."""
-    terms = game.incidence.sum(0)
-    half = game.n // 2
-    low, high = terms[:half].topk(8).indices.sort().values, half + terms[half:].topk(8).indices.sort().values
-    return [(int(i), int(j)) for i in low for j in high][:count]
+    def torch(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same for tensors."""
+        return torch.from_numpy(self.values(rows.cpu().numpy()))
 
 
-def vit_games(count: int) -> list[accuracy.Table]:
-    """Games of a small vision transformer on held-out digits, every coalition of patches evaluated."""
-    from transformers import ViTConfig, ViTForImageClassification
+@dataclass(frozen=True)
+class Found:
+    """One estimate: nMSE, cost, and of the intervals of each score the share that hold and that are NaN."""
 
-    from flmoe_fast.data.digits import two_view_digits
-
-    torch.manual_seed(0)
-    config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=8,
-                       patch_size=2, num_channels=1, num_labels=10, hidden_dropout_prob=0.1)  # fmt: skip
-    model = ViTForImageClassification(config)
-    train, held_out = two_view_digits()
-    images, unseen = (torch.cat(part.inputs, dim=2)[:, None] for part in (train, held_out))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    for step in range(600):
-        batch = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
-        keep = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(step)) > 0.15
-        masked = images[batch] * keep.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        loss = torch.nn.functional.cross_entropy(model(masked).logits, train.labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        share = float((model(unseen).logits.argmax(1) == held_out.labels).double().mean())
-        print(f"vit: {share:.1%} of the held-out digits are right", flush=True)
-        games = []
-        for image in unseen[:count]:
-            target = int(model(image[None]).logits.argmax())
-
-            def value(z: torch.Tensor, image: torch.Tensor = image, target: int = target) -> torch.Tensor:
-                keep = z.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
-                return model(image * keep).logits.double().softmax(1)[:, target]
-
-            games.append(accuracy.Table(enumerate_values(as_game(value, 16))))
-    return games
+    nmse: float
+    slope: float
+    evaluations: int
+    seconds: float
+    held: dict[str, float] = field(default_factory=dict)
+    withheld: dict[str, float] = field(default_factory=dict)
 
 
-def games_of(kind: str, count: int, model: Path) -> tuple[list, list[tuple[int, int]], list[np.ndarray]]:
-    """Games, the pairs asked for, and their true SII."""
-    if kind in ("soum", "large"):
-        n, terms = (32, 200) if kind == "soum" else (500, 2000)
-        games = [Soum(n, terms, seed) for seed in range(count)]
-        pairs = busy_pairs(games[0])
-        return games, pairs, [game.truth(pairs) for game in games]
-    if kind == "vit":
-        games = vit_games(count)
-    else:
-        games = accuracy.tables(load_checkpoint(model), count)[kind.partition("-")[2]]
-    return games, accuracy.PAIRS, [exact_interactions(g, pairs=accuracy.PAIRS, progress=False).sii for g in games]
+def folders(paths: list[Path]) -> Iterator[tuple[str, list[Probed]]]:
+    """Groups of the tables under some folders, by name."""
+    for path in paths:
+        groups: dict[str, list[Path]] = {}
+        for file in sorted(path.glob("*.npz")):
+            groups.setdefault(file.stem.rpartition("_")[0], []).append(file)
+        for name, files in groups.items():
+            games = []
+            for file in files:
+                with np.load(file) as table:
+                    games.append(Probed.of_table(table["values"], table["pairs"] if "pairs" in table else None))
+            yield name, games
 
 
-def ours(**options):
-    """Our estimators."""
+def nmse(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Squared error relative to the truth's sum of squares; without a truth, the squared error itself."""
+    return float(((estimate - truth) ** 2).sum() / ((truth**2).sum() or 1.0))
 
-    def estimate(game, pairs, budget: int, seed: int) -> np.ndarray:
+
+def slope(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Of the estimates on the truth, through the origin."""
+    return float((estimate * truth).sum() / ((truth**2).sum() or 1.0))
+
+
+def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
+    """One of our methods, with the intervals of the SII and of every kind of gap whose truth is known."""
+    held: dict[str, float] = {}
+    withheld: dict[str, float] = {}
+
+    def note(of: str, found: InteractionResult, truth: np.ndarray) -> None:
+        low, high = found.interval(of="sii" if of == "sii" else "gap")
+        defined = np.isfinite(truth)
+        claimed = defined & np.isfinite(low)
+        slack = 1e-9 * np.abs(truth[defined]).max(initial=0.0)  # an exact answer has no width, and is rounded
+        inside = (low - slack <= truth) & (truth <= high + slack)
+        held[of] = float(inside[claimed].mean()) if claimed.any() else float("nan")
+        withheld[of] = 1 - float(claimed.sum() / max(defined.sum(), 1))
+
+    cost: tuple[float, float, int, float] | None = None
+    for gap in game.gaps or ("max",):
+        game.asked, game.seconds, started = 0, 0.0, time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return interactions(game, n=game.n, pairs=pairs, budget=budget, seed=seed, progress=False, **options).sii
-
-    return estimate
-
-
-def theirs(name: str, **options):
-    """One of shapiq's approximators of all pairs, read at our pairs."""
-
-    def estimate(game, pairs, budget: int, seed: int) -> np.ndarray:
-        import shapiq
-
-        approximator = getattr(shapiq, name)(n=game.n, max_order=2, index="SII", random_state=seed, **options)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = approximator.approximate(budget, lambda rows: game(rows).numpy())
-        return np.array([values[pair] for pair in pairs])
-
-    return estimate
+            found = interactions(game.torch, n=game.n, pairs=game.pairs.tolist(), budget=budget, seed=seed, gap=gap,
+                                 progress=False, **options)  # fmt: skip
+        seconds = time.process_time() - started - game.seconds
+        cost = cost or (nmse(found.sii, game.sii), slope(found.sii, game.sii), game.asked, seconds)
+        if "sii" not in held:
+            note("sii", found, game.sii)
+        if game.gaps:
+            note(gap, found, game.gaps[gap])
+    assert cost is not None
+    return Found(*cost, held, withheld)
 
 
-ESTIMATORS: dict[str, Callable] = {
-    "surrogate": ours(method="surrogate"),
-    "auto": ours(method="auto"),
-    "corner grid": ours(),
-    "shapiq KernelSHAP-IQ": theirs("KernelSHAPIQ"),
-    "shapiq KernelSHAP-IQ, pairing": theirs("KernelSHAPIQ", pairing_trick=True),
-    "shapiq Inconsistent KernelSHAP-IQ": theirs("InconsistentKernelSHAPIQ"),
-    "shapiq Inconsistent KernelSHAP-IQ, pairing": theirs("InconsistentKernelSHAPIQ", pairing_trick=True),
-    "shapiq SVARM-IQ": theirs("SVARMIQ"),
-    "shapiq SHAP-IQ": theirs("SHAPIQ"),
-    "shapiq permutation sampling": theirs("PermutationSamplingSII"),
-    "shapiq ProxySPEX": theirs("ProxySPEX"),
-    "shapiq SPEX": theirs("SPEX"),
-}
+def estimators(methods: list[str], python: str | None, names: list[str]) -> dict[str, Callable]:
+    """By name, functions of a game, a budget and a seed."""
+    found: dict[str, Callable] = {}
+    for method in methods:
+        options = {} if method == "default" else {"method": method}
+        found[method] = lambda game, budget, seed, options=options: ours(game, budget, seed, options)
+    if python is not None:
+        worker = shapiq_peers.Shapiq(python)
+
+        def theirs(game: Probed, budget: int, seed: int, name: str) -> Found:
+            game.asked = 0
+            answer = worker.estimate(name, game.values, game.n, [tuple(p) for p in game.pairs.tolist()], budget, seed)
+            errors = nmse(answer.values, game.sii), slope(answer.values, game.sii)
+            return Found(*errors, game.asked, answer.seconds)
+
+        for name in names:
+            found[f"shapiq {name}"] = lambda game, budget, seed, name=name: theirs(game, budget, seed, name)
+    return found
 
 
-def attempt(estimator: Callable, game, pairs, budget: int, seed: int) -> tuple[np.ndarray, int] | str:
-    """An estimate and the evaluations it took, or one line on why there is none.
-
-    In a process of its own, which the system stops when its processor time is up, in whatever library it then is.
-    """
-
-    def work() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE))
-        game.asked = 0
-        try:
-            sender.send((estimator(game, pairs, budget, seed), game.asked))
-        except Exception as problem:
-            sender.send(f"{type(problem).__name__}: {problem}".splitlines()[0][:160])
-
-    receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=work)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return f"stopped after {PATIENCE} s of processor time"
-    finally:
-        process.join()
-
-
-def errors(kind: str, name: str, budget: int, games: list, pairs: list, truths: list, seeds: int) -> dict:
-    """nMSE of one estimator at one budget over games and seeds; the first refusal ends it."""
-    found, most = [], 0
-    row = {"kind": kind, "estimator": name, "budget": budget, "games": len(games), "seeds": seeds}
-    for game, truth in zip(games, truths):
+def cell(games: list[Probed], estimate: Callable, budget: int, seeds: int) -> dict:
+    """One row's figures over games and seeds; the first refusal ends it."""
+    found: list[Found] = []
+    row: dict = {"n": games[0].n, "pairs": len(games[0].pairs), "games": len(games), "seeds": seeds}
+    for game in games:
         for seed in range(seeds):
-            found_or_not = attempt(ESTIMATORS[name], game, pairs, budget, seed)
-            if isinstance(found_or_not, str):
-                return {**row, "refuses": found_or_not}
-            estimate, asked = found_or_not
-            found.append(accuracy.nmse(estimate, truth))
-            most = max(most, asked)
-    spread = float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
-    return {**row, "most_evaluations": most, "nmse": float(np.mean(found)), "nmse_median": float(np.median(found)),
-            "nmse_stderr": spread}  # fmt: skip
+            try:
+                found.append(estimate(game, budget, seed))
+            except shapiq_peers.Refusal as refusal:
+                return row | {"refuses": str(refusal)}
+    return row | summary(found)
 
 
-def coverage(kind: str, method: str, budget: int, games: list, pairs: list, truths: list, seeds: int) -> dict:
-    """Share of 95 % intervals that contain the truth, over all pairs, games and seeds."""
-    inside: dict[str, list[float]] = {"sii": [], "max": [], "strict": []}
-    width, error = 0.0, 0.0
-    for game, truth in zip(games, truths):
-        for gap in ("max", "strict"):
-            exact = None
-            if game.n <= 16:
-                exact = exact_interactions(game, pairs=pairs, gap=gap, progress=False).gap
-            elif gap == "strict":
-                continue  # its truth is not known, and the index is the same
-            for seed in range(1000, 1000 + seeds):
-                found = interactions(
-                    game, n=game.n, pairs=pairs, budget=budget, seed=seed, method=method, gap=gap, progress=False
-                )
-                low, high = found.interval()
-                if gap == "max":
-                    inside["sii"].append(float(((low <= truth) & (truth <= high)).mean()))
-                    width, error = width + (found.sii_stderr**2).sum(), error + ((found.sii - truth) ** 2).sum()
-                if exact is not None:
-                    low, high = found.interval(of="gap")
-                    inside[gap].append(float(((low <= exact) & (exact <= high)).mean()))
-    shares = {f"coverage_{of}": float(np.mean(some)) for of, some in inside.items() if some}
-    row = {"kind": kind, "method": method, "coverage_budget": budget, "games": len(games), "seeds": seeds}
-    return {**row, **shares, "claimed_over_actual_variance": float(width / error)}
+def summary(found: list[Found]) -> dict:
+    """Means, medians and spreads of estimates."""
+    errors, slopes = [one.nmse for one in found], [one.slope for one in found]
+    row: dict = {
+        "nmse": float(np.mean(errors)),
+        "nmse_median": float(np.median(errors)),
+        "nmse_stderr": standard_error(errors),
+        "slope": float(np.mean(slopes)),
+        "slope_stderr": standard_error(slopes),
+        "seconds": float(np.median([one.seconds for one in found])),
+        "most_evaluations": max(one.evaluations for one in found),
+    }
+    for of in found[0].held:
+        shares = [one.held[of] for one in found if np.isfinite(one.held[of])]
+        row[f"coverage_{of}"] = float(np.mean(shares)) if shares else None
+        row[f"withheld_{of}"] = float(np.mean([one.withheld[of] for one in found]))
+    return row
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def main() -> None:
     """Measure what is missing and append it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("out/demo/model.safetensors"))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--tables", type=Path, nargs="+", default=[])
+    parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], default=None)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
-    parser.add_argument("--games", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", choices=["default", *METHODS], default=["default"])
+    parser.add_argument("--python", help="an interpreter with shapiq")
+    parser.add_argument("--estimators", nargs="+", choices=shapiq_peers.ESTIMATORS, default=shapiq_peers.STRONG)
+    parser.add_argument("--games", type=int, default=4, help="games of a kind")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--coverage-seeds", type=int, default=100)
-    parser.add_argument("--coverage-only", action="store_true")
+    parser.add_argument("--into", default="peers", help="name of the results file")
     options = parser.parse_args()
-    path = RESULTS / "peers.jsonl"
-    if read("peers") is None:
-        write("peers", [])
-    done = read("peers")[1]
+    torch.set_num_threads(1)
+    before = read(options.into)
+    if before is None:
+        write(options.into, [])
+    done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
+    every = estimators(options.methods, options.python, options.estimators)
 
-    def add(row: dict) -> None:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+    def measure(group: str, games: list[Probed]) -> None:
+        for budget in options.budgets:
+            for name, estimate in every.items():
+                if (group, name, budget) in done:
+                    continue
+                row = {"group": group, "estimator": name, "budget": budget}
+                row |= cell(games, estimate, budget, options.seeds) | machine_line()
+                with open(RESULTS / f"{options.into}.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
 
-    def missing(**key: object) -> bool:
-        return not any(all(row.get(k) == v for k, v in key.items()) for row in done)
-
-    for kind in options.kinds:
-        games, pairs, truths = games_of(kind, 1 if kind == "large" else options.games, options.model)
-        for budget in () if options.coverage_only else options.budgets:
-            for name in options.estimators:
-                if missing(kind=kind, estimator=name, budget=budget):
-                    seeds = 1 if kind == "large" else options.seeds
-                    add(errors(kind, name, budget, games, pairs, truths, seeds))
-        for budget in COVERAGE_BUDGETS if kind != "large" and options.coverage_seeds else ():
-            for method in ("surrogate",):
-                if missing(kind=kind, method=method, coverage_budget=budget):
-                    add(coverage(kind, method, budget, games[:1], pairs, truths[:1], options.coverage_seeds))
+    for group, games in folders(options.tables):
+        measure(group, games)
+    named = kinds.KINDS | kinds.CONTROLS
+    for group in list(kinds.KINDS) if options.kinds == [] else options.kinds or []:
+        measure(group, [Probed.of_kind(named[group](seed)) for seed in range(options.games)])
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import torch
 from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
-from flmoe_fast.model.training import training_forward
-from flmoe_fast.pipeline.faithfulness import DEFAULT_PERCENTS, faithfulness, selected_tokens
-from flmoe_fast.pipeline.importance import METHODS, batch_importance
+from flmoe_fast.model.training.forward import training_forward
+from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, faithfulness, selected_tokens
+from flmoe_fast.pipeline.importance.tokens import METHODS, batch_importance
 
 BATCH = {"digits": 32, "mmimdb": 2, "enrico": 2, "mimic": 4}
 REPEATS = 10

@@ -2,21 +2,25 @@
 
     PYTHON bench/shapiq_worker.py FD
 
-It is started by :mod:`bench.peers` with one end of a socket as file descriptor FD. A message is JSON, followed by one
-message of plain numbers where the JSON says so. A request names an estimator, its options, a budget and the sets of
-players asked for; while it works, the estimator asks for the values of coalitions in the other direction, so the game
-stays where it is and every evaluation is counted there.
+It is started by :mod:`bench.shapiq_peers` with one end of a socket as file descriptor FD. A message is JSON, followed
+by one message of plain numbers where the JSON says so. A request names an estimator, its options, a budget and the sets
+of players asked for; while it works, the estimator asks for the values of coalitions in the other direction, so the
+game stays where it is and every evaluation is counted there.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 import warnings
 from multiprocessing.connection import Connection
 
 import numpy as np
+
+#: Bytes of address space; a regression over all pairs of 500 players would ask for a hundred gigabytes.
+MEMORY = 8 * 2**30
 
 
 class Remote:
@@ -40,6 +44,8 @@ def answer(connection: Connection, request: dict) -> tuple[dict, np.ndarray]:
     """Values of the sets asked for, and the processor seconds without those that the game took here."""
     import shapiq
 
+    patience = int(time.process_time()) + 1 + request["patience"]  # the system then ends the process, wherever it is
+    resource.setrlimit(resource.RLIMIT_CPU, (patience, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     game = Remote(connection, request["n"])
     started = time.process_time()
     approximator = getattr(shapiq.approximator, request["estimator"])(
@@ -54,6 +60,7 @@ def answer(connection: Connection, request: dict) -> tuple[dict, np.ndarray]:
 def main() -> None:
     """Answer requests until the other end is closed."""
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     connection = Connection(int(sys.argv[1]))
     while True:
         try:

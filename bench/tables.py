@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import peers_tables
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,16 @@ def results(name: str) -> Callable:
     return register
 
 
+for _name, (_results, _table) in peers_tables.TABLES.items():
+
+    def _peers(rows: list[dict], table: Callable[[list[dict]], peers_tables.Table] = _table) -> tuple[str, str] | None:
+        columns, lines, note = table(rows)
+        return (_markdown(columns, lines), note) if lines else None
+
+    _peers.__name__ = _name
+    results(_results)(_peers)
+
+
 @results("cpu-engine")
 def cpu(rows: list[dict]) -> tuple[str, str]:
     """Speed on the CPU, and what rounding is worth, of every candidate."""
@@ -99,42 +110,6 @@ def noise(rows: list[dict]) -> tuple[str, str]:
         f"{some['contexts']} contexts each."
     )
     return _markdown(["arithmetic", "noise share"], table), note
-
-
-@results("accuracy")
-def accuracy(rows: list[dict]) -> tuple[str, str]:
-    """nMSE at equal evaluations."""
-    rows = [row for row in rows if "estimator" in row]
-    budgets = sorted({row["budget"] for row in rows})
-    named: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        named.setdefault((row["value"], row["estimator"]), {})[row["budget"]] = row["nmse"]
-    table = [[value, name, *(f"{by[b]:.3f}" for b in budgets)] for (value, name), by in named.items()]
-    some = rows[0]
-    columns = ["value", "estimator", *(f"{b:,}" for b in budgets)]
-    games = f"{some['games']} games x {some['seeds']} seeds, 16 tokens, 64 cross-modal pairs"
-    note = f"nMSE against enumeration (0 is exact, 1 is what all zeros would score), mean over {games}."
-    return _markdown(columns, table), note
-
-
-@results("accuracy")
-def coverage(rows: list[dict]) -> tuple[str, str]:
-    """Coverage of the 95 % intervals."""
-    rows = [row for row in rows if "coverage_budget" in row]
-    table = [
-        [
-            row["value"],
-            "adaptive" if row["adaptive"] else "uniform",
-            f"{row['coverage_budget']:,}",
-            f"{100 * row['coverage_sii']:.1f} %",
-            f"{100 * row['coverage_max']:.1f} %",
-            f"{100 * row['coverage_strict']:.1f} %",
-        ]
-        for row in rows
-    ]
-    columns = ["value", "allocation", "evaluations", "SII", "gap (max)", "gap (strict)"]
-    note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
-    return _markdown(columns, table), note
 
 
 @results("contexts")
@@ -331,46 +306,6 @@ def gpu(rows: list[dict]) -> tuple[str, str]:
         "An explanation is 10 x 10 pairs in 64 contexts (7,744 coalitions); (scaled) from a part of it. "
         f"Matrix products in fp16 run at {product:.0f} TFLOP/s there, copies at {copy:.1f} TB/s."
     )
-    return _markdown(columns, table), note
-
-
-def _refusal(text: str) -> str:
-    """Why there is no number: the estimator said so, or nobody waited any longer."""
-    return text if text.startswith("stopped") else f"refuses: {text}"
-
-
-@results("peers")
-def peers(rows: list[dict]) -> tuple[str, str]:
-    """nMSE at equal evaluations on several kinds of games, against shapiq's estimators."""
-    rows = [row for row in rows if "estimator" in row]
-    budgets = sorted({row["budget"] for row in rows})
-    named: dict[tuple[str, str], dict[int, str]] = {}
-    for row in rows:
-        cell = f"{row['nmse']:.3g}" if "nmse" in row else _refusal(row["refuses"])
-        named.setdefault((row["kind"], row["estimator"]), {})[row["budget"]] = cell
-    table = [[kind, name, *(by.get(b, "not measured") for b in budgets)] for (kind, name), by in sorted(named.items())]
-    counts = sorted({f"{row['games']} x {row['seeds']}" for row in rows})
-    columns = ["game", "estimator", *(f"{b:,}" for b in budgets)]
-    return _markdown(columns, table), f"Mean over games x seeds: {', '.join(counts)}."
-
-
-@results("peers")
-def intervals(rows: list[dict]) -> tuple[str, str] | None:
-    """Coverage of the surrogate's 95 % intervals."""
-    rows = [row for row in rows if "coverage_budget" in row]
-    if not rows:
-        return None
-
-    def percent(row: dict, of: str) -> str:
-        share = row.get(f"coverage_{of}")
-        return "" if share is None else f"{100 * share:.1f} %"
-
-    table = [
-        [row["kind"], f"{row['coverage_budget']:,}", *(percent(row, of) for of in ("sii", "max", "strict"))]
-        for row in rows
-    ]
-    note = f"{rows[0]['games']} games x {rows[0]['seeds']} seeds x 64 pairs."
-    columns = ["game", "evaluations", "SII", "gap (max)", "gap (strict)"]
     return _markdown(columns, table), note
 
 

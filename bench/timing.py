@@ -56,6 +56,13 @@ def write(name: str, rows: list[dict]) -> Path:
     return path
 
 
+def machine_line() -> dict[str, str]:
+    """Where, when and on what a row that is appended to older ones was measured."""
+    machine = environment()
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return {"machine": str(where), "commit": _commit(), "date": datetime.date.today().isoformat()}
+
+
 def read(name: str) -> tuple[dict, list[dict]] | None:
     """Machine line and rows of a result file, or None if there is none."""
     path = RESULTS / f"{name}.jsonl"

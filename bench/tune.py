@@ -5,7 +5,7 @@
 One kernel at a time, the others at their best so far: a candidate counts by the time of a whole chunk. A shape with a
 gate (enrico-gshard) has the kernels of sparse blocks as well. Candidates that
 do not run, or give other numbers than the configuration in use, are left out. The file is
-flmoe_fast/engines/triton_kernels/configs/<device>.json; it starts from the configurations in use.
+flmoe_fast/engines/gpu/kernels/configs/<device>.json; it starts from the configurations in use.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from bench import gpu
 from bench.shapes import SHAPES
-from flmoe_fast.engines import triton_engine, triton_ops
-from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels import configs
-from flmoe_fast.engines.triton_kernels.configs import KERNELS, SPARSE_KERNELS, Config
-from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu import chunk
+from flmoe_fast.engines.gpu.kernels import configs
+from flmoe_fast.engines.gpu.kernels.configs import KERNELS, SPARSE_KERNELS, Config
+from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu.triton import TritonEngine
 
 ROUNDS = 7
 ATTENTION = ("context", "first", "later")
@@ -43,16 +43,16 @@ def candidates(kernel: str, used: Config) -> list[Config]:
 class Trial:
     """Times chunks with configurations of one's own."""
 
-    def __init__(self, shape: str, precision: str, coalitions: int, target: str):
+    def __init__(self, shape: str, precision: str, coalitions: int, arch: str):
         made = SHAPES[shape]
         self.precision, self.depth = precision, made.hidden // made.heads
         self.problem = made.game(heads=("mixture",), backend="torch", device=gpu.DEVICE).problem
         self.corners = made.corners(10)
         count = max(1, coalitions // self.corners.evaluations)
         self.contexts = torch.rand(count, self.problem.n, generator=torch.Generator().manual_seed(0)) < 0.5
-        self.target = target
+        self.arch = arch
         kernels = (*KERNELS, *SPARSE_KERNELS) if made.gate else KERNELS
-        self.chosen = {name: self.find(name, precision, self.target, self.at(name)) for name in kernels}
+        self.chosen = {name: self.find(name, precision, self.arch, self.at(name)) for name in kernels}
         self.expected: torch.Tensor | None = None
 
     def at(self, kernel: str) -> int:
@@ -64,10 +64,10 @@ class Trial:
         """Median seconds of one chunk, or None where a configuration cannot run or runs wrong."""
         tried = self.chosen | changes
 
-        def find(kernel: str, precision: str, target: str, depth: int = 0) -> Config:
-            return tried.get(kernel) or self.find(kernel, precision, target, depth)
+        def find(kernel: str, precision: str, arch: str, depth: int = 0) -> Config:
+            return tried.get(kernel) or self.find(kernel, precision, arch, depth)
 
-        with mock.patch.object(triton_ops, "find", find), mock.patch.object(triton_engine, "find", find):
+        with mock.patch.object(chunk, "find", find):
             try:
                 engine = TritonEngine(self.problem, device=gpu.DEVICE, precision=self.precision)
                 words, varies = engine.toggle_words(self.contexts, self.corners.toggled)
@@ -114,10 +114,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(2, "bench.tune: torch finds no CUDA device\n")
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    target = configs.target_of(name, capability)
-    found = {key: Config(**value) for key, value in configs._file(target).items()}
+    arch = configs.arch_of(name, capability)
+    found = {key: Config(**value) for key, value in configs._file(arch).items()}
     for precision in options.precisions:
-        found |= Trial(options.shape, precision, options.coalitions, target).tune()
+        found |= Trial(options.shape, precision, options.coalitions, arch).tune()
     if options.dry:
         print("\n".join(f"{key}: {value}" for key, value in found.items()))
     else:

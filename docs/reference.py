@@ -14,27 +14,15 @@ from pathlib import Path
 PAGE = Path(__file__).parent / "reference.md"
 #: Where users look beyond the names of the package itself, in the order of the page.
 FURTHER = (
-    "flmoe_fast.games.grouped.GroupedGame",
-    "flmoe_fast.probes.values.player_values",
-    "flmoe_fast.probes.values.PlayerValues",
-    "flmoe_fast.probes.screening.screen",
-    "flmoe_fast.probes.screening.Screening",
     "flmoe_fast.probes.surrogate.Surrogate",
     "flmoe_fast.probes.indices.IndexEstimate",
-    "flmoe_fast.pipeline.player_importance.player_importance",
-    "flmoe_fast.pipeline.candidates.candidate_players",
-    "flmoe_fast.pipeline.candidates.cross_pairs",
-    "flmoe_fast.pipeline.masking.mask_pairs",
-    "flmoe_fast.pipeline.masking.masking_curve",
     "flmoe_fast.explainers.shapiq.ShapiqGame",
     "flmoe_fast.explainers.shapiq.ShapiqApproximator",
     "flmoe_fast.explainers.shapiq.from_shapiq",
     "flmoe_fast.explainers.captum.ShapleyInteractions",
-    "flmoe_fast.explainers.model_forward.ModelForward",
     "flmoe_fast.explainers.shap.shap_pair",
     "flmoe_fast.explainers.shap.PlayerMasker",
-    "flmoe_fast.scale.explain_many.explain_many",
-    "flmoe_fast.scale.dataset.ExplanationSet",
+    "flmoe_fast.pipeline.importance.players.player_importance",
     "flmoe_fast.scale.group.SharedGame",
     "flmoe_fast.scale.group.join",
 )

@@ -10,7 +10,6 @@ import sys
 import torch
 
 import flmoe_fast
-from flmoe_fast.scale.explain_many import explain_many
 
 WEIGHT = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double() / 6
 SAMPLES = torch.randn(16, 12, generator=torch.Generator().manual_seed(1)).double()
@@ -29,5 +28,5 @@ def explain(number: int, sample: torch.Tensor) -> flmoe_fast.InteractionResult:
 
 
 if __name__ == "__main__":
-    done = explain_many(SAMPLES, explain, sys.argv[1], chunk=4, format="safetensors", progress=False)
+    done = flmoe_fast.explain_many(SAMPLES, explain, sys.argv[1], chunk=4, format="safetensors", progress=False)
     print(done.frame().nlargest(3, "sii")[["sample", "i", "j", "sii", "sii_stderr"]])

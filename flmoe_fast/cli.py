@@ -11,7 +11,7 @@ import importlib
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,12 +23,26 @@ from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
-from flmoe_fast.pipeline.report import report
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.pipeline.show.text import report
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
 BAD_INPUT, INTERRUPTED = 2, 130
+#: What explains a sample where nothing else is given.
+_EXPLAIN: dict[str, Any] = {
+    **dict.fromkeys(("sample", "out", "contexts", "budget", "target", "dtype", "device")),
+    "candidates": DEFAULT_CANDIDATES,
+    "method": "grid",
+    "also": (),
+    "seed": 0,
+    "gap": DEFAULT_GAP,
+    "value": "prob",
+    "fill": "mean",
+    "backend": "auto",
+    "progress": True,
+}
+_STORED = tuple("modalities heads temperature task gate top_k capacity gumbel_temperature gate_threshold".split())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             arguments.run(arguments)
-        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError) as problem:
+        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError, FloatingPointError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
@@ -81,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
         step.set_defaults(run=run)
 
-    one = commands.add_parser("explain", help="explain one sample of a saved model, or the samples of a run")
+    # What is not given is left out, so that what is given is known; _EXPLAIN says what stands for the rest.
+    one = commands.add_parser(
+        "explain",
+        help="explain one sample of a saved model, or the samples of a run",
+        argument_default=argparse.SUPPRESS,
+    )
     one.add_argument("model", metavar="MODEL", help="a .safetensors, .pth or .pt checkpoint, or a RUN.toml alone")
     one.add_argument(
         "sample",
@@ -94,21 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--candidates",
         type=int,
-        default=DEFAULT_CANDIDATES,
         metavar="N",
-        help="most important tokens of each modality whose pairs are probed (%(default)s)",
+        help=f"most important tokens of each modality whose pairs are probed ({_EXPLAIN['candidates']})",
     )
     spend = one.add_mutually_exclusive_group()
     spend.add_argument("--contexts", type=int, metavar="K", help="contexts, each one sample of every pair (64)")
     spend.add_argument("--budget", type=int, metavar="B", help="model evaluations, part of them spent where it pays")
-    one.add_argument("--method", choices=METHODS, default="grid", help="how interactions are estimated (%(default)s)")
-    one.add_argument("--also", nargs="+", choices=ORDERS, default=(), metavar="INDEX", help=f"of {', '.join(ORDERS)}")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--gap", choices=GAPS, default="max", help="kind of redundancy gap (%(default)s)")
-    one.add_argument("--value", choices=("prob", "logit"), default="prob", help="what is explained (%(default)s)")
+    one.add_argument("--method", choices=METHODS, help=f"how interactions are estimated ({_EXPLAIN['method']})")
+    one.add_argument("--also", nargs="+", choices=ORDERS, metavar="INDEX", help=f"of {', '.join(ORDERS)}")
+    one.add_argument("--seed", type=int)
+    one.add_argument("--gap", choices=GAPS, help=f"kind of redundancy gap ({_EXPLAIN['gap']})")
+    one.add_argument("--value", choices=("prob", "logit"), help=f"what is explained ({_EXPLAIN['value']})")
     one.add_argument("--target", type=int, nargs="+", metavar="C", help="class or classes (the predicted ones)")
-    one.add_argument("--fill", choices=("mean", "zero"), default="mean", help="what absent tokens become (%(default)s)")
-    one.add_argument("--backend", choices=BACKENDS, default="auto")
+    one.add_argument("--fill", choices=("mean", "zero"), help=f"what absent tokens become ({_EXPLAIN['fill']})")
+    one.add_argument("--backend", choices=BACKENDS, help=f"what evaluates the model ({_EXPLAIN['backend']})")
     one.add_argument("--dtype", choices=("float32", "float64"), help="arithmetic (the model's)")
     one.add_argument("--device", help="where to evaluate, such as cuda (the CPU)")
     one.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
@@ -161,17 +179,23 @@ def _faithfulness(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from flmoe_fast.runs.report import report_run
+    from flmoe_fast.runs.page import report_run
     from flmoe_fast.runs.settings import read_settings
 
     print(f"Written to {report_run(read_settings(arguments.settings))}")
 
 
-def _explain(arguments: argparse.Namespace) -> None:
+def _explain(given: argparse.Namespace) -> None:
+    arguments = argparse.Namespace(**{**_EXPLAIN, **dict.fromkeys(_STORED), **vars(given)})
     if Path(arguments.model).suffix == ".toml" and arguments.sample is None:
         from flmoe_fast.runs.explain import explain_samples
         from flmoe_fast.runs.settings import read_settings
 
+        useless = [
+            f"--{name.replace('_', '-')}" for name in vars(given) if name in {*_EXPLAIN, *_STORED} - {"progress"}
+        ]
+        if useless:
+            arguments.parser.error(f"{', '.join(useless)} beside {arguments.model}: its section [explain] says this")
         settings = read_settings(arguments.model)
         folders = explain_samples(settings, arguments.progress)
         print(f"{len(folders)} samples in {settings.out / 'samples'}")
@@ -179,18 +203,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     missing = [label for label, name in (("SAMPLE", "sample"), ("--out", "out")) if getattr(arguments, name) is None]
     if missing:
         arguments.parser.error(f"the following arguments are required: {', '.join(missing)} (or a RUN.toml alone)")
-    model = load_checkpoint(
-        arguments.model,
-        modalities=arguments.modalities,
-        heads=arguments.heads,
-        temperature=arguments.temperature,
-        task=arguments.task,
-        gate=arguments.gate,
-        top_k=arguments.top_k,
-        capacity=arguments.capacity,
-        gumbel_temperature=arguments.gumbel_temperature,
-        gate_threshold=arguments.gate_threshold,
-    )
+    model = load_checkpoint(arguments.model, **{name: getattr(arguments, name) for name in _STORED})
     features, masks = load_sample(arguments.sample, model)
     target = arguments.target
     found = explain(

@@ -29,9 +29,12 @@ _DIGITS = 53  # of a number that is drawn by slices
 class Contexts(NamedTuple):
     """A draw of K context coalitions.
 
-    Attributes:
-        words: int64 (K, W), the coalitions. Antithetic: row 2k is T_k and row 2k + 1 its complement.
-        u: float64 (K,), the share of players included, in expectation; 1 - u_k for a complement.
+    Attributes
+    ----------
+    words : Tensor
+        int64 (K, W), the coalitions. Antithetic: row 2k is T_k and row 2k + 1 its complement.
+    u : Tensor
+        float64 (K,), the share of players included, in expectation; 1 - u_k for a complement.
     """
 
     words: torch.Tensor
@@ -56,10 +59,14 @@ def extension() -> tuple[ModuleType | None, str]:
 def pack(coalitions: torch.Tensor) -> torch.Tensor:
     """Pack a bool matrix.
 
-    Args:
-        coalitions: bool (C, n), CPU; row c is True at the members of coalition c.
+    Parameters
+    ----------
+    coalitions : Tensor
+        Bool (C, n), CPU; row c is True at the members of coalition c.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         int64 (C, W).
     """
     _check(coalitions, "coalitions", torch.bool)
@@ -100,16 +107,25 @@ def sample_contexts(
     replicates of one seed are independent draws. Independent numbers are drawn and compared with u_k one binary digit
     of 64 players at a time, which makes ``stratified`` and ``iid`` the modes for very many contexts.
 
-    Args:
-        n: players, at least 1.
-        contexts: K, at least 1; even when antithetic.
-        seed: 0 <= seed < 2**64.
-        mode: one of :data:`MODES`.
-        antithetic: add every coalition's complement.
-        replicate: which draw under this seed, 0 <= replicate < 2**32.
+    Parameters
+    ----------
+    n : int
+        Players, at least 1.
+    contexts : int
+        K, at least 1; even when antithetic.
+    seed : int
+        0 <= seed < 2**64.
+    mode : str
+        One of :data:`MODES`.
+    antithetic : bool
+        Add every coalition's complement.
+    replicate : int
+        Which draw under this seed, 0 <= replicate < 2**32.
 
-    Raises:
-        ArgumentError: an argument out of range.
+    Raises
+    ------
+    ArgumentError
+        An argument out of range.
     """
     n = integer("n", n, least=1, most=_MOST)
     contexts = integer("contexts", contexts, least=1, most=_MOST)

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels import (
+from flmoe_fast.engines.gpu.chunk import PLAIN
+from flmoe_fast.engines.gpu.kernels import (
     attention,
     choice,
     combine,
@@ -38,8 +38,8 @@ from flmoe_fast.engines.triton_kernels import (
     order,
     routing,
 )
-from flmoe_fast.engines.triton_kernels.configs import KERNELS, entry
-from flmoe_fast.engines.triton_ops import PLAIN
+from flmoe_fast.engines.gpu.kernels.configs import KERNELS, entry
+from flmoe_fast.engines.gpu.triton import TritonEngine
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Sizes whose specialisations are those of real shapes: every width a multiple of 16, any length. By head width.
@@ -124,13 +124,13 @@ SPARSE_ORDER = ("states", "context", "first", "project", *SENT, "sparse_down", "
 SPARSE_ORDER += ("project", "up", "down", "qkv", "later", "project_last", *SENT, "pool", *ENDS)
 
 
-def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()) -> dict[str, dict[str, int]]:
-    """Configuration and resources of kernels on ``target`` ("sm_90"), by entry.
+def compile_all(arch: str, precisions: list[str], depths: tuple[int, ...] = ()) -> dict[str, dict[str, int]]:
+    """Configuration and resources of kernels on ``arch`` ("sm_90"), by entry.
 
-    Of the precisions named, with the head widths named or every one; without any, what the target's file has, and what
+    Of the precisions named, with the head widths named or every one; without any, what its file has, and what
     has no file.
     """
-    driver.set_active(NoDevice(int(target[3:])))
+    driver.set_active(NoDevice(int(arch[3:])))
     # The engine then takes CPU tensors; the kernels were decorated before, and are compiled.
     triton.knobs.runtime.interpret = True
     found: dict[str, dict[str, int]] = {}
@@ -138,7 +138,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
 
     def compile_instead(kernel, programs, config, *args, **constants):
         name = names.pop(0)
-        plain = name in (*PLAIN, "corners")
+        plain = name in PLAIN
         depth = edge.hidden // edge.heads if name in ("context", "first", "later") else 0
         key = entry(name, "fp32" if plain else precision, depth)
         tiles = configs.TILES.get(precision, precision)
@@ -155,7 +155,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
     with contextlib.ExitStack() as stack:
         for module in (linear, attention, head, routing, corners, choice, order, grouped, combine):
             stack.enter_context(mock.patch.object(module, "launch", compile_instead))
-        shipped = configs._file(target)
+        shipped = configs._file(arch)
         for precision in precisions or [*sorted({key.split("/")[1] for key in shipped}, reverse=True), *configs.TILES]:
             tiles = configs.TILES.get(precision, precision)
             for depth, edge in (*SHAPES.items(), (64, SPARSE)):
@@ -163,7 +163,7 @@ def compile_all(target: str, precisions: list[str], depths: tuple[int, ...] = ()
                     continue
                 names[:] = SPARSE_ORDER if edge is SPARSE else ORDER
                 problem = edge.game(dtype=torch.float32, backend="torch").problem
-                engine = TritonEngine(problem, device="cpu", precision=precision, target=target)
+                engine = TritonEngine(problem, device="cpu", precision=precision, arch=arch)
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.model.batched import can_batch
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import training_forward
+from flmoe_fast.model.training.batched import can_batch
+from flmoe_fast.model.training.forward import training_forward
 from tests.edge_shapes import EDGES
 
 # Both orders of summation accumulate rounding of a few hundred terms; losses and gradients are of order 1.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flmoe_fast
 from flmoe_fast import coalitions
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.environment import Backends, backends, doctor, environment
@@ -72,7 +73,7 @@ def test_every_kernel_compiles_without_spills():
 def test_extension_says_what_it_is():
     info = EXTENSION.info()
     assert set(info) == {"cuda", "archs", "compiler", "nvcc", "version"}
-    assert f'version = "{info["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert info["version"] == flmoe_fast.__version__
     assert bool(info["archs"]) == bool(info["nvcc"]) == info["cuda"]
 
 

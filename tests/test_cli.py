@@ -20,7 +20,7 @@ from flmoe_fast.data.digits import two_view_digits
 from flmoe_fast.data.sample import load_sample, save_sample
 from flmoe_fast.demo.run import Size, run
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
-from flmoe_fast.model.training import predict
+from flmoe_fast.model.training.predict import predict
 
 TOKENS, WIDTH, HIDDEN = (4, 3), 5, 8
 FILES = {"interactions.npz", "interactions.csv", "importance.csv", "report.txt", "heatmap.png"}
@@ -101,7 +101,8 @@ def test_options_reach_the_probe(folder, tmp_path):
     options = ["--budget", "90", "--value", "logit", "--target", "1", "--fill", "zero", "--dtype", "float64"]
     assert explain(folder, tmp_path, *options, "--backend", "reference") == 0
     found = flmoe_fast.InteractionResult.load(tmp_path / "interactions.npz")
-    assert found.about == {"target": 1, "value": "logit", "dtype": "float64", "device": "cpu"}
+    expected = {"target": 1, "value": "logit", "dtype": "float64", "device": "cpu", "method": "grid"}
+    assert found.about == expected
     assert 0 < found.evaluations <= 90 and found.backend == "reference"
 
 
@@ -346,3 +347,20 @@ def test_demo(tmp_path, capsys):
     first, second = (pandas.read_csv(at / "interactions.csv") for at in (out, out / "explain"))
     assert len(first) == 64 * 9
     pandas.testing.assert_frame_equal(first, second)
+
+
+def test_flags_without_effect_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("[data]\n[model]\n")
+    for flags in (["--contexts", "8"], ["--out", "x"], ["--target", "1"], ["--seed", "0"], ["--heads", "2"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["explain", str(tmp_path / "run.toml"), *flags])
+        assert ended.value.code == 2 and f"{flags[0]} beside" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path / "run.toml"), "--no-progress"]) == 2  # the settings are read, and refused
+    assert "data.kind" in capsys.readouterr().err
+
+
+def test_an_argument_that_contradicts_the_file_is_said(folder, tmp_path, capsys):
+    assert explain(folder, tmp_path / "same", "--contexts", "2", "--heads", "2") == 0
+    assert capsys.readouterr().err == ""
+    assert explain(folder, tmp_path / "other", "--contexts", "2", "--heads", "4") == 0
+    assert "was saved with heads 2; with 4 it is another model" in capsys.readouterr().err

@@ -23,9 +23,12 @@ from test_triton_engine import (  # noqa: E402
 
 from flmoe_fast.checks import ArgumentError  # noqa: E402
 from flmoe_fast.coalitions import extension  # noqa: E402
-from flmoe_fast.engines import cuda_engine, cuda_ops, fastest, triton_engine  # noqa: E402
-from flmoe_fast.engines.cuda_engine import CudaEngine  # noqa: E402
-from flmoe_fast.engines.cuda_ops import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
+from flmoe_fast.engines.engine import Request  # noqa: E402
+from flmoe_fast.engines.gpu import cuda as cuda_engine  # noqa: E402
+from flmoe_fast.engines.gpu import cuda_chunk, fastest  # noqa: E402
+from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
+from flmoe_fast.engines.gpu.cuda import CudaEngine  # noqa: E402
+from flmoe_fast.engines.gpu.cuda_chunk import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
 
 EXTENSION, MISSING = extension()
 pytestmark = [
@@ -91,7 +94,7 @@ def test_blocks_and_order_of_threads_change_no_bit(monkeypatch):
     coalitions = edge.coalitions(problem_of(edge).n)[[3, 7]]
     found = []
     for groups, backwards in ((TWO_GROUPS, False), (ONE_GROUP, False), (TWO_GROUPS, True)):
-        monkeypatch.setattr(cuda_ops, "emulation", Emulation(groups, backwards))
+        monkeypatch.setattr(cuda_chunk, "emulation", Emulation(groups, backwards))
         found.append(engine(edge).evaluate(coalitions))
     for other in found[1:]:
         assert torch.equal(other.experts, found[0].experts) and torch.equal(other.weights, found[0].weights)
@@ -102,7 +105,7 @@ def test_blocks_and_order_of_threads_change_no_bit(monkeypatch):
 def test_a_planted_mistake_is_seen(what: str, monkeypatch):
     """Negative control: each missing wait, arrival or swizzle leaves the tolerance, or nobody can go on."""
     fault, message = FAULTS[what]
-    monkeypatch.setattr(cuda_ops, "emulation", Emulation(fault=fault))
+    monkeypatch.setattr(cuda_chunk, "emulation", Emulation(fault=fault))
     contexts, toggled = coalitions_of(TINY)
     made = engine(TINY)
     plan = made.plan(*made.toggle_words(contexts, toggled), group=len(toggled))
@@ -119,7 +122,7 @@ def test_chunks_change_no_bit():
     made = engine(TINY)
     words, varies = made.toggle_words(contexts, toggled)
     whole = made.plan(words, varies, group=len(toggled)).run()
-    parts = made.plan(words, varies, group=len(toggled), chunk=2).run()
+    parts = made.plan(words, varies, group=len(toggled), size=2).run()
     assert torch.equal(whole.experts, parts.experts) and torch.equal(whole.weights, parts.weights)
 
 
@@ -127,21 +130,18 @@ def test_chunks_change_no_bit():
 def test_launches(layers: int, launches: int):
     """Context and coalition attention, chains and the last layer; then head, means and two routing layers."""
     edge = Edge("tiny", (3, 2), (3, 1), layers=layers, **SMALL)
-    assert engine(edge).sizes.launches() == launches
+    made = engine(edge)
+    contexts, toggled = coalitions_of(edge)
+    assert made.plan(*made.toggle_words(contexts, toggled), group=len(toggled)).launches == launches
 
 
 def test_op_is_well_registered():
     made = engine(TINY)
     contexts, toggled = coalitions_of(TINY)
     plan = made.plan(*made.toggle_words(contexts[:1], toggled[:1]), group=1)
-    packed = made.weights
-    arguments = (
-        *(plan.words, plan.constant, plan.varying, packed.states, packed.residual, made.segments),
-        *(list(packed.layers), list(packed.routing), plan.workspace, made.heads, 1, 0, 1, packed.added, True, 1.0),
-        *(made.target, made.precision),
-    )
+    arguments = plan.words, plan.chunk.tensors(), plan.workspace, plan.chunk.spec.text, [1, 0, 1]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.flmoe_fast.fused_coalitions.default, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.flmoe_fast.coalition_logits.default, arguments, test_utils=tests)
 
 
 @functools.cache
@@ -223,4 +223,4 @@ def test_auto_takes_what_was_faster(monkeypatch):
 
 def test_reason_names_the_extension(monkeypatch):
     monkeypatch.setattr(cuda_engine, "extension", lambda: (None, "not compiled here"))
-    assert cuda_engine.why_not(torch.float32, DEVICE, problem_of(TINY)) == "not compiled here"
+    assert CudaEngine.why_not(Request(torch.float32, DEVICE, problem_of(TINY))) == "not compiled here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import flmoe_fast
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -41,3 +44,17 @@ def test_pages_name_what_exists():
             assert (ROOT / path).exists(), f"{page.name}: {path}"
         for module in re.findall(r"python -m ([\w.]+)", text):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+
+
+def test_public_names_are_told_in_one_way():
+    """The groups, the package's docstring and what a type checker sees name the same things; each is there."""
+    told = dict(re.findall(r"^(\w+): [^\n]+\n((?:    [^\n]+\n)+)", flmoe_fast.__doc__, re.MULTILINE))
+    assert {group: re.findall(r"\w+", names) for group, names in told.items()} == {
+        group: list(names) for group, names in flmoe_fast.GROUPS.items()
+    }
+    tree = ast.parse(Path(flmoe_fast.__file__).read_text())
+    seen = {a.asname: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names}
+    seen.pop(None)
+    assert seen == {name: module for names in flmoe_fast.GROUPS.values() for name, module in names.items()}
+    for name in flmoe_fast.__all__:
+        assert getattr(flmoe_fast, name).__name__ == name

@@ -21,7 +21,7 @@ from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.engines.cpu_engine import LEVEL_VARIABLE, levels
-from flmoe_fast.pipeline.masking import mask_pairs
+from flmoe_fast.pipeline.faithful.masking import mask_pairs
 
 FP64 = 1e-10
 

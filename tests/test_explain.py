@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
+import encoders
 import numpy as np
 import pytest
+import reference_modules
 import torch
 from test_token_game import H, make
 
-from flmoe_fast import ArgumentError, InteractionResult, TokenGame, explain, interactions
-from flmoe_fast.pipeline.importance import token_importance
+import flmoe_fast
+from flmoe_fast import ArgumentError, InteractionResult, TokenGame, exact_interactions, explain, interactions
+from flmoe_fast.games.game import as_game
+from flmoe_fast.pipeline.importance.tokens import token_importance
+from flmoe_fast.probes.gap import DEFAULT_GAP
+from flmoe_fast.probes.naive import four_corner_loop
+from flmoe_fast.runs.settings import ExplainSettings
 
 
 @pytest.fixture
@@ -48,6 +57,71 @@ def test_three_modalities_and_multilabel():
     assert len(found.interactions.pairs) == 3 * 4 and found.game.target == (0, 2)
 
 
+def modules():
+    """Models that accelerate takes, and a sample of each with its players, as explain takes them."""
+    text, image = {**encoders.text_inputs()}, {"pixel_values": encoders.pixels()}
+    tokens = [torch.randn(t, 12, dtype=torch.float64) for t in (3, 2)]
+    return {
+        "one text": (encoders.bert(), (text, encoders.words("remove")), {}),
+        "text and image": (encoders.vilt(), (text | image, [encoders.words(), encoders.patches()]), {"value": "logit"}),
+        "dual encoder": (encoders.clip(), (text | image, [encoders.words(), encoders.patches()]), {}),
+        "slow path": (encoders.bert(), (text, encoders.words()), {"path": "module"}),
+        "reference layout": (reference_modules.InteractionMoE().double().eval(), (tokens,), {"fill": "zero"}),
+    }
+
+
+@pytest.mark.parametrize("name", modules())
+def test_any_model_that_accelerate_takes(name, tmp_path):
+    """The same pairs and numbers as its steps one by one; a model read before is taken as well."""
+    model, sample, options = modules()[name]
+    ready = flmoe_fast.accelerate(model)
+    found = explain(model, *sample, candidates=2, contexts=4, seed=3, progress=False, **options)
+    game = ready.game(*sample, **options)
+    scores = next(iter(flmoe_fast.player_scores(game).values()))
+    pairs = flmoe_fast.cross_pairs(flmoe_fast.candidate_players(game, scores, [2] * len(found.candidates)))
+    steps = interactions(game, pairs=pairs, contexts=4, seed=3, progress=False)
+    again = explain(ready, *sample, candidates=2, contexts=4, seed=3, progress=False, **options)
+    for result in (steps, again.interactions):
+        assert result.pairs.tolist() == found.interactions.pairs.tolist()
+        assert np.allclose(result.sii, found.interactions.sii, rtol=0, atol=1e-12)
+    assert len(pairs) == (1 if len(found.candidates) == 1 else 4)
+    full = game(torch.ones(1, game.n, dtype=torch.bool)).reshape(-1)[0]
+    assert found.prediction["full"] == pytest.approx(float(full), abs=1e-12)
+    assert found.prediction["target"] == game.target
+    found.save(tmp_path)
+    assert len((tmp_path / "importance.csv").read_text().splitlines()) == 1 + game.n
+
+
+def test_importance_by_drops():
+    """What is lost without a player alone, of every head; the players of a sum are worth their terms."""
+    worth = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    scores = flmoe_fast.player_scores(as_game(lambda present: present.double() @ worth, 3), "drop")
+    assert torch.equal(scores["model"], worth)
+    game = TokenGame(make(), [torch.randn(3, H).double()] * 2, fill="zero")
+    scores = flmoe_fast.player_scores(game, "drop")
+    present = torch.ones(2, game.n, dtype=torch.bool)
+    present[1, 2] = False
+    values = game(present)
+    assert tuple(scores) == game.heads
+    assert [float(s[2]) for s in scores.values()] == pytest.approx((values[0] - values[1]).tolist(), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, r"players: got nothing for AcceleratedModel\(BertFor.*\), expected what takes part"),
+        ({"players": encoders.words(), "masks": [torch.ones(8)]}, "masks: got a value, expected nothing"),
+        (
+            {"players": encoders.words(), "importance": "ig", "path": "module"},
+            "game: got ModuleGame, expected a game on",
+        ),
+    ],
+)
+def test_what_other_models_need_is_named(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        explain(encoders.bert(), encoders.text_inputs(), progress=False, **options)
+
+
 def test_saved_files(sample, tmp_path):
     import pandas
 
@@ -76,3 +150,11 @@ def test_bad_input_is_named(sample, options, message):
     features, masks = sample
     with pytest.raises(ArgumentError, match=message):
         explain(make(), features, masks=masks, fill="zero", progress=False, **{"candidates": 2, **options})
+
+
+def test_every_gap_is_the_same_kind_unless_asked():
+    calls = (explain, interactions, flmoe_fast.exact_interactions, flmoe_fast.screen, four_corner_loop)
+    kinds = {inspect.signature(call).parameters["gap"].default for call in calls}
+    assert kinds == {ExplainSettings().gap, DEFAULT_GAP}
+    added = exact_interactions(lambda present: present.double().sum(1), n=3, progress=False)
+    assert np.array_equal(added.gap, np.zeros(3))  # players that add up do not stand in for one another

@@ -11,7 +11,7 @@ import torch
 
 from flmoe_fast import TokenGame
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.pipeline.faithfulness import (
+from flmoe_fast.pipeline.faithful.curves import (
     COLUMNS,
     aopc,
     faithfulness,
@@ -20,7 +20,7 @@ from flmoe_fast.pipeline.faithfulness import (
     selected_tokens,
     write_tables,
 )
-from flmoe_fast.pipeline.importance import batch_importance
+from flmoe_fast.pipeline.importance.tokens import batch_importance
 from tests.edge_shapes import EDGES
 
 EDGE = {edge.name: edge for edge in EDGES}

@@ -13,10 +13,11 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.engines.cuda_engine import FUSED_PRECISIONS, CudaEngine
+from flmoe_fast.engines.gpu.chunk import layout
+from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
+from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import TritonEngine
-from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.environment import backends
 from flmoe_fast.probes.grid import CornerGrid
 
@@ -129,7 +130,7 @@ def test_the_same_bits_again_and_in_other_chunks(edge: Edge, backend: str):
     words, varies = made.toggle_words(contexts, corners.toggled)
     first = made.plan(words, varies, group=corners.evaluations).run()
     again = made.plan(words, varies, group=corners.evaluations).run()
-    parts = made.plan(words, varies, group=corners.evaluations, chunk=7).run()
+    parts = made.plan(words, varies, group=corners.evaluations, size=7).run()
     for other in (again, parts):
         assert torch.equal(first.experts, other.experts) and torch.equal(first.mixture, other.mixture)
 
@@ -170,14 +171,14 @@ def test_a_plan_is_captured_in_a_graph_and_replayed_on_other_coalitions(edge: Ed
 def test_arrays_past_two_billion_elements(backend: str):
     """A chunk whose Q, K and V have more elements than an int32 counts."""
     made = engine(LARGE, backend=backend)
-    count = -(-(2**31) // (made.sizes.experts * made.sizes.length * 3 * made.sizes.hidden)) + 40
-    needed = made.sizes.bytes(count, 1)
+    count = -(-(2**31) // (made.chunk.spec.experts * made.chunk.spec.length * 3 * made.chunk.spec.hidden)) + 40
+    needed = layout(made.chunk.spec, count, 1).bytes
     if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     coalitions = torch.rand(count, made.problem.n, generator=torch.Generator().manual_seed(1)) < 0.5
     words, varies = made.coalition_words(coalitions)
-    whole = made.plan(words, varies, group=count, chunk=count).run()
-    parts = made.plan(words, varies, group=count, chunk=64).run()
+    whole = made.plan(words, varies, group=count, size=count).run()
+    parts = made.plan(words, varies, group=count, size=64).run()
     assert torch.equal(whole.experts, parts.experts) and torch.equal(whole.weights, parts.weights)
 
 
@@ -216,7 +217,7 @@ def test_memory_that_does_not_suffice_halves_the_chunk():
     total = torch.cuda.mem_get_info()[1]
     held = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + made.sizes.bytes(20, 1)) / total))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + layout(made.chunk.spec, 20, 1).bytes) / total))
     try:
         found = made.evaluate(coalitions)
     finally:

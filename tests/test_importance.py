@@ -9,7 +9,7 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.pipeline.importance import (
+from flmoe_fast.pipeline.importance.tokens import (
     METHODS,
     batch_importance,
     normalize_importance,
@@ -309,7 +309,7 @@ def test_integrated_gradients_agree_with_plain_recomputation(generation, task):
 
 @pytest.mark.parametrize("method", ("IntegratedGradients", "InputXGradient", "Saliency", "FeatureAblation"))
 def test_captum_methods(method):
-    from flmoe_fast.pipeline.captum_methods import captum_importance
+    from flmoe_fast.pipeline.importance.captum import captum_importance
 
     model = make_model()
     features, masks = several(model, 2)

@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 from flmoe_fast import TokenGame
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.games.game import Game
-from flmoe_fast.pipeline.masking import MaskedPairs, mask_pairs, masking_curve, masking_scores
+from flmoe_fast.pipeline.faithful.masking import MaskedPairs, mask_pairs, masking_curve, masking_scores
 from tests.edge_shapes import EDGES
 
 GROUPS = (("a", (0, 1, 2, 3, 4)), ("b", (5, 6, 7)), ("c", (8, 9)))

@@ -10,8 +10,8 @@ import torch
 from encoders import CLS, END, IDS, MASK, PAD, patches, pixels, text_inputs, words
 
 from flmoe_fast import ArgumentError, accelerate, interactions, text_players
-from flmoe_fast.pipeline.candidates import candidate_players, cross_pairs
-from flmoe_fast.pipeline.player_importance import player_importance
+from flmoe_fast.pipeline.importance.candidates import candidate_players, cross_pairs
+from flmoe_fast.pipeline.importance.players import player_importance
 
 #: Relative to the largest importance; vision models of transformers take their softmax in float32 whatever they are in.
 DOUBLE, SINGLE = 1e-9, 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import zipfile
 
 import h5py
 import numpy as np
@@ -22,7 +23,7 @@ from flmoe_fast.data.mmhs150k import read_mmhs150k
 from flmoe_fast.data.mmimdb import GENRES, read_mmimdb
 from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
-from flmoe_fast.data.pickles import read_pickle
+from flmoe_fast.data.pickles import read_matrix, read_pickle
 from flmoe_fast.data.prepare import prepare
 from flmoe_fast.runs.settings import read_settings
 from flmoe_fast.runs.study import Study
@@ -253,6 +254,105 @@ def test_pickles_execute_nothing(tmp_path):
         read_pickle(path)
 
 
+def arrays():
+    matrix = np.arange(6.0).reshape(2, 3)
+    found = [matrix, np.asfortranarray(matrix.astype(np.int32)), np.array(["ab", "c"]), np.array([b"x"])]
+    found += [np.array([["text", None]], object), np.arange(3, dtype=">f4"), np.zeros((0, 3)), np.ones((2, 1), bool)]
+    return [*found, np.float64(1), np.bool_(True), np.str_("long"), matrix[:, ::2]]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_gives_the_arrays_that_were_written(protocol, tmp_path):
+    kept = arrays()
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": (kept, [kept[0]]), 1: -(2**70)}, protocol=protocol))
+    found = read_pickle(tmp_path / "x.pkl")
+    assert found[1] == -(2**70) and found["a"][1][0] is found["a"][0][0]
+    for own, expected in zip(found["a"][0], kept, strict=True):
+        assert type(own) is type(expected) and own.dtype == expected.dtype and np.array_equal(own, expected)
+        assert not isinstance(own, np.ndarray) or own.flags.writeable
+
+
+class Forged:
+    """An array of one object whose pointer is eight letters."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), "O", b"AAAAAAAA")
+
+
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
+FLOAT = b"cnumpy\ndtype\n\x8c\x02f8\x89\x88\x87R(K\x03\x8c\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+
+
+def array_of(shape=b"K\x01\x85", dtype=FLOAT, raw=b"C\x08AAAAAAAA"):
+    """A pickled array of parts that do not have to fit."""
+    return RECONSTRUCT + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
+
+
+HOSTILE = {
+    "a forged object": pickle.dumps(Forged())[:-1],
+    "an object of bytes": array_of(dtype=FLOAT.replace(b"\x02f8", b"\x02O8")),
+    "a structure": array_of(dtype=b"cnumpy\ndtype\n\x8c\x02V8\x89\x88\x87R"),
+    "a million bytes an item": array_of(dtype=FLOAT.replace(b"\x02f8", b"\x08f1048576")),
+    "more than there is": array_of(shape=b"K\x02\x85"),
+    "a negative size": array_of(shape=b"J\xff\xff\xff\xff\x85"),
+    "no items": array_of(shape=b"J\xff\xff\xff\x7fK\x00\x86", dtype=FLOAT.replace(b"\x02f8", b"\x02S0")),
+    "built twice": array_of() + b"K\x01\x85b",
+    "defaults of a function": RECONSTRUCT + b"N}\x8c\x0c__defaults__K\x01\x85s\x86b",
+    "attributes of a dict": b"}}\x8c\x01aK\x01sb",
+    "a part by itself": RECONSTRUCT,
+    "an array by itself": RECONSTRUCT + b")R",
+    "a called array": array_of() + b")R",
+    "an array as a key": b"}" + array_of() + b"Ns",
+    "a class": b"cnumpy\nndarray\nK\x01\x85\x81",
+    "another name": b"cnumpy.core.multiarray\nfromfile\n",
+    "a name of a name": b"\x8c\x05numpy\x8c\x0fndarray.tofile\x93",
+    "a persistent name": b"\x8c\x01aQ",
+    "an extension": b"\x82\x01",
+    "nothing to take": b"\x85",
+    "one text encoded for ever": b"\x8c\xff" + 255 * b"a" + b"q\x000c_codecs\nencode\nq\x010]"
+    + 200 * b"h\x01h\x00\x8c\x06latin1\x86Ra",
+    "one array for ever": b"C\xff" + 255 * b"a" + b"q\x000]"
+    + 20 * (array_of(b"K\xff\x85", FLOAT.replace(b"f8", b"u1"), b"h\x00") + b"a"),
+    "bytes that never come": b"\x8e" + (2**62).to_bytes(8, "little") + b"a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name, tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + HOSTILE[name] + b".")
+    with pytest.raises(DataError, match=r"x\.pkl: got "):
+        read_pickle(tmp_path / "x.pkl")
+
+
+def test_a_memo_costs_no_more_than_it_holds(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")  # 32 GB where the memo is an array
+    assert read_pickle(tmp_path / "x.pkl") is None
+    twice = b"]q\x01(h\x00h\x00eq\x00"  # a list of the last one, twice: 2^60 lists if each were made anew
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02]q\x00" + 60 * twice + b".")
+    found = read_pickle(tmp_path / "x.pkl")
+    assert len(found) == 2 and found[0] is found[1]
+
+
+def test_matrices_of_torch(tmp_path):
+    path, matrix = tmp_path / "x.pt", np.arange(6.0).reshape(2, 3)
+    for kept in (matrix, torch.from_numpy(matrix), matrix.astype(np.int32)):
+        for zipped in (True, False):
+            torch.save(kept, path, _use_new_zipfile_serialization=zipped)
+            assert np.array_equal(read_matrix(path), matrix) and read_matrix(path).dtype == np.float32
+    hostile = (torch.zeros(1).expand(10**6, 10**6), torch.zeros(2, 3).to_sparse(), torch.zeros(2, 3, device="meta"))
+    for wrong in (*hostile, Forged(), {"a": matrix}, matrix[0], torch.zeros(2, 3, dtype=torch.complex64), [matrix]):
+        torch.save(wrong, path)
+        with pytest.raises(DataError, match=r"x\.pt: got "):
+            read_matrix(path)
+    torch.save(matrix, path)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.namelist():
+            new.writestr(part, old.read(part) + bytes(2**20))
+    with pytest.raises(DataError, match="a compressed archive"):
+        read_matrix(packed)
+
+
 @pytest.fixture
 def adni(tmp_path):
     names = [f"001_S_{n:04d}" for n in range(4)]
@@ -300,6 +400,64 @@ def test_adni_broken(adni):
         read_adni(adni, modalities=("mri",))
 
 
+DENSE = np.array([[0.0, 1.0], [2.0, 0.0], [4.0, 1.0], [1.0, 3.0]])
+
+
+def sparse_genome(root, layout="csr_matrix", **changes):
+    """Give the data set a sparse matrix, parts of which may be other than they should be."""
+    parts = {"data": [1.0, 2.0, 4.0, 1.0, 1.0, 3.0], "indices": [1, 0, 0, 1, 0, 1], "indptr": [0, 1, 2, 4, 6]}
+    parts |= {"shape": [4, 2], **changes}
+    with h5py.File(root / "genomic" / "genomic_merged.h5ad", "a") as file:
+        del file["X"]
+        node = file.create_group("X")
+        node.attrs["encoding-type"], node.attrs["shape"] = layout, parts.pop("shape")
+        for name, values in parts.items():
+            node[name] = np.array(values)
+
+
+def test_a_sparse_genome_is_the_dense_one(adni):
+    with h5py.File(adni / "genomic" / "genomic_merged.h5ad", "a") as file:
+        file["X"][...] = DENSE
+    expected = read_adni(adni).values["genomic"]
+    sparse_genome(adni)
+    assert np.array_equal(read_adni(adni).values["genomic"], expected)
+    columns = {"data": [2.0, 4.0, 1.0, 1.0, 1.0, 3.0], "indices": [1, 2, 3, 0, 2, 3], "indptr": [0, 3, 6]}
+    sparse_genome(adni, "csc_matrix", **columns)
+    assert np.array_equal(read_adni(adni).values["genomic"], expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"indices": [1, 0, 0, 1, 0, 2**30]},
+        {"indices": [1, 0, 0, 1, 0, -(2**30)]},
+        {"indices": [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]},
+        {"indices": [1, 0]},
+        {"indptr": [0, 1, 2, 4, 2**40]},
+        {"indptr": [0, 4, 2, 4, 6]},
+        {"indptr": [-(2**30), 1, 2, 4, 6]},
+        {"indptr": [0, 1, 6]},
+        {"shape": [2**30, 2**30]},
+        {"shape": [-4, 2]},
+        {"shape": [3, 2], "indptr": [0, 1, 2, 6]},
+        {"data": [b"a"] * 6},
+    ),
+    ids=str,
+)
+def test_sparse_indices_are_checked(adni, changes):
+    sparse_genome(adni, **changes)
+    with pytest.raises(DataError, match=r"genomic_merged\.h5ad: got "):
+        read_adni(adni)
+
+
+def test_a_matrix_larger_than_any_is_not_read(adni):
+    with h5py.File(adni / "genomic" / "genomic_merged.h5ad", "a") as file:
+        del file["X"]
+        file.create_dataset("X", shape=(2**20, 2**20), dtype="f4", chunks=(64, 64))  # a file of a kilobyte
+    with pytest.raises(DataError, match="more than 4 GiB"):
+        read_adni(adni)
+
+
 @pytest.fixture
 def own(tmp_path):
     lines = ["name,caption,photo,age,dose,label,part"]
@@ -331,6 +489,16 @@ def test_own_data(own):
     own.write_text(table)
     many = read_own(own, MODALITIES, target="label", task="multilabel")
     assert many.classes == ("brown", "cat") and many.targets[:2].tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("written", ("nan", "NaN", " ", ""))
+def test_a_class_that_is_missing_is_no_class(own, written):
+    own.write_text(own.read_text().replace("4,2.0,cat", f"4,2.0,{written}"))
+    for task in ("multiclass", "multilabel") if written.strip() else ("multiclass",):
+        with pytest.raises(DataError, match=r"table\.csv:6: got label"):
+            read_own(own, MODALITIES, target="label", task=task)
+        raw, _ = dropped(read_own, own, MODALITIES, target="label", task=task)
+        assert raw.classes == ("cat", "dog") and len(raw.ids) == 19
 
 
 def test_own_data_broken(own):

@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.cli import main
 from flmoe_fast.model.checkpoint import load_checkpoint
-from flmoe_fast.pipeline.figures import View, pair_view, place_maps
-from flmoe_fast.pipeline.html import INK, Page, as_svg, inked
-from flmoe_fast.pipeline.occurrence import frequent_tokens, occurrences, where
+from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
 from flmoe_fast.pipeline.records import SampleRecord, is_done
+from flmoe_fast.pipeline.show.figures import pair_view, place_maps
+from flmoe_fast.pipeline.show.html import INK, Page, as_svg, inked
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.runs.explain import read_records
 from flmoe_fast.runs.settings import read_settings

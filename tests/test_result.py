@@ -30,7 +30,7 @@ def test_ranking(result):
         assert result.order("sii", head).tolist() == np.argsort(-column).tolist()
         assert result.order("-sii", head).tolist() == np.argsort(column).tolist()
         assert result.order("abs_sii", head).tolist() == np.argsort(-np.abs(column)).tolist()
-        assert result.order("gap", head).tolist() == np.argsort(-result.column("gap", head)).tolist()
+        assert result.order("gap", head).tolist() == np.argsort(-result.column("gap", head), kind="stable").tolist()
     top = result.top(2, by="sii", head=1)
     assert top["sii"].tolist() == sorted(result.sii[:, 1], reverse=True)[:2]
     assert [top["i"][0], top["j"][0]] == result.pairs[np.argmax(result.sii[:, 1])].tolist()

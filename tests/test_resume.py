@@ -21,9 +21,12 @@ from flmoe_fast.files import replacing
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import ABLATIONS, Held, evaluate, fit
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import ABLATIONS
+from flmoe_fast.model.training.predict import evaluate
 from flmoe_fast.pipeline.records import SampleRecord
 from flmoe_fast.runs.settings import read_settings
+from tests.fitting import fitted
 
 SETTINGS = """
     out = "run"
@@ -168,6 +171,54 @@ def test_another_model_explains_anew(unbroken, tmp_path):
     assert np.array_equal(after.interactions.sii, whole.interactions.sii)
 
 
+def test_finished_records_stay_until_they_are_replaced(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken.parent, tmp_path / "f")
+    path = tmp_path / "f" / "run.toml"
+    samples = path.parent / "run" / "samples"
+    before = {folder.name: SampleRecord.load(folder) for folder in sorted(samples.glob("test-*"))}
+    assert len(before) == 2
+    path.write_text(path.read_text().replace("contexts = 4", "contexts = 5"))
+    killed("record.npz", -1, "explain", path)  # the first new record is complete, but not in its place
+    for name, record in before.items():
+        assert np.array_equal(SampleRecord.load(samples / name).interactions.sii, record.interactions.sii)
+    killed("record.npz", 1, "explain", path)
+    changed = [name for name in before if SampleRecord.load(samples / name).made_by != before[name].made_by]
+    assert changed == ["test-000000"]
+    capsys.readouterr()
+    run("report", path)
+    page = (path.parent / "run" / "report.html").read_text()
+    assert page.count("Explained with other settings") == 1
+    path.write_text(path.read_text().replace("samples = 2\n", "samples = 1\n", 1))
+    run("explain", path)  # done: nothing is explained, and the other sample is kept
+    assert "were explained with other settings" in capsys.readouterr().err
+    assert SampleRecord.load(samples / "test-000001").made_by == before["test-000001"].made_by
+    path.write_text(path.read_text().replace("samples = 1\n", "samples = 2\n", 1))
+    run("explain", path)
+    for name in before:
+        assert SampleRecord.load(samples / name).made_by["contexts"] == 5
+    run("report", path)
+    assert "Explained with other settings" not in (path.parent / "run" / "report.html").read_text()
+
+
+def test_a_model_at_chance_is_said_by_every_step(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken.parent, tmp_path / "g")
+    path = tmp_path / "g" / "run.toml"
+    scores = path.parent / "run" / "metrics.json"
+    metrics = json.loads(scores.read_text())
+    says = "not surely better than the same guess for all"
+    for better in (True, False):
+        scores.write_text(json.dumps({**metrics, "chance": {**metrics["chance"], "better": better}}))
+        capsys.readouterr()
+        run("explain", path)
+        assert (says in capsys.readouterr().err) == (not better)
+        run("report", path)
+        assert (says in (path.parent / "run" / "report.html").read_text()) == (not better)
+    path.write_text(path.read_text().replace("epochs = 2", "epochs = 1").replace("lr = 1e-2", "lr = 1e-9"))
+    (path.parent / "run" / "training.pt").unlink()
+    run("train", path)
+    assert says in capsys.readouterr().err and not json.loads(scores.read_text())["chance"]["better"]
+
+
 def test_method_and_indices_of_the_settings_reach_the_report(unbroken, tmp_path):
     shutil.copytree(unbroken.parent, tmp_path / "e")
     path = tmp_path / "e" / "run.toml"
@@ -198,9 +249,9 @@ def data(samples=20, seed=0):
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_every_ablation_resumes_exactly(ablation, tmp_path):
-    options = {"batch_size": 6, "lr": 1e-2, "ablation": ablation, "progress": False}
+    options = {"batch_size": 6, "lr": 1e-2, "ablation": ablation}
     whole = small()
-    history = fit(whole, *data(), epochs=3, **options)
+    history = fitted(whole, *data(), epochs=3, **options)
 
     class Stop(Exception):
         pass
@@ -216,9 +267,9 @@ def test_every_ablation_resumes_exactly(ablation, tmp_path):
     broken = small()
     broken.reweight.register_forward_hook(stop_after([]))
     with pytest.raises(Stop):
-        fit(broken, *data(), epochs=3, checkpoint=tmp_path / "t.pt", checkpoint_steps=2, **options)
+        fitted(broken, *data(), epochs=3, checkpoint=tmp_path / "t.pt", checkpoint_steps=2, **options)
     again = small()
-    resumed = fit(again, *data(), epochs=3, checkpoint=tmp_path / "t.pt", checkpoint_steps=2, **options)
+    resumed = fitted(again, *data(), epochs=3, checkpoint=tmp_path / "t.pt", checkpoint_steps=2, **options)
     assert [r["loss"] for r in resumed] == [r["loss"] for r in history]
     for key, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
@@ -231,22 +282,22 @@ def test_every_ablation_resumes_exactly(ablation, tmp_path):
 def test_ablations_differ_and_average_routes_alike():
     losses = {}
     for ablation in ABLATIONS:
-        losses[ablation] = fit(small(0.0), *data(), epochs=2, lr=1e-2, ablation=ablation, progress=False)[-1]["loss"]
+        losses[ablation] = fitted(small(0.0), *data(), epochs=2, lr=1e-2, ablation=ablation)[-1]["loss"]
     assert len(set(losses.values())) == len(ABLATIONS)
     model = small(0.0, routing="average", reweight_layers=1)
     inputs, masks, targets = data()
     before = model.reweight(model.encode(inputs), masks)
     assert torch.allclose(before, torch.full_like(before, 0.2))
-    fit(model, inputs, masks, targets, epochs=3, lr=1e-2, progress=False)
+    fitted(model, inputs, masks, targets, epochs=3, lr=1e-2)
     after = model.reweight(model.encode(inputs), masks)
     assert (after - after[0]).abs().max() == 0 and (after[0] - 0.2).abs().max() > 1e-4
 
 
 def test_best_epoch_and_logs(tmp_path):
-    held = Held(*data(seed=1))
-    options = {"batch_size": 5, "lr": 3e-2, "epochs": 5, "progress": False, "validation": held}
+    held = Examples(*data(seed=1))
+    options = {"batch_size": 5, "lr": 3e-2, "epochs": 5, "validation": held}
     model = small()
-    history = fit(model, *data(), select="loss", log=tmp_path / "log.csv", **options)
+    history = fitted(model, *data(), select="loss", log=tmp_path / "log.csv", **options)
     losses = [record["validation"]["loss"] for record in history]
     assert evaluate(model, held)["loss"] == pytest.approx(min(losses), rel=1e-6) and min(losses) < losses[-1]
     with open(tmp_path / "log.csv", newline="") as file:
@@ -254,7 +305,7 @@ def test_best_epoch_and_logs(tmp_path):
     assert [float(row["validation loss"]) for row in rows] == losses
     assert float(rows[2]["interaction_loss synergy"]) == history[2]["interaction_losses"][3]
     last = small()
-    fit(last, *data(), log=tmp_path / "log.jsonl", **options)
+    fitted(last, *data(), log=tmp_path / "log.jsonl", **options)
     assert evaluate(last, held)["loss"] == pytest.approx(losses[-1], rel=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["validation"]["loss"] for line in lines] == losses
@@ -270,24 +321,24 @@ def test_regression_learns_a_number():
     )
     model = FLI2MoE(config, {name: ProjectionEncoder(4, 8) for name in "abc"})
     masks = [torch.ones(60, 3)] * 3
-    history = fit(model, inputs, masks, targets, epochs=30, batch_size=20, lr=1e-2, progress=False)
+    history = fitted(model, inputs, masks, targets, epochs=30, batch_size=20, lr=1e-2)
     assert history[-1]["task_loss"] < 0.3 * history[0]["task_loss"]
-    found = evaluate(model, Held(inputs, masks, targets))
+    found = evaluate(model, Examples(inputs, masks, targets))
     assert found["mae"] < 0.5 * float(targets.abs().mean()) and found["accuracy"] > 0.8
     with pytest.raises(ArgumentError, match="targets"):
-        fit(model, inputs, masks, targets[:, 0].repeat(2), epochs=1, progress=False)
+        fitted(model, inputs, masks, targets[:, 0].repeat(2), epochs=1)
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
-    options = {"batch_size": 10, "progress": False, "checkpoint": tmp_path / "t.pt"}
-    fit(small(), *data(), epochs=1, lr=1e-2, **options)
+    options = {"batch_size": 10, "checkpoint": tmp_path / "t.pt"}
+    fitted(small(), *data(), epochs=1, lr=1e-2, **options)
     with pytest.raises(ArgumentError, match="of a run with lr 0.01"):
-        fit(small(), *data(), epochs=2, lr=1e-3, **options)
+        fitted(small(), *data(), epochs=2, lr=1e-3, **options)
     with pytest.raises(ArgumentError, match="with config"):
-        fit(small(0.1), *data(), epochs=2, lr=1e-2, **options)
+        fitted(small(0.1), *data(), epochs=2, lr=1e-2, **options)
     (tmp_path / "t.pt").write_bytes(b"nothing")
     with pytest.raises(ArgumentError, match="checkpoint: got"):
-        fit(small(), *data(), epochs=1, lr=1e-2, **options)
+        fitted(small(), *data(), epochs=1, lr=1e-2, **options)
     for change, argument in (
         ({"select": "loss"}, "validation"),
         ({"select": "best"}, "select"),
@@ -297,7 +348,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         ({"passes": "fast"}, "passes"),
     ):
         with pytest.raises(ArgumentError) as caught:
-            fit(small(), *data(), epochs=1, progress=False, **change)
+            fitted(small(), *data(), epochs=1, **change)
         assert caught.value.argument == argument
 
 

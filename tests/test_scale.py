@@ -51,7 +51,7 @@ def test_any_number_of_processes_gives_the_same(processes, alone, tmp_path):
     assert sorted(many.samples()) == list(range(SAMPLES))
     assert all(same(many.result(i), alone.result(i)) for i in range(SAMPLES))
     assert not same(many.result(0), alone.result(1))
-    index = pandas.read_csv(tmp_path / "many" / "index.csv")
+    index = pandas.read_csv(tmp_path / "many" / "_index.csv")
     assert index["sample"].tolist() == list(range(SAMPLES)) and index["seed"].tolist() == list(range(SAMPLES))
     for options in ({"contexts": 9}, {"budget": 300}, {"budget": 90, "method": "surrogate"}):
         expected = interactions(game_of(100), n=N, gap="strict", progress=False, **options)
@@ -148,11 +148,13 @@ def test_tables_need_nothing_but_pandas(alone, tmp_path):
         "print(len(frame), sorted(set(frame['sample'].tolist())), list(index['shard']))"
     )
     shards = sorted(map(str, tmp_path.glob("*.parquet")))
-    command = [sys.executable, "-c", script, str(tmp_path / "index.csv"), *shards]
+    command = [sys.executable, "-c", script, str(tmp_path / "_index.csv"), *shards]
     done = subprocess.run(command, capture_output=True, text=True)
     pairs = N * (N - 1) // 2
     names = [Path(s).name for s in shards]
     assert done.stdout.strip() == f"{4 * pairs * 2} [0, 1, 2, 3] {[n for n in names for _ in range(2)]}", done.stderr
+    whole = pandas.read_parquet(tmp_path)
+    assert len(whole) == 4 * pairs * 2
     frame = ExplanationSet(tmp_path).frame()
     expected = alone.frame()
     pandas.testing.assert_frame_equal(frame, expected[expected["sample"] < 4].reset_index(drop=True))

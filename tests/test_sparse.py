@@ -14,7 +14,7 @@ from flmoe_fast.model import sparse
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.sparse import SparseMLP, first_come, largest
-from flmoe_fast.model.training import predict
+from flmoe_fast.model.training.predict import predict
 
 H = 8
 GATES = ("naive", "gshard", "switch", "noisy")

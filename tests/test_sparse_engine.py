@@ -12,7 +12,7 @@ from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.engines import dispatch, torch_engine
 from flmoe_fast.engines.dispatch import choose, combine, pool
-from flmoe_fast.pipeline.importance import batch_importance
+from flmoe_fast.pipeline.importance.tokens import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
 
@@ -239,8 +239,8 @@ def test_interpretcc_players_are_modalities():
     assert abs(exact.sii - slow.sii).max() <= FP64
     features, _, fills = edge.sample()
     with pytest.raises(ArgumentError, match="'ig' for InterpretCC"):
-        explain(edge.model(), features, fill=fills, progress=False)
-    found = explain(edge.model(), features, fill=fills, importance="ig", contexts=4, progress=False)
+        explain(edge.model(), features, fill=fills, importance="attn", progress=False)
+    found = explain(edge.model(), features, fill=fills, contexts=4, progress=False)
     assert len(found.interactions.pairs) == 6
 
 

@@ -13,7 +13,9 @@ from flmoe_fast.model import sparse as blocks
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.sparse import SparseMLP
-from flmoe_fast.model.training import fit, predict, training_forward
+from flmoe_fast.model.training.forward import training_forward
+from flmoe_fast.model.training.predict import predict
+from tests.fitting import fitted
 
 # Both orders of summation accumulate rounding of a few hundred terms; losses and gradients are of order 1.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -178,8 +180,8 @@ def test_fit_and_probe_end_to_end(fields, monkeypatch):
     config = FLI2MoEConfig(("a", "b"), 8, 2, 1, 3, reweight_hidden=8, dropout=0.1, interaction_weight=0.1, **fields)
     model = FLI2MoE(config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    options = {"epochs": 10, "batch_size": 16, "lr": 1e-2, "seed": 0, "progress": False}
-    history = fit(model, features, None, targets, **options)
+    options = {"epochs": 10, "batch_size": 16, "lr": 1e-2, "seed": 0}
+    history = fitted(model, features, None, targets, **options)
     assert history[-1]["task_loss"] < 0.6 * history[0]["task_loss"]
     assert (history[0]["gate_loss"] > 0) == (config.gate is not None)
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
@@ -189,8 +191,8 @@ def test_fit_and_probe_end_to_end(fields, monkeypatch):
     torch.manual_seed(1)  # the same run again is the same run
     again = FLI2MoE(config)
     again.load_state_dict(before)
-    assert [r["loss"] for r in fit(again, features, None, targets, **options)] == [r["loss"] for r in history]
+    assert [r["loss"] for r in fitted(again, features, None, targets, **options)] == [r["loss"] for r in history]
     game = TokenGame(model, [f[0] for f in unseen], fill="zero", value="logit")
-    result = interactions(game, contexts=8, progress=False)
+    result = interactions(game, contexts=8)
     native = not why_not(torch.float32, torch.device("cpu"), config)
     assert result.sii.shape[0] == 9 and result.backend == ("cpu" if native else "torch")

@@ -13,7 +13,11 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import fit, interaction_loss, predict, representation_penalty, training_forward
+from flmoe_fast.model.training.chance import against_chance, chance_warning
+from flmoe_fast.model.training.forward import training_forward
+from flmoe_fast.model.training.losses import interaction_loss, representation_penalty
+from flmoe_fast.model.training.predict import predict
+from tests.fitting import fitted
 
 
 def make_model(generation="fl", count=2, encoders=None, **fields):
@@ -248,7 +252,7 @@ def test_fit_lowers_the_loss_and_trains_the_encoders():
     inputs, masks, targets = separable()
     model = fresh()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    history = fit(model, inputs, masks, targets, epochs=8, batch_size=16, lr=1e-2, seed=0, progress=False)
+    history = fitted(model, inputs, masks, targets, epochs=8, batch_size=16, lr=1e-2, seed=0)
     assert [record["epoch"] for record in history] == list(range(8))
     assert history[-1]["task_loss"] < 0.6 * history[0]["task_loss"]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -264,7 +268,7 @@ def test_fit_lowers_the_loss_and_trains_the_encoders():
 def test_fit_total_is_the_mean_over_samples():
     inputs, masks, targets = separable(20)
     model = fresh()
-    record = fit(model, inputs, masks, targets, epochs=1, batch_size=8, lr=1e-3, seed=0, progress=False)[0]
+    record = fitted(model, inputs, masks, targets, epochs=1, batch_size=8, lr=1e-3, seed=0)[0]
     assert record["loss"] == pytest.approx(record["task_loss"] + 0.1 * np.mean(record["interaction_losses"]), rel=1e-5)
     assert (record["accuracy"] * 20) == pytest.approx(round(record["accuracy"] * 20), abs=1e-4)
 
@@ -276,7 +280,7 @@ def test_same_seed_same_numbers_and_untouched_global_state():
         model = fresh()
         torch.manual_seed(99)
         state = torch.random.get_rng_state()
-        history = fit(model, inputs, masks, targets, epochs=2, batch_size=16, lr=1e-3, seed=seed, progress=False)
+        history = fitted(model, inputs, masks, targets, epochs=2, batch_size=16, lr=1e-3, seed=seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         return [record["loss"] for record in history], model.state_dict()
 
@@ -288,8 +292,8 @@ def test_same_seed_same_numbers_and_untouched_global_state():
 def test_barlow_weight_warms_up_from_zero():
     inputs, masks, targets = separable(16)
     weights = []
-    options = {"epochs": 6, "batch_size": 16, "lr": 1e-3, "seed": 0, "progress": False}
-    for record in fit(fresh(), inputs, masks, targets, regularizer="rep-barlow", regularizer_weight=2.0, **options):
+    options = {"epochs": 6, "batch_size": 16, "lr": 1e-3, "seed": 0}
+    for record in fitted(fresh(), inputs, masks, targets, regularizer="rep-barlow", regularizer_weight=2.0, **options):
         rest = record["task_loss"] + 0.1 * np.mean(record["interaction_losses"])
         weights.append((record["loss"] - rest) / record["regularization"])
     assert weights == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0], abs=2e-3)
@@ -300,7 +304,7 @@ def test_fit_on_features_of_a_model_without_encoders(generation):
     model = make_model(generation)
     features, masks, targets = make_data()
     masks = masks if generation == "fl" else None
-    history = fit(model, features, masks, targets, epochs=5, batch_size=5, lr=1e-2, seed=0, progress=False)
+    history = fitted(model, features, masks, targets, epochs=5, batch_size=5, lr=1e-2, seed=0)
     assert history[-1]["task_loss"] < history[0]["task_loss"]
 
 
@@ -309,8 +313,8 @@ def test_fit_multilabel_by_name():
     labels = torch.stack((classes > 0, classes > 1, classes == 0), dim=1).float()
     model = fresh(task="multilabel")
     named = {"b": inputs[1], "a": inputs[0]}
-    options = {"epochs": 6, "batch_size": 16, "lr": 1e-2, "seed": 0, "progress": False}
-    history = fit(model, named, {"a": masks[0], "b": masks[1]}, labels, **options)
+    options = {"epochs": 6, "batch_size": 16, "lr": 1e-2, "seed": 0}
+    history = fitted(model, named, {"a": masks[0], "b": masks[1]}, labels, **options)
     assert history[-1]["accuracy"] > history[0]["accuracy"]
     assert torch.equal(predict(model, named, masks).logits, predict(model, inputs, masks).logits)
 
@@ -322,6 +326,7 @@ def test_fit_errors():
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 0}, "batch_size"),
         ({"lr": 0.0}, "lr"),
+        ({"lr": 1e38}, "lr"),
         ({"seed": -1}, "seed"),
         ({"inputs": inputs[:1]}, "inputs"),
         ({"inputs": {"a": inputs[0]}}, "inputs"),
@@ -332,20 +337,57 @@ def test_fit_errors():
     ):
         arguments = {"inputs": inputs, "masks": masks, "targets": targets, "epochs": 1, "batch_size": 4, "lr": 1e-3}
         with pytest.raises(ArgumentError) as caught:
-            fit(model, **{**arguments, "seed": 0, "progress": False, **change})
+            fitted(model, **{**arguments, "seed": 0, **change})
         assert caught.value.argument == argument
     model.requires_grad_(False)
     with pytest.raises(ArgumentError, match="trainable"):
-        fit(model, inputs, masks, targets, epochs=1, progress=False)
+        fitted(model, inputs, masks, targets, epochs=1)
 
 
-def test_fit_stops_at_a_loss_that_is_not_finite():
+def test_divergence_is_named(tmp_path):
     inputs, masks, targets = separable(8)
     model = fresh()
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[-1].fc.bias.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="epoch 0"):
-        fit(model, inputs, masks, targets, epochs=2, batch_size=8, progress=False)
+    with pytest.raises(FloatingPointError, match="training diverged in epoch 0"):
+        fitted(model, inputs, masks, targets, epochs=2, batch_size=8)
+    # With a wild rate the first step's loss is fine, and the features after it are not.
+    for rate, batch_size in ((1e36, 8), (1e36, 2), (1e30, 2)):
+        checkpoint = tmp_path / f"{rate}-{batch_size}.pt"
+        with pytest.raises(FloatingPointError, match="diverged in epoch [01], by step .*a smaller lr than 1e[+]3[06]"):
+            fitted(fresh(), inputs, masks, targets, epochs=9, lr=rate, batch_size=batch_size, checkpoint=checkpoint)
+        if checkpoint.exists():  # of the epoch before, with weights that are numbers
+            assert all(w.isfinite().all() for w in torch.load(checkpoint, weights_only=True)["model"].values())
+
+
+def test_one_class_is_refused():
+    inputs, masks, targets = separable(8)
+    with pytest.raises(ArgumentError, match="targets: got 1 for all 8 samples"):
+        fitted(fresh(), inputs, masks, torch.ones_like(targets), epochs=1)
+    with pytest.raises(ArgumentError, match=r"targets: got \[1.0, 0.0, 0.0\] for all 8"):
+        fitted(fresh(task="multilabel"), inputs, masks, torch.eye(3)[[0] * 8], epochs=1)
+    with pytest.raises(ArgumentError, match="targets: got 0.5 for all 8"):
+        fitted(fresh(task="regression", classes=1), inputs, masks, torch.full((8, 1), 0.5), epochs=1)
+
+
+@pytest.mark.parametrize("task", ("multiclass", "multilabel", "regression"))
+def test_chance_is_told_from_skill(task):
+    """Of 200 models that know nothing at most one in ten looks better, for two chances of 5 %; skill is always seen."""
+    rng = np.random.default_rng(0)
+    found = {0.0: 0, 1.0: 0}
+    for skill in found:
+        for _ in range(200):
+            classes = torch.from_numpy(rng.choice(3, 240, p=[0.6, 0.3, 0.1]))
+            named, noise = torch.eye(3)[classes], torch.from_numpy(rng.normal(size=(240, 3)))
+            targets, logits = classes if task == "multiclass" else named, skill * (6.0 * named - 3.0) + 0.5 * noise
+            if task == "regression":
+                targets, logits = classes[:, None].double(), skill * classes[:, None] + 0.2 * noise[:, :1]
+            judged = against_chance(logits[:40], targets[:40], targets[40:], task)
+            assert judged.samples == 40 and (chance_warning(judged) is None) == judged.better
+            assert chance_warning(judged.to_dict()) == chance_warning(judged)
+            found[skill] += judged.better
+    # A constant guess is made of the shares, so a model without skill is mostly worse than it: far below 10 %.
+    assert found[1.0] == 200 and found[0.0] <= 0.1 * 200
 
 
 def test_predict_restores_modes_and_does_not_depend_on_the_batch_size():

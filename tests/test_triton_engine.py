@@ -19,11 +19,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it is pa
 
 from flmoe_fast import interactions  # noqa: E402
 from flmoe_fast.checks import ArgumentError  # noqa: E402
-from flmoe_fast.engines import triton_engine, triton_ops  # noqa: E402
-from flmoe_fast.engines.problem import Logits  # noqa: E402
-from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
-from flmoe_fast.engines.triton_engine import TritonEngine  # noqa: E402
-from flmoe_fast.engines.triton_kernels import (  # noqa: E402
+from flmoe_fast.engines.gpu import chunk as gpu_chunk  # noqa: E402
+from flmoe_fast.engines.gpu import plan as gpu_plan  # noqa: E402
+from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
+from flmoe_fast.engines.gpu import weights as gpu_weights  # noqa: E402
+from flmoe_fast.engines.gpu.chunk import Chunk, Part, layout, steps  # noqa: E402
+from flmoe_fast.engines.gpu.kernels import (  # noqa: E402
     attention,
     choice,
     combine,
@@ -34,7 +35,11 @@ from flmoe_fast.engines.triton_kernels import (  # noqa: E402
     order,
     routing,
 )
-from flmoe_fast.engines.triton_kernels.precision import PRECISIONS  # noqa: E402
+from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS  # noqa: E402
+from flmoe_fast.engines.gpu.triton import TritonEngine  # noqa: E402
+from flmoe_fast.engines.problem import Logits  # noqa: E402
+from flmoe_fast.engines.stack import LOG2E  # noqa: E402
+from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
 from flmoe_fast.environment import backends  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
 from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
@@ -108,7 +113,7 @@ def poison(monkeypatch):
         made = empty(*shape, **options)
         return made.fill_(torch.nan) if made.is_floating_point() else made.view(torch.uint8).fill_(255).view(made.dtype)
 
-    for module in (triton_engine, triton_ops):
+    for module in (triton_engine, gpu_chunk, gpu_plan, gpu_weights):
         monkeypatch.setattr(module, "torch", _Torch(poisoned))
 
 
@@ -125,7 +130,7 @@ class _Torch:
 def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
     """The float64 torch engine of the model whose matrices were rounded to ``operand`` as the kernels' are."""
     made = TorchEngine(problem, dtype=torch.float64, device=device)
-    scale = torch.tensor([triton_engine.LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
+    scale = torch.tensor([LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
     scale = scale[:, None, None, None, None]
 
     def cast(x: torch.Tensor) -> torch.Tensor:
@@ -276,8 +281,9 @@ def test_chunks_and_order_change_no_bit(edge: Edge):
     ours = engine(edge)
     words, varies = ours.toggle_words(contexts, toggled)
     values = flat(ours.plan(words, varies, group=3).run())
-    plan = ours.plan(words, varies, group=3, chunk=4)  # within a context, and across two
-    assert plan.parts() == [(0, 4, 2, 0), (4, 6, 1, 1)]
+    plan = ours.plan(words, varies, group=3, size=4)  # within a context, and across two
+    varying = len(plan.chunk.varying)
+    assert plan.parts() == [(0, (4, 2, 3, 0, varying)), (4, (2, 1, 3, 1, varying))]
     assert torch.equal(flat(plan.run()), values)
     shuffled = ours.evaluate_toggles(contexts[[1, 0]], toggled)
     assert torch.equal(flat(shuffled).unflatten(0, (2, 3)), values.unflatten(0, (2, 3))[[1, 0]])
@@ -297,24 +303,17 @@ def test_nothing_outside_the_arrays_is_touched(edge: Edge):
         inner = buffer[BANDS:-BANDS].view(tensor.shape)
         return inner.copy_(tensor)
 
-    packed = ours.weights
-    ours.weights = dataclasses.replace(
-        packed,
-        states=between_nans(packed.states),
-        residual=between_nans(packed.residual),
-        layers=tuple(map(between_nans, packed.layers)),
-        routing=tuple(map(between_nans, packed.routing)),
-        networks=tuple(map(between_nans, packed.networks)),
-    )
+    plan.chunk = Chunk.of(plan.chunk.spec, list(map(between_nans, plan.chunk.tensors())))
     size = plan.workspace.numel()
     buffer = torch.full((size + 2 * BANDS,), 0x5A, dtype=torch.uint8, device=DEVICE)
     plan.workspace = buffer[BANDS : BANDS + size]
     assert torch.equal(flat(plan.run()), expected)
     untouched = torch.ones(len(buffer), dtype=torch.bool, device=DEVICE)
-    at = BANDS
-    for dtype, shape in ours.sizes.arrays(2, 1).values():
-        untouched[at : at + triton_ops._size(dtype, shape)] = False
-        at += triton_ops._aligned(triton_ops._size(dtype, shape))
+    places = layout(plan.chunk.spec, 2, 1)
+    for step in steps(plan.chunk.spec, Part(2, 1)):
+        for name, array in step.writes.items():
+            at = BANDS + places.starts[name]
+            untouched[at : at + array.bytes] = False
     assert bool((buffer[untouched] == 0x5A).all()) and int(untouched.sum()) > 2 * BANDS
     assert not bool((buffer[~untouched] == 0x5A).all())
 
@@ -367,7 +366,7 @@ class Operations(TorchDispatchMode):
 def test_running_a_plan_only_launches(monkeypatch):
     """No copy to the host, no waiting: apart from the op, only views and copies of its results into place."""
     made = engine(TINY)
-    plan = made.plan(*made.coalition_words(torch.eye(made.problem.n, dtype=torch.bool)), group=3, chunk=2)
+    plan = made.plan(*made.coalition_words(torch.eye(made.problem.n, dtype=torch.bool)), group=3, size=2)
     for module in MODULES:
         monkeypatch.setattr(module, "launch", lambda *a, **b: None)
     with Operations() as mode:
@@ -378,12 +377,7 @@ def test_running_a_plan_only_launches(monkeypatch):
 
 def op_arguments(made: TritonEngine, count: int = 2) -> tuple:
     plan = made.plan(*made.coalition_words(torch.eye(made.problem.n, dtype=torch.bool)[:count]), group=count)
-    packed = made.weights
-    return (
-        plan.words, plan.constant, plan.varying, packed.states, packed.residual, made.segments, list(packed.layers),
-        list(packed.routing), plan.workspace, made.heads, plan.group, 0, 1, packed.added, made.problem.masked,
-        packed.temperature, made.target, made.precision, list(packed.networks), packed.slots, packed.among_all,
-    )  # fmt: skip
+    return plan.words, plan.chunk.tensors(), plan.workspace, plan.chunk.spec.text, [plan.group, 0, 1]
 
 
 def test_op_is_well_registered():
@@ -424,11 +418,11 @@ def test_memory_running_out_halves_the_chunk(monkeypatch):
     expected = flat(ours.evaluate_toggles(contexts, toggled))
     run, sizes = triton_engine.Plan.run_part, []
 
-    def scarce(self, start, stop, *rest):
-        if stop - start > 2:
+    def scarce(self, start, part, out):
+        if part.coalitions > 2:
             raise torch.OutOfMemoryError("no memory")
-        sizes.append((start, stop))
-        return run(self, start, stop, *rest)
+        sizes.append((start, start + part.coalitions))
+        return run(self, start, part, out)
 
     monkeypatch.setattr(triton_engine.Plan, "run_part", scarce)
     assert torch.equal(flat(ours.evaluate_toggles(contexts, toggled)), expected)
@@ -447,9 +441,9 @@ def test_memory_bounds_the_chunk():
     for memory in (1, 100_000, 10_000_000):
         made.memory = memory
         for group in (1, 7, 121):
-            chunk = made.chunk(group)
-            assert chunk == 1 or made.sizes.bytes(chunk, made._contexts(chunk, group)) <= memory
-            assert chunk < group or chunk % group == 0
+            size = made.fitting(group)
+            assert size == 1 or made.bytes(size, group) <= memory
+            assert size < group or size % group == 0
 
 
 def test_no_coalitions_and_no_variation():
@@ -579,7 +573,7 @@ def test_op_refuses_wrong_tensors(monkeypatch):
     words, *rest = op_arguments(engine(TINY))
     with pytest.raises(ArgumentError, match="words: got torch.int32, expected torch.int64"):
         torch.ops.flmoe_fast.coalition_logits(words.int(), *rest)
-    rest[7] = rest[7][:16]
+    rest[1] = rest[1][:16]
     with pytest.raises(ArgumentError, match="workspace: got 16 bytes, expected at least"):
         torch.ops.flmoe_fast.coalition_logits(words, *rest)
 

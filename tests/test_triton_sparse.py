@@ -27,9 +27,9 @@ from test_triton_engine import (
 
 from flmoe_fast import interactions
 from flmoe_fast.engines import dispatch, torch_engine
+from flmoe_fast.engines.gpu.kernels import choice, combine, grouped, order
+from flmoe_fast.engines.gpu.kernels.configs import find
 from flmoe_fast.engines.problem import Logits
-from flmoe_fast.engines.triton_kernels import choice, combine, grouped, order
-from flmoe_fast.engines.triton_kernels.configs import find
 from flmoe_fast.model import sparse as sparse_blocks
 
 SWITCH, LAST, DEEP = (

@@ -1,6 +1,6 @@
 // The last layer: attention over all of a coalition's keys, output projection + residual -> LayerNorm -> up -> GELU, and
 // sums over each modality's tokens. Neither the activations nor the down-projection's output are ever written: the mean
-// over tokens commutes with it, and the head reads the sums (triton_kernels/head.py).
+// over tokens commutes with it, and the head reads the sums (engines/gpu/kernels/head.py).
 //
 // A group takes 64 queries of one coalition, whose keys and values the groups of a block share. Attention is by online
 // softmax in base 2 (log2 e is part of Q), head by head; queries wait in the kept slice of shared memory, and a head's

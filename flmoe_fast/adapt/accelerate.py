@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flmoe_fast.adapt.causal.game import DecoderGame, decoder_module_game, is_decoder
+from flmoe_fast.adapt.causal.questions import Question, next_token, own_answer
 from flmoe_fast.adapt.dual_game import DualEncoderGame, is_dual_encoder
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
@@ -42,7 +44,8 @@ def accelerate(
       or the path of a checkpoint: an :class:`AcceleratedMoE` with the same ``inference(inputs, masks)`` and a ``game``
       on the engine. The weights are copied; changes of the module afterwards are not seen.
     * Any other module: an :class:`AcceleratedModel`, whose ``game`` runs plain encoder stacks (BERT, RoBERTa, ViT,
-      CLIP, ViLT and others) on the encoder engine, and everything else in batches.
+      CLIP, ViLT and others) on the encoder engine, decoders (Llama, Mixtral, LLaVA, Qwen-VL and others) by the prefix
+      tree of their coalitions, and everything else in batches.
 
     Parameters
     ----------
@@ -52,8 +55,9 @@ def accelerate(
     heads, temperature : optional
         Where a live module does not say them itself (``attn.num_heads``, ``reweight.temperature``) and for
         checkpoints without a configuration.
-    task : "multiclass" or "multilabel"
-        By default what a checkpoint's configuration says, "multiclass" for a live module.
+    task : "multiclass", "multilabel" or "regression"
+        By default what a checkpoint's configuration says; for a live module "multiclass", or "regression" if it has a
+        single output.
     gate, top_k : optional
         Of sparse blocks, where the module does not say them (by its gates' classes and ``top_k``); see
         :class:`FLI2MoEConfig`.
@@ -106,7 +110,7 @@ class AcceleratedModel:
         players: Players | Sequence[Players],
         *,
         target: int | None = None,
-        value: str | Callable[[object], torch.Tensor] | None = None,
+        value: str | Question | Callable[[object], torch.Tensor] | None = None,
         heads: Sequence[str] | None = None,
         path: str = "auto",
         backend: str = "auto",
@@ -124,7 +128,9 @@ class AcceleratedModel:
             See :func:`text_players` and :func:`image_players`.
         target, value, heads
             As for :class:`ModuleGame`; for dual encoders as for :class:`DualEncoderGame`. By default the probability
-            of the predicted class, or the similarity of image and text.
+            of the predicted class, or the similarity of image and text. Of a decoder a :class:`Question` as value, see
+            :func:`answer_logprob`, :func:`next_token` and :func:`contrast`, or a token as target; by default how
+            likely its own answer is.
         path : "auto", "engine" or "module"
             "auto" takes the engine where it can, else the module in batches, and then warns and says why.
         backend, dtype, memory
@@ -134,7 +140,7 @@ class AcceleratedModel:
 
         Returns
         -------
-        DualEncoderGame, EncoderGame or ModuleGame
+        DualEncoderGame, EncoderGame, DecoderGame or ModuleGame
 
         Warns
         -----
@@ -142,6 +148,12 @@ class AcceleratedModel:
             The slow path was taken.
         """
         one_of("path", path, PATHS)
+        if is_decoder(self.model) and (value is None or isinstance(value, Question)):
+            if value is None:
+                value = own_answer(self.model, inputs) if target is None else next_token(target)
+            elif target is not None:
+                raise ArgumentError("target", target, "None, since the question says what is asked")
+            return self._decoder_game(inputs, players, value, path, dtype, memory, batch)
         dual = is_dual_encoder(self.model) and not callable(value)
         why = "it was asked for"
         if path != "module":
@@ -153,10 +165,40 @@ class AcceleratedModel:
                     return DualEncoderGame(self.model, inputs, players, **scored, **options)
                 scored = {"target": target, "value": value or "prob", "heads": heads}
                 return EncoderGame(self.model, inputs, players, **scored, **options)
-            except Unsupported as problem:
-                if path == "engine":
+            except Exception as problem:
+                # What is wrong with the arguments is wrong on either path; whatever else a model raises when it is
+                # taken apart (its own errors above all) says nothing about a plain forward pass.
+                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
                     raise
-                why = str(problem)
-                warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
+                why = _reason(problem)
+            warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
         value = value or ("logit" if dual else "prob")
         return ModuleGame(self.model, inputs, players, target=target, value=value, heads=heads, batch=batch, why=why)
+
+    def _decoder_game(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        players: Players | Sequence[Players],
+        question: Question,
+        path: str,
+        dtype: torch.dtype | None,
+        memory: int,
+        batch: int,
+    ) -> DecoderGame | ModuleGame:
+        why = "it was asked for"
+        if path != "module":
+            try:
+                return DecoderGame(self.model, inputs, players, question=question, dtype=dtype, memory=memory)
+            except Exception as problem:
+                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
+                    raise
+                why = _reason(problem)
+            warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=3)
+        return decoder_module_game(self.model, inputs, players, question, batch=batch, why=why)
+
+
+def _reason(problem: Exception) -> str:
+    """Why a model could not be taken apart, for a person to read."""
+    if isinstance(problem, Unsupported):
+        return str(problem)
+    return f"taking it apart raised {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"

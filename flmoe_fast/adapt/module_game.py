@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import nn
 
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
+from flmoe_fast.adapt.steady import draws_random_numbers, steady
 from flmoe_fast.checks import ArgumentError, integer, shape
 from flmoe_fast.games.game import Game
-from flmoe_fast.model.network import eval_mode
 
 VALUES = ("prob", "logit")
+#: Largest difference between a sample alone and beside a copy of itself, relative to the largest number; more is not
+#: rounding, but inputs that do not belong to one sample of the batch each.
+BATCH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 class ModuleGame(Game):
@@ -24,9 +28,9 @@ class ModuleGame(Game):
     Parameters
     ----------
     module : nn.Module
-        Called with keyword inputs, in eval mode and without gradients.
+        Called with keyword inputs, in eval mode, without gradients and with the same random numbers each time.
     inputs : mapping of str to Tensor
-        The sample; tensors with a batch axis of 1.
+        The sample; tensors with a batch axis of 1, or the rows of one sample, as the flattened patches of an image are.
     players : Players or sequence of Players
     target : int, optional
         Class whose value is explained; by default what the module predicts for the full sample.
@@ -37,7 +41,8 @@ class ModuleGame(Game):
     heads : sequence of O str, optional
         Names of the values of such a function.
     batch : int
-        Coalitions a forward pass.
+        Coalitions a forward pass. One at a time is taken of models that draw random numbers in evaluation too, and of
+        inputs that do not go together in a batch; :meth:`about` says so.
     why : str
         Why nothing faster is used, for a person to read.
     """
@@ -62,11 +67,17 @@ class ModuleGame(Game):
         self.module, self.inputs = module, dict(inputs)
         self.players = PlayerMap(players, self.inputs)
         self.batch, self.why = integer("batch", batch, least=1), why
+        self._alone = ""
         name_players(self, self.players)
         self.block = max(self.batch, 256)
         self.score = Score(module, target, value, heads)
-        full, _ = (self._outputs(torch.full((1, self.n), present)) for present in (True, False))
-        self.score.settle(self.score.read(full))
+        everyone = torch.ones(1, self.n, dtype=torch.bool)
+        full, random = draws_random_numbers(module, lambda: self.score.read(self._run(everyone)))
+        if random:
+            self._one_by_one("the model draws random numbers in evaluation too")
+        self._check_batch(everyone, full)
+        self._outputs(~everyone)
+        self.score.settle(full)
         self.heads = self.score.heads
         self._values = Remembered(self._compute)
 
@@ -82,13 +93,19 @@ class ModuleGame(Game):
         return self._values(coalitions)
 
     def precise(self) -> ModuleGame | None:
-        """The game of a float64 copy of the module; None if it is float64 already."""
+        """The game of a float64 copy of the module; None if it is float64 already, or does not run in it."""
         if floating(self.module) in (torch.float64, None):
             return None
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module).double()
         twin.inputs = doubled(self.inputs)
         twin._values = Remembered(twin._compute)
+        try:
+            twin._outputs(torch.ones(1, self.n, dtype=torch.bool))
+        except Exception as problem:
+            first = str(problem).partition("\n")[0]
+            warnings.warn(f"rounding is not measured: in float64 the module raises {first!r}", stacklevel=2)
+            return None
         return twin
 
     def about(self) -> dict[str, Any]:
@@ -96,16 +113,40 @@ class ModuleGame(Game):
             **self.score.about(),
             "places": [list(place) for place in self.places],
             "path": "slow: a forward pass for every coalition" + (f", because {self.why}" if self.why else ""),
+            **({"batch": f"1, because {self._alone}"} if self._alone else {}),
         }
 
     def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
-        parts = [self.score.read(self._outputs(rows)) for rows in coalitions.split(self.batch)]
-        return self.score.values(torch.cat(parts))
+        return self.score.values(torch.cat([self._outputs(rows) for rows in coalitions.split(self.batch)]))
 
-    @torch.no_grad()
-    def _outputs(self, coalitions: torch.Tensor) -> object:
-        with eval_mode(self.module):
-            return self.module(**self.players.inputs(self.inputs, coalitions))
+    def _outputs(self, coalitions: torch.Tensor) -> torch.Tensor:
+        with steady(self.module):
+            return self.score.read(self._run(coalitions))
+
+    def _run(self, coalitions: torch.Tensor) -> object:
+        return self.module(**self.players.inputs(self.inputs, coalitions))
+
+    def _check_batch(self, everyone: torch.Tensor, full: torch.Tensor) -> None:
+        """Take coalitions one by one if a sample beside its copy is not what it is alone.
+
+        Only where an input has other rows than one a sample: then they can only be guessed to belong to the samples of
+        a batch in their order.
+        """
+        rows = [v for v in self.inputs.values() if isinstance(v, torch.Tensor) and v.dim() and len(v) != 1]
+        if self.batch == 1 or not rows:
+            return
+        try:
+            both = self._outputs(everyone.expand(2, -1))
+        except Exception as problem:
+            first = str(problem).partition("\n")[0]
+            self._one_by_one(f"a batch of this sample's inputs raises {first!r}")
+            return
+        error = (both - full).abs().max() / full.abs().max().clamp(min=torch.finfo(full.dtype).tiny)
+        if both.shape[0] != 2 or not float(error) <= BATCH_TOLERANCE.get(full.dtype, 1e-3):
+            self._one_by_one("this sample's inputs mean something else in a batch")
+
+    def _one_by_one(self, why: str) -> None:
+        self.batch, self._alone = 1, why
 
 
 class Score:
@@ -173,7 +214,10 @@ class Score:
 
     def about(self) -> dict[str, Any]:
         """Facts for a result."""
-        return {"target": self.target, "value": "a function" if callable(self.value) else self.value}
+        return {
+            "target": self.target,
+            "value": getattr(self.value, "name", "a function") if callable(self.value) else self.value,
+        }
 
 
 def name_players(game: Game, players: PlayerMap) -> None:

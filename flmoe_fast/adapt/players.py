@@ -38,6 +38,8 @@ class Players:
     mask : str or None
         With a name, absent elements are hidden from attention instead of replaced: this 0/1 input of the same shape
         is set to 0 there. "" where the model has no such input and only an engine can hide them.
+    flat : bool
+        The input has no batch axis: the rows of a batch's samples follow one another.
     """
 
     input: str
@@ -47,6 +49,7 @@ class Players:
     owner: torch.Tensor
     absent: torch.Tensor
     mask: str | None = None
+    flat: bool = False
 
     @property
     def n(self) -> int:
@@ -63,10 +66,12 @@ class Players:
         return always[:, self.owner.to(present.device)]  # owner -1 is the last column
 
     def fill(self, value: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """The input (1, ...) for coalitions (C, k) with absent elements replaced: (C, ...)."""
+        """The input (1 or C, ...) for coalitions (C, k) with absent elements replaced: (C, ...), or all their rows."""
+        value = value.unflatten(0, (-1, len(self.absent))) if self.flat else value
         kept = self.kept(present)
         kept = kept.reshape(len(present), *(1,) * (value.dim() - kept.dim()), *kept.shape[1:])
-        return torch.where(kept, value, self.absent.to(value)[None])
+        filled = torch.where(kept, value, self.absent.to(value)[None])
+        return filled.flatten(0, 1) if self.flat else filled
 
 
 class PlayerMap:
@@ -90,7 +95,8 @@ class PlayerMap:
             if not isinstance(inputs.get(part.input), torch.Tensor):
                 raise ArgumentError(f"inputs[{part.input!r}]", "nothing", f"the tensor of the {part.group} players")
             value = inputs[part.input]
-            shape(f"inputs[{part.input!r}]", value, (1, *part.absent.shape), f"one sample, as players[{p}] has it")
+            expected = part.absent.shape if part.flat else (1, *part.absent.shape)
+            shape(f"inputs[{part.input!r}]", value, tuple(expected), f"one sample, as players[{p}] has it")
 
     def _number(self, parts: Sequence[Players]) -> None:
         self.parts = tuple(parts)
@@ -117,10 +123,12 @@ class PlayerMap:
         """
         count = len(coalitions)
         made = dict(inputs)
+        varied = set()
         for part, columns in zip(self.parts, self.columns):
             present = coalitions[:, columns].to(inputs[part.input].device)
             if not part.removed or fill_removed:
                 made[part.input] = part.fill(made[part.input], present)
+                varied.add(part.input)
                 continue
             if not part.mask:
                 if bool(present.all()):
@@ -131,20 +139,23 @@ class PlayerMap:
             if mask is None:
                 mask = torch.ones((1, *part.owner.shape), dtype=torch.long, device=present.device)
             made[part.mask] = torch.where(part.kept(present), mask, torch.zeros_like(mask))
-        return {
-            name: value.expand(count, *value.shape[1:]) if _batched(value, count) else value
-            for name, value in made.items()
-        }
+            varied.add(part.mask)
+        return {name: value if name in varied else repeated(name, value, count) for name, value in made.items()}
 
 
-def _batched(value: object, count: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == 1 and count != 1
+def repeated(name: str, value: object, count: int) -> object:
+    """An input of one sample for ``count`` of them: a batch axis of 1 grows, rows of one sample follow one another."""
+    if not isinstance(value, torch.Tensor) or not value.dim() or count == 1:
+        return value
+    if name == "position_ids" and value.dim() == 3:  # one for each axis of space and time, then the batch
+        return value.expand(-1, count, -1)
+    return value.expand(count, *value.shape[1:]) if len(value) == 1 else value.repeat(count, *[1] * (value.dim() - 1))
 
 
 def text_players(
     input_ids: torch.Tensor,
     *,
-    by: str = "token",
+    by: str | torch.Tensor = "token",
     absent: int | str = "remove",
     special: Sequence[int] = (),
     attention_mask: torch.Tensor | None = None,
@@ -160,8 +171,9 @@ def text_players(
     Parameters
     ----------
     input_ids : integer Tensor (T,) or (1, T)
-    by : "token", "word" or "all"
-        What a player is; "all" makes the whole text one player.
+    by : "token", "word", "all" or integer Tensor (T,)
+        What a player is; "all" makes the whole text one player, numbers make what has the same number one (a sentence,
+        a turn of a dialogue), and negative ones nobody.
     absent : "remove" or int
         "remove" hides absent tokens from attention through the attention mask; positions stay as they are. An integer
         is the token that replaces them (a tokenizer's ``mask_token_id``, ``unk_token_id``, ...).
@@ -187,8 +199,11 @@ def text_players(
     """
     ids = _flat("input_ids", input_ids)
     length = len(ids)
+    if isinstance(by, torch.Tensor):
+        shape("by", by, (length,), "a number for every token (T,)")
+        word_ids, by = [None if number < 0 else number for number in by.tolist()], "word"
     if by not in ("token", "word", "all"):
-        raise ArgumentError("by", repr(by), "'token', 'word' or 'all'")
+        raise ArgumentError("by", repr(by), "'token', 'word', 'all' or the number of every token's player")
     if by == "word" and word_ids is None:
         raise ArgumentError("word_ids", None, "the word of every token, for players that are words")
     for name, values in (("word_ids", word_ids), ("offsets", offsets)):

@@ -9,6 +9,8 @@ then shows up as the layer in which the two part.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -86,8 +88,35 @@ class AcceleratedMoE:
         return list(output.expert_logits.unbind(1)), output.weights, output.logits
 
     def game(self, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None = None, **options) -> TokenGame:
-        """The game of one sample; ``options`` as for :class:`TokenGame`."""
-        return TokenGame(self.model, inputs, masks=masks, **options)
+        """The game of one sample; ``options`` as for :class:`TokenGame`.
+
+        Warns
+        -----
+        UserWarning
+            The module's own inference leaves out tokens of this sample, for which its sparse blocks have no room, and
+            the game does not.
+        """
+        game = TokenGame(self.model, inputs, masks=masks, **options)
+        config = self.model.config
+        if config.gate in ("gshard", "switch") and config.capacity == "none":
+            self._warn_of_room(inputs, masks)
+        return game
+
+    def _warn_of_room(self, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None) -> None:
+        parameter = next(self.model.parameters())
+        given = [part if part.dim() == 3 else part[None] for part in (torch.as_tensor(i) for i in inputs)]
+        given = [part.to(parameter) for part in given]
+        valid = None if masks is None else [mask.reshape(1, -1).to(parameter.device) for mask in masks]
+        with torch.no_grad(), eval_mode(self.model):
+            free = self.model(given, valid).logits
+        published = self.inference(given, valid)[2]
+        worst = _difference(published, free)
+        if worst > TOLERANCE[parameter.dtype]:
+            warnings.warn(
+                f"inference leaves out tokens beyond the room of sparse blocks, the game does not: logits differ by "
+                f"{worst:.1e}; accelerate(..., capacity='reference') makes games that leave them out",
+                stacklevel=3,
+            )
 
 
 def accelerate_module(module: nn.Module, **given: object) -> AcceleratedMoE:
@@ -107,7 +136,7 @@ def accelerate_module(module: nn.Module, **given: object) -> AcceleratedMoE:
 
 def _facts(module: nn.Module, state: Mapping[str, torch.Tensor], given: Mapping[str, object]) -> dict[str, object]:
     """What the state dict does not tell: given, or read off the module."""
-    facts = {"task": "multiclass", **given}
+    facts = {"task": "regression" if _outputs(state) == 1 else "multiclass", **given}
     if any(".modality_gates." in key for key in state):
         got = f"a {type(module).__name__} with InterpretCC experts, whose gates draw random numbers in evaluation too"
         raise ArgumentError("module", got, "an inference that is a function of its inputs (its checkpoint does load)")
@@ -121,6 +150,14 @@ def _facts(module: nn.Module, state: Mapping[str, torch.Tensor], given: Mapping[
     if any(".mlp.gate." in key for key in state):
         facts.update({name: value for name, value in _gate(gates, state).items() if name not in facts})
     return facts
+
+
+def _outputs(state: Mapping[str, torch.Tensor]) -> int | None:
+    """How many numbers an expert returns; None where its last layer is not where the published ones have it."""
+    head = re.compile(
+        r"interaction_experts\.0\.fusion_model\.(network\.\d+\.fc|classification_head\.fc|classifier\.2)\.weight"
+    )
+    return next((len(weight) for key, weight in state.items() if head.fullmatch(key)), None)
 
 
 def _number_of_heads(module: nn.Module) -> int:

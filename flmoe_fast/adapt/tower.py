@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from flmoe_fast.adapt import native_stack
+from flmoe_fast.adapt.around import eager, instead, visible_keys
 from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, read_layer
 from flmoe_fast.adapt.native_stack import NativeStackEngine
-from flmoe_fast.adapt.players import NOBODY, PlayerMap
+from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
 from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
+from flmoe_fast.adapt.steady import steady
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.model.network import eval_mode
 
-#: An additive mask below this hides a key; between it and zero it would be a bias, which no plain layer has.
-HIDDEN = -1e4
 #: Largest relative difference between a layer and what was read of it, both in float64. Anything a layer does beside
 #: what a plain one does is far larger; some models take the softmax in float32 whatever the rest is in.
 LAYER_TOLERANCE = 1e-6
@@ -33,8 +31,6 @@ LAYER_TOLERANCE = 1e-6
 STATES = 1 << 24
 #: Tokens that a head may read before it is taken to read them all.
 MOST_READS = 8
-#: Held while a model runs around its layers.
-_alone = threading.RLock()
 
 
 @dataclass
@@ -152,7 +148,7 @@ class Tower:
             if states.dim() != 3:
                 got = f"{self.stack.name} with an input of shape {tuple(states.shape)}"
                 raise Unsupported("model", got, "(1, L, H)")
-            allowed = _allowed(seen.mask, states.shape[1], self.stack.name)
+            allowed = visible_keys(seen.mask, states.shape[1], self.stack.name)
             if not self.stack.compared:
                 for index, (args, kwargs) in enumerate(calls):
                     self._compare_layer(index, args, kwargs, allowed)
@@ -188,7 +184,7 @@ class Tower:
         """The same through the model itself, one coalition at a time. Nothing can be removed that has no mask."""
         parts = []
         for coalition in coalitions:
-            with self._steady():
+            with steady(self.model):
                 parts.append(self.read(self.run(**self.players.inputs(self.inputs, coalition[None]))))
         return torch.cat(parts)
 
@@ -203,23 +199,10 @@ class Tower:
             maps.append(attention)
         everyone = torch.ones(len(states), self.players.n, dtype=torch.bool)
         graded = torch.is_grad_enabled()
-        with self._steady(), torch.set_grad_enabled(graded), _instead(self.stack.layers, states, self._returned):
+        with steady(self.model), torch.set_grad_enabled(graded), instead(self.stack.layers, states, self._returned):
             return self.read(self.run(**self._head_inputs(everyone))), maps
 
     # ---- running the model around its layers --------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _steady(self) -> Iterator[None]:
-        """Eval mode, no gradients, and the same random numbers each time (some models shuffle their patches).
-
-        One thread at a time: the random state is the process's, and hooks and replaced layers are the model's. The
-        engine, where the time goes, runs outside.
-        """
-        parameter = next(self.model.parameters())
-        devices = [parameter.device] if parameter.device.type == "cuda" else []
-        with _alone, eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            yield
 
     def _watch(self, stacks: list[Stack]) -> tuple[Stack, list[tuple[tuple, dict]], torch.Tensor]:
         """One forward pass of the full sample: the stack it goes through, its layers' arguments, what is read."""
@@ -234,7 +217,7 @@ class Tower:
         def leaves(module: nn.Module, args: tuple, output: object) -> None:
             self._returned = type(output)
 
-        with self._steady(), _eager(self.model), contextlib.ExitStack() as hooks:
+        with steady(self.model), eager(self.model), contextlib.ExitStack() as hooks:
             for stack in stacks:
                 for layer in stack.layers:
                     hook = layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True)
@@ -263,7 +246,7 @@ class Tower:
                 seen.mask = _torch_mask(kwargs)
 
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
-        with self._steady(), _eager(self.model), _instead(self.stack.layers, None, self._returned):
+        with steady(self.model), eager(self.model), instead(self.stack.layers, None, self._returned):
             hook = self.stack.layers[0].register_forward_pre_hook(enters, with_kwargs=True)
             try:
                 self.run(**inputs)
@@ -281,12 +264,12 @@ class Tower:
         return self._finish(full.to(parameter.dtype), coalitions)
 
     def _finish(self, full: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
-        with self._steady(), _instead(self.stack.layers, full, self._returned):
+        with steady(self.model), instead(self.stack.layers, full, self._returned):
             return self.read(self.run(**self._head_inputs(coalitions)))
 
     def _head_inputs(self, coalitions: torch.Tensor) -> dict[str, torch.Tensor]:
         """The full sample's inputs for the head, with the masks of removed players, by which a head may pool."""
-        inputs = {name: _expanded(value, len(coalitions)) for name, value in self.inputs.items()}
+        inputs = {name: repeated(name, value, len(coalitions)) for name, value in self.inputs.items()}
         for part, columns in zip(self.players.parts, self.players.columns):
             if part.mask:
                 alone = PlayerMap.of_parts([part]).inputs(self.inputs, coalitions[:, columns])
@@ -383,7 +366,7 @@ class Tower:
         double = torch.float64
         args, kwargs = tuple(_cast(a, double) for a in args), {k: _cast(v, double) for k, v in kwargs.items()}
         before = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with self._steady(), _eager(self.model):
+        with steady(self.model), eager(self.model):
             after = copy.deepcopy(layer).double()(*args, **kwargs)
         after = after[0] if isinstance(after, tuple) else after
         everyone = torch.arange(before.shape[1])
@@ -411,64 +394,6 @@ def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: tor
     if not bool(visible.any()):
         got = "players who own every token that attention can see"
         raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
-
-
-@contextlib.contextmanager
-def _instead(layers: list[nn.Module], states: torch.Tensor | None, returned: type) -> Iterator[None]:
-    """Layers that return ``states``, or what they are given, without computing anything."""
-
-    def forward(index: int) -> Callable:
-        def skip(*args: object, **kwargs: object) -> object:
-            given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
-            out = states if index == 0 and states is not None else given
-            return (out, None) if issubclass(returned, tuple) else out
-
-        return skip
-
-    # Other libraries may have put a forward on the layer itself; it has to be there again afterwards.
-    own = [layer.__dict__.get("forward") for layer in layers]
-    for index, layer in enumerate(layers):
-        layer.forward = forward(index)
-    try:
-        yield
-    finally:
-        for layer, forward_of_its_own in zip(layers, own):
-            del layer.forward
-            if forward_of_its_own is not None:
-                layer.forward = forward_of_its_own
-
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Attention written out, so that masks are explicit; afterwards the model's own choice again."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
-    chosen = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    try:
-        for config, _ in chosen:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, name in reversed(chosen):
-            config._attn_implementation = name
-
-
-def _allowed(mask: torch.Tensor | None, length: int, name: str) -> torch.Tensor | None:
-    """Attention mask (1, 1, 1 or L, L), additive or bool, as (L, L) bool on the CPU; None where nothing is hidden."""
-    if mask is None:
-        return None
-    if mask.shape[0] != 1 or mask.shape[1] != 1 or mask.shape[3] != length:
-        got = f"{name} with an attention mask of shape {tuple(mask.shape)}"
-        raise Unsupported("model", got, "one mask for all heads (1, 1, 1 or L, L)")
-    visible = mask.cpu() if mask.dtype == torch.bool else mask.cpu() == 0
-    if mask.dtype != torch.bool and bool(((mask.cpu() > HIDDEN) & ~visible).any()):
-        raise Unsupported("model", f"{name} with a bias on its attention scores", "a mask that shows or hides")
-    visible = visible[0, 0].expand(length, length).contiguous()
-    return None if bool(visible.all()) else visible
-
-
-def _expanded(value: object, count: int) -> object:
-    batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == 1
-    return value.expand(count, *value.shape[1:]) if batched else value
 
 
 def _torch_mask(given: Mapping[str, object]) -> torch.Tensor | None:

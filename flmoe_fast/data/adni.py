@@ -8,9 +8,11 @@ Layout: ``label.csv`` (``PTID``, ``DIAGNOSIS`` from 1 to 3), ``PTID_splits.json`
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ MODALITIES = ("image", "genomic", "clinical", "biospecimen")
 DIAGNOSES = ("cognitively normal", "mild cognitive impairment", "dementia")
 #: Clinical columns that give the diagnosis away, by how their names begin.
 LEAKS = ("PTCOGBEG", "PTADDX", "PTADBEG")
+#: Bytes of the largest matrix that is read; the published one has a tenth of it.
+LARGEST = 4 << 30
 
 
 def read_adni(root: str | os.PathLike, *, modalities: Sequence[str] = MODALITIES, broken: str = "raise") -> RawData:
@@ -70,7 +74,7 @@ def read_adni(root: str | os.PathLike, *, modalities: Sequence[str] = MODALITIES
             for part, key in (("train", "training"), ("valid", "validation"), ("test", "testing"))
         }
     )
-    values = {}
+    values: dict[str, Sequence | np.ndarray] = {}
     for name in modalities:
         rows, matrix = found[name]
         kept = np.asarray(matrix[[rows[subject] for subject in ids]], dtype=np.float32)
@@ -109,19 +113,38 @@ def _genome(root: Path) -> tuple[dict[str, int], np.ndarray]:
     try:
         with h5py.File(path) as file:
             index = file["obs"][file["obs"].attrs.get("_index", "_index")][()]
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in index]
             node = file["X"]
-            if isinstance(node, h5py.Dataset):
-                matrix = node[()]
-            else:
-                from scipy.sparse import csc_matrix, csr_matrix
-
-                layout = csc_matrix if "csc" in str(node.attrs.get("encoding-type", "csr")) else csr_matrix
-                arrays = node["data"][()], node["indices"][()], node["indptr"][()]
-                matrix = layout(arrays, shape=tuple(node.attrs["shape"])).toarray()
-    except (OSError, KeyError) as error:
+            matrix = _whole(node) if isinstance(node, h5py.Dataset) else _from_sparse(node)
+        matrix = matrix.astype(np.float64)
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         raise DataError([problem(path, None, str(error), "an AnnData file with obs and X")]) from error
-    names = [name.decode() if isinstance(name, bytes) else str(name) for name in index]
-    return {name: row for row, name in enumerate(names)}, matrix.astype(np.float64)
+    if len(matrix) != len(names):
+        raise DataError([problem(path, None, f"{len(matrix)} rows of X", f"{len(names)}, as obs has")])
+    return {name: row for row, name in enumerate(names)}, matrix
+
+
+def _whole(node: Any) -> np.ndarray:
+    """A data set of a file: one that says it is larger than any real one is not read."""
+    if math.prod(node.shape) * max(node.dtype.itemsize, 8) > LARGEST:
+        raise ValueError(f"{node.name} of shape {node.shape}, more than {LARGEST >> 30} GiB")
+    return np.asarray(node[()])
+
+
+def _from_sparse(node: Any) -> np.ndarray:
+    """The dense matrix of compressed rows or columns, whose indices are checked: scipy writes where they point."""
+    from scipy.sparse import csc_matrix, csr_matrix
+
+    layout = csc_matrix if "csc" in str(node.attrs.get("encoding-type", "csr")) else csr_matrix
+    rows, columns = (int(size) for size in node.attrs["shape"])
+    if min(rows, columns) < 0 or rows * columns * 8 > LARGEST:
+        raise ValueError(f"a sparse X of shape {rows, columns}, more than {LARGEST >> 30} GiB")
+    data, indices, starts = (_whole(node[name]) for name in ("data", "indices", "indptr"))
+    if data.dtype.kind not in "fiub" or indices.dtype.kind not in "iu" or starts.dtype.kind not in "iu":
+        raise ValueError("a sparse X whose data or indices are no numbers")
+    matrix = layout((data, indices, starts), shape=(rows, columns))
+    matrix.check_format(full_check=True)
+    return matrix.toarray()
 
 
 def _clinic(root: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -134,7 +157,8 @@ def _specimens(root: Path) -> tuple[dict[str, int], np.ndarray]:
 
 def _numbers(path: Path, left_out: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
     """Subjects of the first column and the numbers of the others."""
-    rows, place = [], {}
+    rows: list[list[float | None]] = []
+    place: dict[str, int] = {}
     for line, row in read_rows(path, ()):
         (_, subject), *fields = row.items()
         values = [number(text) for name, text in fields if not name.startswith(left_out or ("\0",))]

@@ -23,9 +23,12 @@ HELD_OUT = 0.2
 class Digits(NamedTuple):
     """One part of the data.
 
-    Attributes:
-        inputs: one (N, 8, 4) tensor per modality: row strips of 4 pixels, in [0, 1].
-        labels: (N,) int64, the digits.
+    Attributes
+    ----------
+    inputs : list of Tensor
+        One (N, 8, 4) tensor per modality: row strips of 4 pixels, in [0, 1].
+    labels : Tensor
+        (N,) int64, the digits.
     """
 
     inputs: list[Tensor]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from flmoe_fast.data.errors import Problems
-from flmoe_fast.data.raw import RawData, by_part, read_rows, usable_image
+from flmoe_fast.data.raw import RawData, by_part, missing, read_rows, usable_image
 
 #: Screens whose published wireframes are damaged; they are left out before the split.
 DAMAGED = frozenset({"50105", "50109"})
@@ -33,7 +33,7 @@ def read_enrico(root: str | os.PathLike, *, broken: str = "raise") -> RawData:
     table = root / "design_topics.csv"
     listed = [(line, row) for line, row in read_rows(table, ("screen_id", "topic"))]
     listed = [(line, row) for line, row in listed if row["screen_id"] not in DAMAGED]
-    topics = sorted({row["topic"] for _, row in listed if row["topic"]})
+    topics = sorted({row["topic"] for _, row in listed if not missing(row["topic"])})
     order = list(range(len(listed)))
     random.Random(SPLIT_SEED).shuffle(order)
     ends = int(len(order) * 0.65), int(len(order) * (0.65 + 0.15))
@@ -43,7 +43,7 @@ def read_enrico(root: str | os.PathLike, *, broken: str = "raise") -> RawData:
         line, row = listed[index]
         screen = root / "screenshots" / f"{row['screen_id']}.jpg"
         wire = root / "wireframes" / f"{row['screen_id']}.png"
-        if not row["topic"]:
+        if missing(row["topic"]):
             problems.add(table, line, "no topic", "a topic")
             continue
         both = [usable_image(image, problems, table, line) for image in (screen, wire)]

@@ -11,7 +11,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.data.errors import DataError, Problems, problem
-from flmoe_fast.data.raw import RawData, by_part, number, read_rows, usable_image
+from flmoe_fast.data.raw import RawData, by_part, missing, number, read_rows, usable_image
 from flmoe_fast.data.splits import PARTS
 from flmoe_fast.model.config import TASKS
 
@@ -40,6 +40,7 @@ def read_own(
         In the order of the model.
     target : str
         Column with the class, the classes (``"multilabel"``, separated by ``separator``, possibly none) or the number.
+        An empty class and ``nan``, which is what a table without one becomes, are no classes but broken rows.
     task : "multiclass", "multilabel" or "regression"
     split : str, optional
         Column with ``train``, ``valid`` or ``test``. Without it 70, 15 and 15 %, drawn by ``seed``; of classes the
@@ -110,7 +111,8 @@ def _classes(rows: list, target: str, task: str, separator: str) -> tuple[str, .
     if task == "regression":
         return (target,)
     texts = [row[target] for _, row in rows]
-    names = {t.strip() for text in texts for t in (text.split(separator) if task == "multilabel" else [text])} - {""}
+    named = [text for text in texts if not missing(text)]
+    names = {t.strip() for text in named for t in (text.split(separator) if task == "multilabel" else [text])} - {""}
     return tuple(sorted(names, key=lambda name: (number(name) is None, number(name) or 0.0, name)))
 
 
@@ -118,9 +120,11 @@ def _label(text: str, task: str, classes: tuple[str, ...], separator: str) -> in
     if task == "regression":
         return number(text)
     if task == "multilabel":
+        if text.strip() and missing(text):
+            return None
         named = {name.strip() for name in text.split(separator)}
         return [int(name in named) for name in classes]
-    return classes.index(text.strip()) if text.strip() in classes else None
+    return None if missing(text) else classes.index(text.strip())
 
 
 def _value(path: Path, line: int, row: dict, kind: str, columns: list[str], problems: Problems) -> object:

@@ -27,10 +27,14 @@ from flmoe_fast.model.encoders import (
 class Prepared(NamedTuple):
     """Data and encoders for one model.
 
-    Attributes:
-        splits: inputs, masks and targets.
-        encoders: a trainable encoder for each modality, newly initialised.
-        tokens: padded tokens of each modality.
+    Attributes
+    ----------
+    splits : Splits
+        Inputs, masks and targets.
+    encoders : dict[str, nn.Module]
+        A trainable encoder for each modality, newly initialised.
+    tokens : tuple of int
+        Padded tokens of each modality.
     """
 
     splits: Splits

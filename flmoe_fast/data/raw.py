@@ -137,9 +137,9 @@ def number(text: str) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def one_hot(classes: Sequence[int], count: int) -> list[int]:
-    """Zeros and ones of a set of classes."""
-    return [int(c in set(classes)) for c in range(count)]
+def missing(text: str) -> bool:
+    """Whether a field says that there is no value: nothing, or ``nan``."""
+    return text.strip().lower() in ("", "nan")
 
 
 def by_part(assigned: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flmoe_fast.pipeline.explain import Explanation
-from flmoe_fast.pipeline.figures import View, importance_rows, masking_lines, pair_view
-from flmoe_fast.pipeline.masking import MaskingCurve
+from flmoe_fast.pipeline.faithful.masking import MaskingCurve
+from flmoe_fast.pipeline.show.figures import importance_rows, masking_lines, pair_view
+from flmoe_fast.pipeline.show.views import View
 
 
 def draw(

@@ -28,10 +28,13 @@ from flmoe_fast.model.checkpoint import save_checkpoint
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import fit, predict
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import FitSettings, fit
+from flmoe_fast.model.training.predict import predict
 from flmoe_fast.pipeline.explain import Explanation, explain
-from flmoe_fast.pipeline.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
-from flmoe_fast.pipeline.report import facts, report, table, with_errors
+from flmoe_fast.pipeline.faithful.masking import MaskedPairs, MaskingCurve, mask_pairs, masking_curve
+from flmoe_fast.pipeline.show.text import facts, report, table, with_errors
+from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.naive import four_corner_loop
 from flmoe_fast.probes.result import InteractionResult
@@ -40,8 +43,6 @@ HIDDEN, ATTENTION_HEADS, LAYERS = 64, 4, 2
 BATCH, RATE, SETTLING_RATE = 32, 2e-3, 5e-4
 #: Share of the epochs that runs at the lower learning rate, which steadies the result.
 SETTLING = 0.2
-#: The kind of redundancy gap that is positive for nothing but substitution.
-GAP = "strict"
 #: Random draws of tokens for every number of masked pairs.
 REPEATS = 10
 
@@ -77,8 +78,11 @@ class Size:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread inside the block. All operations here are small: dividing them gains little on idle cores, and on
-    busy ones every division waits for a core."""
+    """One thread inside the block.
+
+    All operations here are small: dividing them gains little on idle cores, and on busy ones every division waits for a
+    core.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -153,7 +157,7 @@ def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, prog
     seconds = time.perf_counter() - started
     names = "picture.png, report.txt, interactions.csv, importance.csv, masking.csv"
     say(f"\n{seconds:.0f} s in all. Written to {out}: {names}")
-    again = f"--candidates {TOKENS} --contexts {size.contexts} --gap {GAP} --seed {seed} --out {out}/explain"
+    again = f"--candidates {TOKENS} --contexts {size.contexts} --seed {seed} --out {out}/explain"
     say(f"Part 2 again: flmoe-fast explain {out}/model.safetensors {out}/sample.npz {again}")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
     return {"accuracy": accuracy, "speedup": speedup, "seconds": seconds}
@@ -180,13 +184,8 @@ def _train(training: Digits, seed: int, epochs: int, progress: bool) -> tuple[FL
         if count:
             history += fit(
                 model,
-                training.inputs,
-                training.masks,
-                training.labels,
-                epochs=count,
-                batch_size=BATCH,
-                lr=rate,
-                seed=seed,
+                Examples(training.inputs, training.masks, training.labels),
+                FitSettings(count, BATCH, rate, seed),
                 progress=progress,
             )
     with torch.no_grad():
@@ -235,7 +234,6 @@ def _explain(model: FLI2MoE, held_out: Digits, seed: int, contexts: int, progres
         candidates=TOKENS,
         contexts=contexts,
         seed=seed,
-        gap=GAP,
         progress=progress,
     )
     return image, explanation
@@ -264,10 +262,10 @@ def _compare(
         own = seed + 1 + turn
         begun = time.perf_counter()
         game = TokenGame(model, features, **options, backend="reference", dtype=torch.float32)
-        parts.append(four_corner_loop(game, [pair], size.naive_samples, seed=own, gap=GAP))
+        parts.append(four_corner_loop(game, [pair], size.naive_samples, seed=own))
         middle = time.perf_counter()
         game = TokenGame(model, features, **options)
-        interactions(game, pairs=result.pairs, contexts=contexts, seed=own, gap=GAP, progress=False)
+        interactions(game, pairs=result.pairs, contexts=contexts, seed=own, progress=False)
         naive_ms.append(1e3 * (middle - begun) / size.naive_samples)
         shared_ms.append(1e3 * (time.perf_counter() - middle) / (contexts * len(result.pairs)))
     naive = [torch.cat(part).numpy() for part in zip(*parts)]
@@ -298,7 +296,7 @@ def _comparison_table(
     ]
     columns = [*columns[:3], [f"{v:+.1f}" for v in z_sii[:, 0]], *columns[3:], [f"{v:+.1f}" for v in z_gap[:, 0]]]
     header = ["pair (mixture)", "naive SII ± s.e.", "shared SII ± s.e.", "z"]
-    header += [f"naive {GAP} gap ± s.e.", "shared gap ± s.e.", "z"]
+    header += [f"naive {DEFAULT_GAP} gap ± s.e.", "shared gap ± s.e.", "z"]
     agreement = "; ".join(
         f"{name} {int((np.abs(z) <= 2).sum())} of {z.size} within 2, root mean square {np.sqrt(np.mean(z**2)):.2f}"
         for name, z in (("SII", z_sii[np.isfinite(z_sii)]), ("gap", z_gap[np.isfinite(z_gap)]))
@@ -329,7 +327,7 @@ def _mask(
     model: FLI2MoE, held_out: Digits, seed: int, size: Size, progress: bool
 ) -> tuple[dict[str, MaskingCurve], int]:
     """Masking curves of the pairs ranked by SII and by redundancy gap, and the evaluations spent on the rankings."""
-    masked: dict[str, list[MaskedPairs]] = {"SII": [], f"{GAP} gap": []}
+    masked: dict[str, list[MaskedPairs]] = {"SII": [], f"{DEFAULT_GAP} gap": []}
     evaluations = 0
     images = range(min(size.masked_images, len(held_out.labels)))
     for image in tqdm(images, desc="masking", unit="image", disable=not progress, leave=False):
@@ -338,7 +336,7 @@ def _mask(
         # Every image has draws of its own. With the same random tokens everywhere, the controls of different images
         # would not be independent, and the standard error over images too small.
         own = seed + image
-        result = interactions(game, contexts=size.masking_contexts, seed=own, gap=GAP, progress=False)
+        result = interactions(game, contexts=size.masking_contexts, seed=own, progress=False)
         evaluations += result.evaluations
         for samples, by in zip(masked.values(), ("sii", "gap")):
             samples.append(mask_pairs(game, result.pairs[result.order(by)], repeats=REPEATS, seed=own))

@@ -14,6 +14,7 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.environment import require
 from flmoe_fast.games.game import CallableGame, Game, as_game
+from flmoe_fast.probes.exact import MOST_PLAYERS, enumerate_values
 from flmoe_fast.probes.export import SINGLES, to_shapiq
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
@@ -69,7 +70,8 @@ def from_shapiq(game: Callable, n: int | None = None) -> Game:
 class ShapiqApproximator(base.Approximator):
     """Our estimators as a shapiq approximator: pass an instance to ``TabularExplainer`` or ``AgnosticExplainer``.
 
-    The budget is never exceeded and includes the empty coalition. What shapiq's container has no room for, the standard
+    The budget is never exceeded and includes the empty coalition; one that pays for all 2^n coalitions gives the exact
+    index. What shapiq's container has no room for, the standard
     errors above all, is in :attr:`results` after a call.
 
     Parameters
@@ -88,7 +90,7 @@ class ShapiqApproximator(base.Approximator):
     Attributes
     ----------
     results : InteractionResult, PlayerValues or None
-        Of the last call.
+        Of the last call; None after an exact one.
     """
 
     valid_indices = ("SV", "BV", "SII", "k-SII", "STII", "FSII", "BII")
@@ -128,6 +130,8 @@ class ShapiqApproximator(base.Approximator):
         """
         budget = integer("budget", budget, least=2)
         ours = from_shapiq(game, self.n)
+        if self.n <= MOST_PLAYERS and budget >= 2**self.n:
+            return self._exact(ours)
         empty = float(ours(torch.zeros(1, self.n, dtype=torch.bool))[0])
         seed = int(self._rng.integers(2**63))
         singles, spent = {}, 1
@@ -156,6 +160,23 @@ class ShapiqApproximator(base.Approximator):
             estimation_budget=spent + found.evaluations,
             baseline_value=empty,
         )
+
+    def _exact(self, game: Game) -> Any:
+        """Every coalition is paid for: the index itself, by shapiq's own computer."""
+        values = enumerate_values(game)
+
+        def looked_up(coalitions: np.ndarray) -> np.ndarray:
+            rows = torch.from_numpy(np.atleast_2d(np.asarray(coalitions)).astype(bool))
+            return values[(rows.long() << torch.arange(self.n)).sum(1)].numpy()
+
+        exact = shapiq.ExactComputer(n_players=self.n, game=looked_up)(self.index, order=self.max_order)
+        wanted = None if self.pairs is None else {tuple(sorted(pair)) for pair in self.pairs}
+        found = {k: v for k, v in exact.dict_values.items() if len(k) < 2 or wanted is None or k in wanted}
+        self.results = None
+        return shapiq.InteractionValues(
+            {**found, (): float(values[0])}, index=self.index, max_order=self.max_order, min_order=0,
+            n_players=self.n, estimated=False, estimation_budget=2**self.n, baseline_value=float(values[0]),
+        )  # fmt: skip
 
 
 def _head(game: Game, head: str | int | None) -> int:

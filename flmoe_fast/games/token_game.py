@@ -8,18 +8,20 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
-from flmoe_fast.engines import cpu_engine, cuda_engine, torch_engine, triton_engine
+from flmoe_fast.engines import cpu_engine, torch_engine
 from flmoe_fast.engines.cpu_engine import CpuEngine
-from flmoe_fast.engines.cuda_engine import CudaEngine
-from flmoe_fast.engines.fastest import fastest
+from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.gated_engine import GatedEngine
+from flmoe_fast.engines.gpu.cuda import CudaEngine
+from flmoe_fast.engines.gpu.fastest import fastest
+from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu.triton import AUTO_PRECISION, TritonEngine
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.engines.triton_engine import AUTO_PRECISION, TritonEngine
-from flmoe_fast.engines.triton_kernels.precision import PRECISIONS
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
+from flmoe_fast.model.config import TEXT_MODALITIES
 from flmoe_fast.model.network import FLI2MoE
 
 #: Tokens evaluated per call, see :attr:`Game.block`.
@@ -28,8 +30,6 @@ BLOCK_TOKENS = 1 << 16
 GPU_BLOCK_TOKENS = 1 << 22
 #: Bytes of activations unless told otherwise; the Triton engine has its own.
 DEFAULT_MEMORY = 1 << 27
-#: Modalities whose first token is the start symbol of a text, which is no player.
-TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 HEAD_GROUPS = ("mixture", "experts", "weighted")
 BACKENDS = ("auto", "cpu", "torch", "triton", "cuda", "reference")
 #: Backends whose engine is a :class:`TritonEngine`, on a GPU.
@@ -217,12 +217,15 @@ class TokenGame(Game):
         if config.fusion != "interpretcc" and torch_engine.why_not(self.problem):
             return "reference", torch_engine.why_not(self.problem)
         if self.device.type == "cuda":
-            if not triton_engine.why_not(self.dtype, self.device, self.problem):
+            if not TritonEngine.why_not(self._request()):
                 return self._fastest_on_gpu(), ""
-            return "torch", triton_engine.model_reason(self.problem)
+            return "torch", TritonEngine.unfit(self._request())
         if not cpu_engine.why_not(self.dtype, self.device, config):
             return "cpu", ""
         return "torch", cpu_engine.model_reason(config)
+
+    def _request(self) -> Request:
+        return Request(self.dtype, self.device, self.problem, precision=self.precision)
 
     def _fastest_on_gpu(self) -> str:
         """The GPU backend that was measured to be the faster one on this device and shape."""
@@ -230,7 +233,7 @@ class TokenGame(Game):
         precision = AUTO_PRECISION if self.precision == "auto" else self.precision
         name = torch.cuda.get_device_name(self.device)
         best = fastest(name, config.hidden, config.heads, self.problem.length, precision)
-        if best == "cuda" and cuda_engine.why_not(self.dtype, self.device, self.problem, precision):
+        if best == "cuda" and CudaEngine.why_not(self._request()):
             return "triton"
         return best
 

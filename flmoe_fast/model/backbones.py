@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 class Encoded(NamedTuple):
     """Token features of N inputs.
 
-    Attributes:
-        features: (N, T, F) float32; rows of padding are zero.
-        mask: (N, T) bool, true for tokens and false for padding.
-        names: for each input the names of its T tokens, "" for padding.
+    Attributes
+    ----------
+    features : Tensor
+        (N, T, F) float32; rows of padding are zero.
+    mask : Tensor
+        (N, T) bool, true for tokens and false for padding.
+    names : list[list of str]
+        For each input the names of its T tokens, "" for padding.
     """
 
     features: Tensor
@@ -44,15 +48,22 @@ class TextBackbone:
     All tokens of the last hidden state are kept, the start symbol (position 0, which is no player of a game) and the
     end symbol among them. Texts are cut to ``max_length`` tokens.
 
-    Args:
-        name: folder written by ``save_pretrained``, or a name on the model hub, of anything ``AutoModel`` and
-            ``AutoTokenizer`` read.
-        max_length: most tokens of a text, special ones included.
-        device: where it runs.
-        local_only: never ask the model hub.
+    Parameters
+    ----------
+    name : path
+        Folder written by ``save_pretrained``, or a name on the model hub, of anything ``AutoModel`` and
+        ``AutoTokenizer`` read.
+    max_length : int
+        Most tokens of a text, special ones included.
+    device : str
+        Where it runs.
+    local_only : bool
+        Never ask the model hub.
 
-    Raises:
-        ArgumentError: no such folder or model, or one without a tokenizer or a padding token.
+    Raises
+    ------
+    ArgumentError
+        No such folder or model, or one without a tokenizer or a padding token.
     """
 
     kind = "text"
@@ -79,10 +90,13 @@ class TextBackbone:
     def __call__(self, texts: Sequence[str], length: int | None = None) -> Encoded:
         """Encode texts.
 
-        Args:
-            texts: N strings.
-            length: tokens to pad to, at least those of the longest text; by default as many. Positions of the
-                modalities after the text depend on it, so a model needs the same one for all its data.
+        Parameters
+        ----------
+        texts : sequence of str
+            N strings.
+        length : int, optional
+            Tokens to pad to, at least those of the longest text; by default as many. Positions of the modalities after
+            the text depend on it, so a model needs the same one for all its data.
         """
         _check_texts(texts)
         tokens = self._tokens(list(texts))
@@ -110,13 +124,19 @@ class VisionBackbone:
     The patches of the last hidden state are kept in row-major order; class and register tokens in front of them are
     dropped. Of models with a text tower (CLIP, SigLIP) only the vision tower is read.
 
-    Args:
-        name: folder written by ``save_pretrained``, or a name on the model hub.
-        device: where it runs.
-        local_only: never ask the model hub.
+    Parameters
+    ----------
+    name : path
+        Folder written by ``save_pretrained``, or a name on the model hub.
+    device : str
+        Where it runs.
+    local_only : bool
+        Never ask the model hub.
 
-    Raises:
-        ArgumentError: no such folder or model, one without an image processor, or no vision transformer.
+    Raises
+    ------
+    ArgumentError
+        No such folder or model, one without an image processor, or no vision transformer.
     """
 
     kind = "image"
@@ -213,8 +233,10 @@ def _fingerprint(model: nn.Module, *more: object) -> str:
 def open_image(path: str | os.PathLike) -> Image.Image:
     """A PIL image of a file, decoded.
 
-    Raises:
-        ArgumentError: no such file, or one that is no image or broken.
+    Raises
+    ------
+    ArgumentError
+        No such file, or one that is no image or broken.
     """
     from PIL import Image, UnidentifiedImageError
 

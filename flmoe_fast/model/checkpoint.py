@@ -61,12 +61,17 @@ def save_checkpoint(model: FLI2MoE, path: str | os.PathLike) -> None:
 
     The file appears under its name only when it is complete; an interrupted write leaves an older file intact.
 
-    Args:
-        model: any dtype, on any device; tensors are stored on the CPU in their own dtype.
-        path: ending in ``.pth``, ``.pt`` or ``.safetensors``, in an existing directory.
+    Parameters
+    ----------
+    model : FLI2MoE
+        Any dtype, on any device; tensors are stored on the CPU in their own dtype.
+    path : path
+        Ending in ``.pth``, ``.pt`` or ``.safetensors``, in an existing directory.
 
-    Raises:
-        ArgumentError: no FLI2MoE, another suffix, no such directory, or weights that are not finite.
+    Raises
+    ------
+    ArgumentError
+        No FLI2MoE, another suffix, no such directory, or weights that are not finite.
     """
     if not isinstance(model, FLI2MoE):
         raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
@@ -112,29 +117,45 @@ def load_checkpoint(
     number of tokens, the back-end and the number of networks in sparse blocks. The rest comes from the arguments, else
     from the configuration stored in the file.
 
-    Args:
-        path: ``.safetensors``, or any other name for a file of ``torch.save``. Such a file is unpickled with
-            ``weights_only=True``; one that contains code is refused and nothing of it runs.
-        config: used instead of the stored configuration; must agree with the tensors. Excludes the arguments below.
-        modalities: names in the order of the concatenated sequence.
-        heads: attention heads.
-        temperature: of the routing softmax.
-        task: ``"multiclass"`` or ``"multilabel"``.
-        gate: ``"naive"``, ``"gshard"`` or ``"switch"``, which look the same in a file with sparse blocks.
-        top_k: networks a token uses, for ``"naive"`` and ``"noisy"`` gates.
-        capacity: see :class:`FLI2MoEConfig`; ``"none"`` unless the file or this says otherwise.
-        gumbel_temperature, gate_threshold: of InterpretCC gates.
+    Parameters
+    ----------
+    path : path
+        ``.safetensors``, or any other name for a file of ``torch.save``. Such a file is unpickled with
+        ``weights_only=True``; one that contains code is refused and nothing of it runs.
+    config : FLI2MoEConfig, optional
+        Used instead of the stored configuration; must agree with the tensors. Excludes the arguments below.
+    modalities : sequence of str, optional
+        Names in the order of the concatenated sequence.
+    heads : int, optional
+        Attention heads.
+    temperature : float, optional
+        Of the routing softmax.
+    task : str, optional
+        ``"multiclass"`` or ``"multilabel"``.
+    gate : str, optional
+        ``"naive"``, ``"gshard"`` or ``"switch"``, which look the same in a file with sparse blocks.
+    top_k : int, optional
+        Networks a token uses, for ``"naive"`` and ``"noisy"`` gates.
+    capacity : str, optional
+        See :class:`FLI2MoEConfig`; ``"none"`` unless the file or this says otherwise.
+    gumbel_temperature, gate_threshold
+        Of InterpretCC gates.
 
-    Returns:
+    Returns
+    -------
+    FLI2MoE
         A model with encoders when the file has a readable one for each modality: ``proj.*`` becomes a
-        :class:`ProjectionEncoder` (frozen ``backbone.*`` and ``vit.*`` weights beside it are left out, so it takes
-        the backbone's output), ``feature_emb`` and ``bias`` a :class:`TabularTokenEncoder`. Otherwise a model
-        without encoders, and a warning if the file has encoders that could not be used.
+        :class:`ProjectionEncoder` (frozen ``backbone.*`` and ``vit.*`` weights beside it are left out, so it takes the
+        backbone's output), ``feature_emb`` and ``bias`` a :class:`TabularTokenEncoder`. Otherwise a model without
+        encoders, and a warning if the file has encoders that could not be used.
 
-    Raises:
-        CheckpointError: no such file, a damaged file, a file with code in it, another layout, missing or unexpected
-            keys, wrong shapes, mixed dtypes, non-finite weights, or a configuration that contradicts the tensors.
-        ArgumentError: something that the file does not tell has to be passed; the message names it.
+    Raises
+    ------
+    CheckpointError
+        No such file, a damaged file, a file with code in it, another layout, missing or unexpected keys, wrong shapes,
+        mixed dtypes, non-finite weights, or a configuration that contradicts the tensors.
+    ArgumentError
+        Something that the file does not tell has to be passed; the message names it.
     """
     given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
     given |= {"gate": gate, "top_k": top_k, "capacity": capacity}
@@ -154,14 +175,21 @@ def load_checkpoint(
 def model_from_state(state: Mapping[str, Tensor], source: str, **given: Any) -> FLI2MoE:
     """A model with copies of the weights of an ensemble's state dict, on the CPU, in eval mode, without encoders.
 
-    Args:
-        state: with the keys of :meth:`FLI2MoE.ensemble_state_dict`.
-        source: what the state dict is of, for messages.
-        **given: what the state dict does not tell, as for :func:`load_checkpoint`.
+    Parameters
+    ----------
+    state : mapping from str to Tensor
+        With the keys of :meth:`FLI2MoE.ensemble_state_dict`.
+    source : str
+        What the state dict is of, for messages.
+    **given
+        What the state dict does not tell, as for :func:`load_checkpoint`.
 
-    Raises:
-        CheckpointError: another layout, missing or unexpected keys, wrong shapes, mixed dtypes, non-finite weights.
-        ArgumentError: a bad argument.
+    Raises
+    ------
+    CheckpointError
+        Another layout, missing or unexpected keys, wrong shapes, mixed dtypes, non-finite weights.
+    ArgumentError
+        A bad argument.
     """
     return _build(Path(source), _States(dict(state), {}, None, {}), None, given)
 
@@ -195,8 +223,10 @@ def load_weights(model: FLI2MoE, path: str | os.PathLike) -> None:
 
     Unlike :func:`load_checkpoint` it makes no model, so the encoders may be of any kind.
 
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`, or weights of a model of another shape.
+    Raises
+    ------
+    CheckpointError
+        As :func:`load_checkpoint`, or weights of a model of another shape.
     """
     path = Path(path)
     if not path.is_file():
@@ -426,7 +456,12 @@ def _complete(
             fields = FLI2MoEConfig.from_dict(stored).to_dict()
         except ArgumentError as error:
             raise CheckpointError(path, "config", f"a bad configuration ({error})", "that of an FLI2MoE") from error
-        return FLI2MoEConfig.from_dict({**fields, **given})
+        config = FLI2MoEConfig.from_dict({**fields, **given})
+        for name, value in given.items():
+            if (list(value) if isinstance(value, tuple) else value) != fields[name]:
+                text = f"{path} was saved with {name} {fields[name]!r}; with {value!r} it is another model"
+                warnings.warn(text, stacklevel=4)
+        return config
     count, experts = derived["modalities"], derived["experts"]
     if experts != count + 2 and "roles" not in given:
         found = f"{experts} experts"

@@ -18,57 +18,89 @@ CAPACITIES = ("none", "reference")
 ROUTINGS = ("features", "average")
 #: Role of an expert without an interaction loss: alone, it makes the model a plain dense transformer.
 DENSE = "dense"
+#: Modalities whose first token is the start symbol of a text, which takes no part in probes.
+TEXT_MODALITIES = frozenset({"language", "text", "txt", "note", "notes"})
 
 
 @dataclasses.dataclass(frozen=True)
 class FLI2MoEConfig:
     """Configuration of :class:`~flmoe_fast.model.network.FLI2MoE`.
 
-    Args:
-        modalities: names of the M modalities in the order of the concatenated sequence, 2 <= M <= 8, no dots.
-        hidden: width H of every token, even and divisible by ``heads``.
-        heads: attention heads h; each is H / h wide.
-        layers: encoder layers of each expert.
-        classes: number C of output logits.
-        generation: ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual
-            blocks, interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches
-            per modality, learned positions, no masks, no residual around attention, losses on logits).
-        task: ``"multiclass"`` (softmax, cross entropy), ``"multilabel"`` (sigmoid, binary cross entropy) or
-            ``"regression"`` (the outputs themselves, smooth L1).
-        num_tokens: tokens per modality, in order. ``"original"`` needs it, with all numbers equal. For ``"fl"`` it
-            is optional; where given, inputs must have exactly these (padded) lengths.
-        ffn_multiple: feed-forward width as a multiple of H.
-        reweight_hidden: width of the hidden layers of the reweighting MLP.
-        reweight_layers: linear layers of the reweighting MLP, 1 or more.
-        temperature: divides the routing logits before their softmax, > 0.
-        dropout: probability of every dropout in training, 0 <= p < 1.
-        interaction_weight: factor of the mean interaction loss in the total loss, >= 0.
-        class_weights: C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
-        roles: the experts there are: ``None`` for all M + 2, or some of their names (:attr:`expert_names`), each once;
-            ``"dense"`` is an expert without an interaction loss, and ``("dense",)`` a plain fusion transformer, the
-            baseline that mixtures are compared with.
-        routing: ``"features"`` (weights from the sample's mean features) or ``"average"`` (one learned weight per
-            expert, the same for every sample, all equal at the start).
-        fusion: what an expert is. ``"transformer"``; or, for generation ``"original"``, ``"interpretcc"`` (one vector
-            per modality, switched on or off by a gate, then an MLP; ``num_tokens`` all 1) or ``"moepp"`` (MoE++, whose
-            published code lets only its last layer's attention reach the output).
-        gate: ``None`` for dense feed-forward blocks. Otherwise the blocks of layers 0, 2, 4, ... hold ``ffn_experts``
-            small feed-forward networks of which each token uses ``top_k``: ``"naive"`` (largest logits), ``"gshard"``
-            (the same two with a balancing loss and a capacity), ``"switch"`` (one, weighted by its probability) or
-            ``"noisy"`` (largest logits, with learned noise in training).
-        ffn_experts: number X of networks in a sparse block, or in a MoE++ block. ``None`` without such blocks.
-        top_k: networks a token uses; ``None`` means 1 for ``"switch"`` and 2 otherwise.
-        capacity: ``"none"``: a token always reaches its networks. ``"reference"``: as in the published code, a network
-            takes only so many tokens of a (batch, modality), padding included, and the rest go without. Only
-            ``"gshard"`` and ``"switch"`` have a capacity.
-        random_routing: in training, drop second choices at random (``"gshard"`` only).
-        gate_weight: factor of the load-balancing loss in the total loss, >= 0.
-        gumbel_temperature: of the InterpretCC gates, > 0.
-        gate_threshold: above which an InterpretCC gate is on, between 0 and 1.
-        hard_gates: whether InterpretCC gates are on or off, or pass their probability.
+    Parameters
+    ----------
+    modalities : tuple of str
+        Names of the M modalities in the order of the concatenated sequence, 2 <= M <= 8, no dots.
+    hidden : int
+        Width H of every token, even and divisible by ``heads``.
+    heads : int
+        Attention heads h; each is H / h wide.
+    layers : int
+        Encoder layers of each expert.
+    classes : int
+        Number C of output logits, 2 or more for ``"multiclass"``.
+    generation : str
+        ``"fl"`` (arXiv 2603.13326: token sequences with key masks, fixed sinusoid, pre-norm residual blocks,
+        interaction losses on latents) or ``"original"`` (I2MoE, ICML 2025: the same number of patches per modality,
+        learned positions, no masks, no residual around attention, losses on logits).
+    task : str
+        ``"multiclass"`` (softmax, cross entropy), ``"multilabel"`` (sigmoid, binary cross entropy) or ``"regression"``
+        (the outputs themselves, smooth L1).
+    num_tokens : tuple of int, optional
+        Tokens per modality, in order. ``"original"`` needs it, with all numbers equal. For ``"fl"`` it is optional;
+        where given, inputs must have exactly these (padded) lengths.
+    ffn_multiple : int
+        Feed-forward width as a multiple of H.
+    reweight_hidden : int
+        Width of the hidden layers of the reweighting MLP.
+    reweight_layers : int
+        Linear layers of the reweighting MLP, 1 or more.
+    temperature : float
+        Divides the routing logits before their softmax, > 0.
+    dropout : float
+        Probability of every dropout in training, 0 <= p < 1.
+    interaction_weight : float
+        Factor of the mean interaction loss in the total loss, >= 0.
+    class_weights : tuple of float, optional
+        C positive weights of the cross entropy (``"multiclass"`` only), or ``None``.
+    roles : tuple of str, optional
+        The experts there are: ``None`` for all M + 2, or some of their names (:attr:`expert_names`), each once;
+        ``"dense"`` is an expert without an interaction loss, and ``("dense",)`` a plain fusion transformer, the
+        baseline that mixtures are compared with.
+    routing : str
+        ``"features"`` (weights from the sample's mean features) or ``"average"`` (one learned weight per expert, the
+        same for every sample, all equal at the start).
+    fusion : str
+        What an expert is. ``"transformer"``; or, for generation ``"original"``, ``"interpretcc"`` (one vector per
+        modality, switched on or off by a gate, then an MLP; ``num_tokens`` all 1) or ``"moepp"`` (MoE++, whose
+        published code lets only its last layer's attention reach the output).
+    gate : str, optional
+        ``None`` for dense feed-forward blocks. Otherwise the blocks of layers 0, 2, 4, ... hold ``ffn_experts`` small
+        feed-forward networks of which each token uses ``top_k``: ``"naive"`` (largest logits), ``"gshard"`` (the same
+        two with a balancing loss and a capacity), ``"switch"`` (one, weighted by its probability) or ``"noisy"``
+        (largest logits, with learned noise in training).
+    ffn_experts : int, optional
+        Number X of networks in a sparse block, or in a MoE++ block. ``None`` without such blocks.
+    top_k : int, optional
+        Networks a token uses; ``None`` means 1 for ``"switch"`` and 2 otherwise.
+    capacity : str
+        ``"none"``: a token always reaches its networks. ``"reference"``: as in the published code, a network takes only
+        so many tokens of a (batch, modality), padding included, and the rest go without. Only ``"gshard"`` and
+        ``"switch"`` have a capacity.
+    random_routing : bool
+        In training, drop second choices at random (``"gshard"`` only).
+    gate_weight : float
+        Factor of the load-balancing loss in the total loss, >= 0.
+    gumbel_temperature : float
+        Of the InterpretCC gates, > 0.
+    gate_threshold : float
+        Above which an InterpretCC gate is on, between 0 and 1.
+    hard_gates : bool
+        Whether InterpretCC gates are on or off, or pass their probability.
 
-    Raises:
-        ArgumentError: a field is out of its range; the message names the field.
+    Raises
+    ------
+    ArgumentError
+        A field is out of its range; the message names the field.
     """
 
     modalities: tuple[str, ...]
@@ -110,6 +142,10 @@ class FLI2MoEConfig:
             raise ArgumentError("heads", self.heads, f"a divisor of hidden = {self.hidden}")
         one_of("generation", self.generation, GENERATIONS)
         one_of("task", self.task, TASKS)
+        if self.task == "multiclass" and self.classes == 1:
+            # A softmax over one logit is one whatever the logit: every effect on it would be zero.
+            expected = "2 or more for task 'multiclass'; a single output is task 'regression', or 'multilabel'"
+            raise ArgumentError("classes", 1, expected)
         settle("num_tokens", self._token_counts())
         settle("temperature", _number("temperature", self.temperature, above=0.0))
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
@@ -225,8 +261,10 @@ class FLI2MoEConfig:
 
     @property
     def interactions(self) -> tuple[int | None, ...]:
-        """Interaction that each expert is trained for: m < M for uniqueness of modality m, M synergy, M + 1
-        redundancy, ``None`` for a dense expert."""
+        """Interaction that each expert is trained for.
+
+        m < M for uniqueness of modality m, M synergy, M + 1 redundancy, ``None`` for a dense expert.
+        """
         numbers = {name: number for number, name in enumerate(self._all_names)}
         return tuple(numbers.get(name) for name in self.expert_names)
 

@@ -11,9 +11,12 @@ from flmoe_fast.checks import integer, shape
 class ProjectionEncoder(nn.Module):
     """One linear layer per token, for patches or for the cached output of a frozen backbone.
 
-    Args:
-        in_features: width F of the input tokens (768 for RoBERTa-base and for CLIP ViT-B/16).
-        hidden: token width H of the model.
+    Parameters
+    ----------
+    in_features : int
+        Width F of the input tokens (768 for RoBERTa-base and for CLIP ViT-B/16).
+    hidden : int
+        Token width H of the model.
     """
 
     def __init__(self, in_features: int, hidden: int):
@@ -30,9 +33,12 @@ class ProjectionEncoder(nn.Module):
 class TabularTokenEncoder(nn.Module):
     """One token per column of a table: ``token_f = x_f * feature_emb[f] + bias[f]``.
 
-    Args:
-        features: number F of columns, hence of tokens.
-        hidden: token width H of the model.
+    Parameters
+    ----------
+    features : int
+        Number F of columns, hence of tokens.
+    hidden : int
+        Token width H of the model.
     """
 
     def __init__(self, features: int, hidden: int):
@@ -53,10 +59,14 @@ class ColumnGroupEncoder(nn.Module):
     For tables with hundreds of columns, where a token each would be dear. Unlike in patches that share a projection,
     every column keeps an embedding of its own.
 
-    Args:
-        features: number F of columns.
-        groups: number T of tokens, at most F; groups differ by at most one column.
-        hidden: token width H of the model.
+    Parameters
+    ----------
+    features : int
+        Number F of columns.
+    groups : int
+        Number T of tokens, at most F; groups differ by at most one column.
+    hidden : int
+        Token width H of the model.
     """
 
     def __init__(self, features: int, groups: int, hidden: int):
@@ -81,10 +91,14 @@ class PatchEncoder(nn.Module):
 
     The vector is filled with zeros on the right to ``patches`` pieces of ceil(F / patches) numbers.
 
-    Args:
-        features: length F of the vector, at least ``patches``.
-        patches: number P of tokens.
-        hidden: token width H of the model.
+    Parameters
+    ----------
+    features : int
+        Length F of the vector, at least ``patches``.
+    patches : int
+        Number P of tokens.
+    hidden : int
+        Token width H of the model.
     """
 
     def __init__(self, features: int, patches: int, hidden: int):
@@ -104,10 +118,14 @@ class PatchEncoder(nn.Module):
 class VectorEncoder(nn.Module):
     """A vector as a single token, by one linear layer or a small network.
 
-    Args:
-        features: length F of the vector.
-        hidden: token width H of the model.
-        layers: linear layers; between them ReLU, and all but the last H wide.
+    Parameters
+    ----------
+    features : int
+        Length F of the vector.
+    hidden : int
+        Token width H of the model.
+    layers : int
+        Linear layers; between them ReLU, and all but the last H wide.
     """
 
     def __init__(self, features: int, hidden: int, layers: int = 1):
@@ -128,11 +146,16 @@ class VectorEncoder(nn.Module):
 class SequenceEncoder(nn.Module):
     """A sequence of vectors as patches of the last state of a GRU, as the original I2MoE reads video and speech.
 
-    Args:
-        features: width F of a step.
-        patches: number P of tokens.
-        hidden: token width H of the model.
-        state: width of the recurrent state, at least ``patches``.
+    Parameters
+    ----------
+    features : int
+        Width F of a step.
+    patches : int
+        Number P of tokens.
+    hidden : int
+        Token width H of the model.
+    state : int
+        Width of the recurrent state, at least ``patches``.
     """
 
     def __init__(self, features: int, patches: int, hidden: int, state: int = 256):

@@ -15,14 +15,20 @@ def predicted_labels(logits: Tensor, task: str) -> np.ndarray:
 def score(logits: Tensor, targets: Tensor, task: str) -> dict[str, float]:
     """Scores of predictions.
 
-    Args:
-        logits: (N, C).
-        targets: (N,) classes, (N, C) zeros and ones for ``"multilabel"``, (N, C) or (N,) numbers for ``"regression"``.
-        task: ``"multiclass"``, ``"multilabel"`` or ``"regression"``.
+    Parameters
+    ----------
+    logits : Tensor
+        (N, C).
+    targets : Tensor
+        (N,) classes, (N, C) zeros and ones for ``"multilabel"``, (N, C) or (N,) numbers for ``"regression"``.
+    task : str
+        ``"multiclass"``, ``"multilabel"`` or ``"regression"``.
 
-    Returns:
-        ``accuracy`` (for ``"multilabel"`` the share of samples with every label right, for ``"regression"`` of
-        outputs with the right sign), and ``micro_f1`` and ``macro_f1``, or ``mae`` for a regression.
+    Returns
+    -------
+    dict from str to float
+        ``accuracy`` (for ``"multilabel"`` the share of samples with every label right, for ``"regression"`` of outputs
+        with the right sign), and ``micro_f1`` and ``macro_f1``, or ``mae`` for a regression.
     """
     if task == "regression":
         found, wanted = logits.double().cpu(), targets.double().cpu().reshape(logits.shape)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from flmoe_fast.checks import ArgumentError, finite, integer, shape
 from flmoe_fast.model.blocks import MLP, Attention, ClassificationHead
-from flmoe_fast.model.config import FLI2MoEConfig
+from flmoe_fast.model.config import TEXT_MODALITIES, FLI2MoEConfig
 from flmoe_fast.model.interpretcc import InterpretCC
 from flmoe_fast.model.moepp import MoEPlusPlus
 from flmoe_fast.model.sparse import LinearGate, SparseMLP
@@ -31,11 +31,16 @@ from flmoe_fast.model.sparse import LinearGate, SparseMLP
 class FLI2MoEOutput(NamedTuple):
     """What one forward returns.
 
-    Attributes:
-        logits: (B, C), the mixture: the experts' logits weighted by ``weights`` and summed.
-        expert_logits: (B, E, C), logits of each expert alone.
-        weights: (B, E), routing weights, each row summing to 1.
-        latents: (B, E, M*H), pooled representation of each expert, modality after modality.
+    Attributes
+    ----------
+    logits : Tensor
+        (B, C), the mixture: the experts' logits weighted by ``weights`` and summed.
+    expert_logits : Tensor
+        (B, E, C), logits of each expert alone.
+    weights : Tensor
+        (B, E), routing weights, each row summing to 1.
+    latents : Tensor
+        (B, E, M*H), pooled representation of each expert, modality after modality.
     """
 
     logits: Tensor
@@ -212,16 +217,24 @@ class InteractionExpert(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run this expert alone.
 
-        Args:
-            features: M tensors (B, T_m, H).
-            masks: M masks (B, T_m), nonzero for valid tokens, or ``None``.
-            attention: a list to which every layer appends its softmax (B, h, L, L), part of the graph. Only the last
-                layer of a MoE++ expert, and none of an InterpretCC expert.
-            balance: a list to which every sparse layer appends its load-balancing losses (P,), part of the graph.
-            passes: P, where the batch is that many batches one after another. Tokens of different passes neither
-                compete for capacity nor are balanced together; nothing else depends on it.
+        Parameters
+        ----------
+        features : sequence of Tensor
+            M tensors (B, T_m, H).
+        masks : sequence of Tensor, optional
+            M masks (B, T_m), nonzero for valid tokens, or ``None``.
+        attention : list, optional
+            A list to which every layer appends its softmax (B, h, L, L), part of the graph. Only the last layer of a
+            MoE++ expert, and none of an InterpretCC expert.
+        balance : list, optional
+            A list to which every sparse layer appends its load-balancing losses (P,), part of the graph.
+        passes : int
+            P, where the batch is that many batches one after another. Tokens of different passes neither compete for
+            capacity nor are balanced together; nothing else depends on it.
 
-        Returns:
+        Returns
+        -------
+        tuple[Tensor, Tensor]
             Logits (B, C) and the pooled latent (B, M*H). Inputs are not checked here but in
             :meth:`FLI2MoE.check_inputs`; the attention of a sample whose keys are all masked is NaN.
         """
@@ -260,10 +273,13 @@ class FLI2MoE(nn.Module):
     All experts start as copies of one fusion model. Without the encoders, the names and the order of
     ``state_dict()`` are those of the published checkpoints (see :meth:`ensemble_state_dict`).
 
-    Args:
-        config: shapes and hyper-parameters.
-        encoders: one module per modality name, mapping that modality's raw input to (B, T_m, H); ``None`` or empty
-            for a model that is fed features directly.
+    Parameters
+    ----------
+    config : FLI2MoEConfig
+        Shapes and hyper-parameters.
+    encoders : Mapping[str, nn.Module], optional
+        One module per modality name, mapping that modality's raw input to (B, T_m, H); ``None`` or empty for a model
+        that is fed features directly.
 
     Source: arXiv 2603.13326 (generation ``"fl"``); I2MoE, ICML 2025 (generation ``"original"``).
     """
@@ -299,14 +315,20 @@ class FLI2MoE(nn.Module):
     def encode(self, inputs: Sequence | Mapping) -> list[Tensor]:
         """Apply the encoders.
 
-        Args:
-            inputs: one raw input per modality, in the order of ``config.modalities`` or keyed by their names.
+        Parameters
+        ----------
+        inputs : Sequence | Mapping
+            One raw input per modality, in the order of ``config.modalities`` or keyed by their names.
 
-        Returns:
+        Returns
+        -------
+        list of Tensor
             M features (B, T_m, H).
 
-        Raises:
-            ArgumentError: the model has no encoders, or an input is missing or unknown.
+        Raises
+        ------
+        ArgumentError
+            The model has no encoders, or an input is missing or unknown.
         """
         names = self.config.modalities
         if not self.encoders:
@@ -322,21 +344,34 @@ class FLI2MoE(nn.Module):
     def set_feature_means(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         """Remember the mean valid token (H,) of each modality, which stands for an absent token in probes.
 
-        Args:
-            features: M encoded modalities (N, T_m, H), of the training set.
-            masks: M masks (N, T_m), nonzero for valid tokens, or ``None``.
+        The start symbol of a text, which is never absent, does not count.
 
-        Raises:
-            ArgumentError: as :meth:`forward`, or a modality without any valid token.
+        Parameters
+        ----------
+        features : sequence of Tensor
+            M encoded modalities (N, T_m, H), of the training set.
+        masks : sequence of Tensor, optional
+            M masks (N, T_m), nonzero for valid tokens, or ``None``.
+
+        Raises
+        ------
+        ArgumentError
+            As :meth:`forward`, or a modality without any valid token.
         """
         self.check_inputs(features, masks)
         means = []
         for m, feature in enumerate(features):
-            tokens = feature.detach().flatten(0, 1) if masks is None else feature.detach()[masks[m].bool()]
+            tokens = self.tokens_in_play(m, feature.detach(), None if masks is None else masks[m])
             if not len(tokens):
                 raise ArgumentError(f"masks[{m}]", "no valid token in any sample", "at least one valid token")
             means.append(tokens.double().mean(dim=0).to(tokens.dtype))
         self.feature_means = means
+
+    def tokens_in_play(self, modality: int, feature: Tensor, mask: Tensor | None) -> Tensor:
+        """The tokens (S, H) of a modality (N, T, H) that probes may make absent: valid, and no start of a text."""
+        if self.config.modalities[modality] in TEXT_MODALITIES and feature.shape[1] > 1:
+            feature, mask = feature[:, 1:], None if mask is None else mask[:, 1:]
+        return feature.flatten(0, 1) if mask is None else feature[mask.bool()]
 
     def check_inputs(self, features: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         """Raise :class:`ArgumentError` unless :meth:`forward` can run on these arguments and give finite numbers."""
@@ -376,20 +411,28 @@ class FLI2MoE(nn.Module):
     ) -> FLI2MoEOutput:
         """Run all experts and mix them.
 
-        Args:
-            features: M encoded modalities (B, T_m, H) in the model's dtype. Padding counts in positions: padding a
-                modality further moves the tokens of the modalities after it.
-            masks: M masks (B, T_m) of any dtype with 1 for valid tokens and 0 for padding, or ``None`` (generation
-                ``"original"`` takes only ``None``). What the features hold at padded tokens has no effect.
-            passes: how many batches, one after another, B stands for: 1 for one batch, B for samples on their own. It
-                matters where tokens compete for capacity, see :attr:`FLI2MoEConfig.slots_limit`, and nowhere else.
+        Parameters
+        ----------
+        features : sequence of Tensor
+            M encoded modalities (B, T_m, H) in the model's dtype. Padding counts in positions: padding a modality
+            further moves the tokens of the modalities after it.
+        masks : sequence of Tensor, optional
+            M masks (B, T_m) of any dtype with 1 for valid tokens and 0 for padding, or ``None`` (generation
+            ``"original"`` takes only ``None``). What the features hold at padded tokens has no effect.
+        passes : int
+            How many batches, one after another, B stands for: 1 for one batch, B for samples on their own. It matters
+            where tokens compete for capacity, see :attr:`FLI2MoEConfig.slots_limit`, and nowhere else.
 
-        Returns:
+        Returns
+        -------
+        FLI2MoEOutput
             :class:`FLI2MoEOutput`.
 
-        Raises:
-            ArgumentError: wrong number, shape, dtype or device of tensors, non-finite valid features, mask values
-                other than 0 and 1, or a sample without any valid token.
+        Raises
+        ------
+        ArgumentError
+            Wrong number, shape, dtype or device of tensors, non-finite valid features, mask values other than 0 and 1,
+            or a sample without any valid token.
         """
         self.check_inputs(features, masks)
         integer("passes", passes, least=1)

@@ -27,10 +27,14 @@ SWITCH_NOISE = 0.1
 class Routing(NamedTuple):
     """Where tokens go.
 
-    Attributes:
-        chosen: (P, N, k) int64, the network of every slot, or -1 where the slot was dropped.
-        scores: (P, N, k), what each network's output is multiplied by. Not rescaled where slots are dropped.
-        balance: (P,), the load-balancing loss of every pass.
+    Attributes
+    ----------
+    chosen : Tensor
+        (P, N, k) int64, the network of every slot, or -1 where the slot was dropped.
+    scores : Tensor
+        (P, N, k), what each network's output is multiplied by. Not rescaled where slots are dropped.
+    balance : Tensor
+        (P,), the load-balancing loss of every pass.
     """
 
     chosen: Tensor

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.games.token_game import TokenGame
-from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.pipeline.candidates import candidate_players, cross_pairs
-from flmoe_fast.pipeline.importance import METHODS, Importance, token_importance
+from flmoe_fast.adapt.accelerate import AcceleratedModel, accelerate
+from flmoe_fast.adapt.players import Players
+from flmoe_fast.adapt.reference_layout import AcceleratedMoE
+from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.games.game import Game
+from flmoe_fast.pipeline.importance.candidates import candidate_players, cross_pairs
+from flmoe_fast.pipeline.importance.scores import player_scores
+from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
 
@@ -32,24 +36,24 @@ class Explanation:
 
     Attributes
     ----------
-    importance : Importance
-        Of every token, per expert and for the mixture; it chose the candidates.
+    importance : dict from str to Tensor (n,)
+        Of every player, see :func:`player_scores`; the first entry chose the candidates.
     candidates : tuple of M tuples of players
-        Tokens whose pairs were probed, most important first.
+        Those whose pairs were probed, most important first.
     interactions : InteractionResult
         SII and redundancy gap of all cross-modal pairs of candidates, for every head.
-    game : TokenGame
+    game : Game
         The game that was played; call it to evaluate further coalitions.
     prediction : dict
-        ``target``, and the mixture's value with all players present (``full``) and with none (``empty``).
+        ``target``, and the first head's value with all players present (``full``) and with none (``empty``).
     seconds : float
         Wall time of the whole call.
     """
 
-    importance: Importance
+    importance: Mapping[str, Tensor]
     candidates: tuple[tuple[int, ...], ...]
     interactions: InteractionResult
-    game: TokenGame
+    game: Game
     prediction: dict[str, Any]
     seconds: float
 
@@ -58,15 +62,11 @@ class Explanation:
         return self.interactions.top(k, by, head)
 
     def importance_dataframe(self) -> pandas.DataFrame:
-        """One row per player: its name, and its importance for the mixture and every expert."""
+        """One row per player: its name, and its importance in a column for every entry of ``importance``."""
         import pandas
 
-        token = self.game.tokens
-        columns = {"player": range(self.game.n), "name": self.game.player_names}
-        columns["mixture"] = self.importance.mixture[token].cpu().numpy()
-        for name, row in zip(self.game.problem.model.config.expert_names, self.importance.experts):
-            columns[name] = row[token].cpu().numpy()
-        return pandas.DataFrame(columns)
+        columns: dict[str, Any] = {"player": range(self.game.n), "name": self.game.player_names}
+        return pandas.DataFrame(columns | {name: scores.numpy() for name, scores in self.importance.items()})
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``interactions.npz``, ``interactions.csv`` and ``importance.csv`` into ``folder``.
@@ -83,17 +83,18 @@ class Explanation:
 
 
 def explain(
-    model: FLI2MoE,
-    features: Sequence[torch.Tensor],
+    model: nn.Module | AcceleratedMoE | AcceleratedModel | str | os.PathLike,
+    inputs: Sequence[Tensor] | Mapping[str, Tensor],
+    players: Players | Sequence[Players] | Sequence[Sequence[int]] | None = None,
     *,
-    masks: Sequence[torch.Tensor] | None = None,
+    masks: Sequence[Tensor] | None = None,
     candidates: int | Sequence[int] = DEFAULT_CANDIDATES,
-    importance: str = "attnXgrad",
+    importance: str = "auto",
     contexts: int | None = None,
     budget: int | None = None,
     method: str = "grid",
     seed: int = 0,
-    gap: str = "max",
+    gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,
     also: Sequence[str] | str = (),
     progress: bool = True,
@@ -103,31 +104,41 @@ def explain(
 
     Parameters
     ----------
-    model : FLI2MoE
-    features : sequence of M tensors (T_m, H)
-        One encoded sample (``model.encode`` makes it from raw inputs).
+    model : FLI2MoE, any other nn.Module, path of a checkpoint, AcceleratedMoE or AcceleratedModel
+        What :func:`accelerate` takes, or what it returned: the latter saves reading the model again for every sample.
+    inputs : sequence of M tensors (T_m, H), or mapping of str to Tensor
+        One sample. For an ensemble of interaction experts its encoded modalities (:meth:`FLI2MoE.encode` makes them
+        from raw inputs); for any other model what its tokenizer or processor makes, with a batch axis of 1.
+    players : optional
+        For an ensemble of interaction experts M sequences of positions, by default all valid tokens; for any other
+        model :func:`text_players` and :func:`image_players`, which have to be given.
     masks : sequence of M tensors (T_m,), optional
+        Of an ensemble of interaction experts; any other model has its masks among its inputs.
     candidates : int or M ints
-        How many of each modality's most important players are probed.
-    importance : "attnXgrad" or "attn"
-        How candidates are chosen, see :func:`token_importance`.
+        How many of each modality's most important players are probed. Of a single modality all pairs of candidates are.
+    importance : "auto", "attnXgrad", "attn", "ig" or "drop"
+        How candidates are chosen, see :func:`player_scores`.
     contexts, budget, method, seed, gap, adaptive, also, progress
         See :func:`interactions`.
     **game_options
-        ``fill``, ``players``, ``padded_lengths``, ``target``, ``value``, ``heads``, ``backend``, ``dtype``, ``device``
-        and ``memory`` of :class:`TokenGame`.
+        ``target``, ``value``, ``heads``, ``backend``, ``dtype`` and ``memory``, and what else :class:`TokenGame`
+        (``fill``, ``padded_lengths``, ``precision``, ``device``) or :meth:`AcceleratedModel.game` (``path``, ``batch``)
+        takes.
 
     Returns
     -------
     Explanation
+
+    Raises
+    ------
+    ArgumentError
+        Names the argument, what came and what was expected.
     """
     started = time.perf_counter()
-    one_of("importance", importance, METHODS)
-    game = TokenGame(model, features, masks=masks, **game_options)
-    wanted = _per_modality(candidates, len(model.config.modalities))
-    found = _importance(game, importance)
-    score = found.mixture[game.tokens]
-    chosen = candidate_players(game, score, wanted)
+    game = _game(model, inputs, players, masks, game_options)
+    wanted = _per_modality(candidates, len(game.groups or (None,)))
+    scores = player_scores(game, importance)
+    chosen = candidate_players(game, next(iter(scores.values())), wanted)
     result = interactions(
         game,
         pairs=cross_pairs(chosen),
@@ -140,24 +151,23 @@ def explain(
         also=also,
         progress=progress,
     )
-    ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))[:, 0]
-    prediction = {"target": game.target, "full": float(ends[0]), "empty": float(ends[1])}
-    return Explanation(found, chosen, result, game, prediction, time.perf_counter() - started)
+    ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))
+    full, empty = ends.reshape(2, -1)[:, 0].tolist()
+    prediction = {"target": getattr(game, "target", None), "full": full, "empty": empty}
+    return Explanation(scores, chosen, result, game, prediction, time.perf_counter() - started)
 
 
-def _importance(game: TokenGame, method: str) -> Importance:
-    """Importance maps on the padded sequence of the game's own problem, for the game's target."""
-    problem, config = game.problem, game.problem.model.config
-    parameter = next(problem.model.reweight.parameters())
-    features = problem.features.to(parameter).split(problem.padded_lengths)
-    mask = torch.zeros(len(problem.features), dtype=torch.bool)
-    mask[problem.valid] = True
-    masks = [m[None].to(parameter.device) for m in mask.split(problem.padded_lengths)] if problem.masked else None
-    target = game.target
-    if config.task == "multilabel":
-        target = torch.zeros(config.classes, dtype=torch.long)
-        target[list(game.target)] = 1
-    return token_importance(problem.model, [f[None] for f in features], masks, target=target, method=method)
+def _game(model: Any, inputs: Any, players: Any, masks: Any, options: Mapping[str, Any]) -> Game:
+    """The game of a sample, of whichever kind the model is."""
+    ready = model if isinstance(model, (AcceleratedMoE, AcceleratedModel)) else accelerate(model)
+    if isinstance(ready, AcceleratedMoE):
+        return ready.game(inputs, masks, players=players, **options)
+    if masks is not None:
+        raise ArgumentError("masks", "a value", "nothing: the masks of this model are among its inputs")
+    if players is None:
+        expected = "what takes part: text_players(...), image_players(...), or both in a list"
+        raise ArgumentError("players", f"nothing for {ready!r}", expected)
+    return ready.game(inputs, players, **options)
 
 
 def _per_modality(candidates: int | Sequence[int], modalities: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Everything that was found about one sample, as files that a report is made of.
+"""Everything that was found about one sample, as a file that a report is made of.
 
-A sample is a folder with ``interactions.npz`` and ``record.npz``. The second is written last and in one step, so a
-sample is either done or not, also after the process was killed.
+A sample is a folder with ``record.npz``, which is written in one step: a sample is done or not, and an older record
+stays until the one that replaces it is complete, also when the process is killed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.files import replacing
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
-from flmoe_fast.pipeline.faithfulness import DEFAULT_PERCENTS, Faithfulness, faithfulness
-from flmoe_fast.pipeline.figures import View
-from flmoe_fast.pipeline.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
+from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
+from flmoe_fast.pipeline.faithful.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.probes.result import InteractionResult
 
-FORMAT = 1
+FORMAT = 2
 #: Rankings of pairs that are masked, and how :meth:`InteractionResult.order` calls them.
 RANKINGS = {"SII": "sii", "gap": "gap"}
+_INTERACTIONS = "interactions."  # how the names of their arrays begin
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class SampleRecord:
     faithfulness : Faithfulness, or None
     masked : dict from "SII" and "gap" to MaskedPairs
     seconds : float
+    made_by : dict of JSON types
+        Settings and model of the run that it belongs to; empty for a sample by itself.
     """
 
     id: str
@@ -76,15 +79,18 @@ class SampleRecord:
     faithfulness: Faithfulness | None
     masked: dict[str, MaskedPairs]
     seconds: float
+    made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the sample into ``folder``, which is made where it does not exist."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.interactions.save(folder / "interactions.npz")
-        arrays: dict[str, np.ndarray] = {"expert_logits": self.expert_logits, "weights": self.weights}
+        arrays: dict[str, Any] = {"expert_logits": self.expert_logits, "weights": self.weights}
+        found, rest = self.interactions.parts()
+        arrays |= {f"{_INTERACTIONS}{name}": array for name, array in found.items()}
         arrays["importance"] = self.importance.drop(columns=["player", "name"]).to_numpy(float)
-        about: dict[str, Any] = {"format": FORMAT, "columns": [str(c) for c in self.importance.columns[2:]]}
+        about: dict[str, Any] = {"format": FORMAT, "made_by": self.made_by, "interactions": rest}
+        about["columns"] = [str(c) for c in self.importance.columns[2:]]
         about["names"] = self.importance["name"].tolist()
         for name in ("id", "truth", "target", "full", "empty", "experts", "groups", "places", "seconds"):
             about[name] = getattr(self, name)
@@ -113,6 +119,7 @@ class SampleRecord:
             about = json.loads(str(arrays.pop("_json")))
             if about["format"] != FORMAT:
                 raise ArgumentError("folder", f"{folder}, of another format", f"format {FORMAT}")
+            found = {k.removeprefix(_INTERACTIONS): v for k, v in arrays.items() if k.startswith(_INTERACTIONS)}
             frame = pandas.DataFrame(arrays["importance"], columns=about["columns"])
             frame.insert(0, "name", about["names"])
             frame.insert(0, "player", range(len(frame)))
@@ -131,7 +138,7 @@ class SampleRecord:
                 kind = Faithfulness if prefix == "faithfulness" else MaskedPairs
                 parts[prefix] = rebuilt(kind, plain, prefix, arrays)
             return cls(
-                **{name: about[name] for name in ("id", "full", "empty", "seconds")},
+                **{name: about[name] for name in ("id", "full", "empty", "seconds", "made_by")},
                 truth=tuple(about["truth"]),
                 target=tuple(about["target"]),
                 experts=tuple(about["experts"]),
@@ -141,7 +148,7 @@ class SampleRecord:
                 groups=tuple((name, tuple(players)) for name, players in about["groups"]),
                 places=tuple(map(tuple, about["places"])),
                 importance=frame,
-                interactions=InteractionResult.load(folder / "interactions.npz"),
+                interactions=InteractionResult.from_parts(found, about["interactions"]),
                 faithfulness=parts.pop("faithfulness", None),
                 masked={prefix.removeprefix("masked."): part for prefix, part in parts.items()},
             )
@@ -154,6 +161,16 @@ class SampleRecord:
 def is_done(folder: str | os.PathLike) -> bool:
     """Whether a sample's folder is complete."""
     return (Path(folder) / "record.npz").is_file()
+
+
+def made_by(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The settings and the model that a sample was explained with; None where there is no record that can be read."""
+    try:
+        with np.load(Path(folder) / "record.npz", allow_pickle=False) as archive:
+            about = json.loads(str(archive["_json"]))
+        return about["made_by"] if about["format"] == FORMAT else None
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile):
+        return None
 
 
 def record_sample(
@@ -196,7 +213,7 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
-    scores = found.importance.mixture[game.tokens]
+    scores = found.importance["mixture"]
     faithful = None if percents is None else faithfulness(game, scores, percents=percents, repeats=repeats, seed=seed)
     masked = {}
     budgets = [count for count in most or () if count <= len(found.interactions.pairs)]
@@ -215,7 +232,7 @@ def record_sample(
         expert_logits=logits.experts[0].cpu().numpy(),
         weights=logits.weights[0].cpu().numpy(),
         views=tuple(views),
-        groups=game.groups,
+        groups=game.groups or (),
         places=game.positions,
         importance=found.importance_dataframe(),
         interactions=found.interactions,

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game, as_game
-from flmoe_fast.probes.gap import GAPS, redundancy_gap
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS, redundancy_gap
 from flmoe_fast.probes.pairs import resolve_pairs
 from flmoe_fast.probes.result import InteractionResult, checked_names
 
@@ -24,7 +24,7 @@ def exact_interactions(
     *,
     pairs: Sequence[tuple[int, int]] | None = None,
     n: int | None = None,
-    gap: str = "max",
+    gap: str = DEFAULT_GAP,
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> InteractionResult:

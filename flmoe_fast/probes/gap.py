@@ -22,6 +22,9 @@ from __future__ import annotations
 import torch
 
 GAPS = ("max", "sum", "strict", "ratio")
+#: Zero for two players that merely add up, where "max" finds half of what they are worth: a ranking by it is one by
+#: substitution. "sum" is the SII once more, and "ratio" is undefined in places.
+DEFAULT_GAP = "strict"
 #: Joint costs up to this are rounding, and a ratio to them means nothing.
 LEAST_JOINT_COST = 1e-6
 

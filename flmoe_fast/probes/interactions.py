@@ -11,7 +11,7 @@ from flmoe_fast.checks import integer, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.by_grid import by_grid, grid_plan
 from flmoe_fast.probes.by_surrogate import by_surrogate, surrogate_budget
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
 from flmoe_fast.probes.pairs import resolve_pairs
@@ -34,7 +34,7 @@ def interactions(
     budget: int | None = None,
     method: str = "grid",
     seed: int = 0,
-    gap: str = "max",
+    gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,
     also: Sequence[str] | str = (),
     names: Sequence[str] | None = None,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from flmoe_fast.games.game import Game, as_game
-from flmoe_fast.probes.gap import redundancy_gap
+from flmoe_fast.probes.gap import DEFAULT_GAP, redundancy_gap
 
 
 def four_corner_loop(
@@ -21,7 +21,7 @@ def four_corner_loop(
     *,
     n: int | None = None,
     seed: int = 0,
-    gap: str = "max",
+    gap: str = DEFAULT_GAP,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """SII and redundancy gap of ``pairs``, with standard errors, from independent samples; each (P, O) float64.
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.by_surrogate import LEAST_POINTS
+from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import rule
 from flmoe_fast.probes.interactions import interactions
@@ -83,7 +84,7 @@ def screen(
     head: str | int | None = None,
     least: float = 0.5,
     seed: int = 0,
-    gap: str = "max",
+    gap: str = DEFAULT_GAP,
     progress: bool = True,
 ) -> Screening:
     """Screen all pairs of players with at most ``budget`` evaluations.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import safetensors
 from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer
-from flmoe_fast.files import replacing
-from flmoe_fast.pipeline.records import SampleRecord, is_done, record_sample
+from flmoe_fast.model.training.chance import chance_warning
+from flmoe_fast.pipeline.records import SampleRecord, is_done, made_by, record_sample
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study
 
 
 def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
-    """Explain the chosen samples; those whose folder is complete are left as they are.
+    """Explain the chosen samples; those that are done already, by these settings and this model, are left as they are.
+
+    A sample of other settings is explained anew, and its old record stays until the new one is complete. A warning says
+    how many there are.
 
     Returns
     -------
@@ -29,15 +33,24 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
     options = settings.explain
     study = Study(settings, progress)
     model = study.trained()
-    rows = chosen_rows(study.splits.part(options.part).ids, options.samples, options.ids)
+    if text := doubt(settings.out):
+        warnings.warn(text, stacklevel=2)
+    ids = study.splits.part(options.part).ids
+    rows = chosen_rows(ids, options.samples, options.ids)
     kept = settings.out / "samples"
     kept.mkdir(parents=True, exist_ok=True)
-    same = _unchanged(kept / "settings.json", settings)
-    folders = []
-    for row in tqdm(rows, desc="explaining", unit="sample", disable=not progress):
-        folder = kept / f"{options.part}-{row:06d}"
-        folders.append(folder)
-        if same and is_done(folder):
+    now = explained_with(settings)
+    folders = [kept / f"{options.part}-{row:06d}" for row in rows]
+    old = {path.parent for path in kept.glob("*-*/record.npz") if made_by(path.parent) != now}
+    if old:
+        anew = len(old & set(folders))
+        warnings.warn(
+            f"samples in {kept} were explained with other settings or another model: {anew} of {len(old)} are "
+            f"explained anew, each kept until its new record is complete; the others stay as they are",
+            stacklevel=2,
+        )
+    for row, folder in tqdm(list(zip(rows, folders)), desc="explaining", unit="sample", disable=not progress):
+        if folder not in old and is_done(folder):
             continue
         sample = study.sample(model, options.part, row)
         target = None
@@ -69,8 +82,24 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
             backend=options.backend,
             progress=False,
         )
-        record.save(folder)
+        dataclasses.replace(record, made_by=now).save(folder)
     return folders
+
+
+def doubt(out: Path) -> str | None:
+    """What the run's scores say against explaining its model; None where they say nothing."""
+    path = out / "metrics.json"
+    found = json.loads(path.read_text()).get("chance") if path.is_file() else None
+    return chance_warning(found) if found else None
+
+
+def explained_with(settings: RunSettings) -> dict:
+    """What makes a sample's record what it is, as JSON types: the settings that matter, and the model."""
+    options = {
+        name: value for name, value in dataclasses.asdict(settings.explain).items() if name not in ("samples", "ids")
+    }
+    now = {**options, "percents": settings.faithfulness.percents, "model": model_digest(settings)}
+    return json.loads(json.dumps(now))
 
 
 def read_records(settings: RunSettings) -> list[SampleRecord]:
@@ -99,19 +128,3 @@ def model_digest(settings: RunSettings) -> str:
         for key in sorted(file.keys()):
             digest.update(key.encode() + file.get_tensor(key).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _unchanged(path: Path, settings: RunSettings) -> bool:
-    """Whether samples in the folder were explained by the same settings and the same model; remembers them."""
-    options = {
-        name: value for name, value in dataclasses.asdict(settings.explain).items() if name not in ("samples", "ids")
-    }
-    now = {**options, "percents": settings.faithfulness.percents, "model": model_digest(settings)}
-    now = json.loads(json.dumps(now))
-    if path.is_file() and json.loads(path.read_text()) == now:
-        return True
-    for old in path.parent.glob("*-*/record.npz"):
-        old.unlink()
-    with replacing(path, "w") as file:
-        json.dump(now, file)
-    return False

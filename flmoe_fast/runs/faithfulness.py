@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from flmoe_fast.files import replacing
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.pipeline.faithfulness import (
+from flmoe_fast.pipeline.faithful.curves import (
     Faithfulness,
     faithfulness,
     faithfulness_table,
     paired_gaps,
     write_tables,
 )
-from flmoe_fast.pipeline.importance import batch_importance
+from flmoe_fast.pipeline.importance.tokens import batch_importance
 from flmoe_fast.pipeline.records import plain_fields, rebuilt
 from flmoe_fast.runs.explain import chosen_rows, model_digest
 from flmoe_fast.runs.settings import RunSettings

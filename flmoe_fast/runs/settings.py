@@ -22,11 +22,12 @@ from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
 from flmoe_fast.games.token_game import BACKENDS
 from flmoe_fast.model.config import FLI2MoEConfig
-from flmoe_fast.model.training import ABLATIONS, REGULARIZERS
-from flmoe_fast.pipeline.faithfulness import AOPC_MODES
-from flmoe_fast.pipeline.importance import METHODS as IMPORTANCE
-from flmoe_fast.pipeline.masking import UNIVERSES
-from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.model.training.fit import ABLATIONS
+from flmoe_fast.model.training.losses import REGULARIZERS
+from flmoe_fast.pipeline.faithful.curves import AOPC_MODES
+from flmoe_fast.pipeline.faithful.masking import UNIVERSES
+from flmoe_fast.pipeline.importance.tokens import METHODS as IMPORTANCE
+from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
@@ -70,7 +71,7 @@ _FROM_DATA = ("modalities", "classes", "task", "num_tokens")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Options of :func:`flmoe_fast.model.training.fit`.
+    """Options of :func:`flmoe_fast.model.training.fit.fit`.
 
     ``device`` is where the model is trained and explained; ``threads`` of PyTorch are the machine's if 0.
     """
@@ -106,7 +107,7 @@ class ExplainSettings:
     method: str = "grid"
     also: tuple[str, ...] = ()
     seed: int = 0
-    gap: str = "strict"
+    gap: str = DEFAULT_GAP
     importance: str = "attnXgrad"
     fill: str = "mean"
     value: str = "prob"
@@ -119,7 +120,7 @@ class ExplainSettings:
 
 @dataclass(frozen=True)
 class FaithfulnessSettings:
-    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithfulness.faithfulness`."""
+    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithful.curves.faithfulness`."""
 
     part: str = "valid"
     samples: int | None = None

@@ -20,8 +20,8 @@ from flmoe_fast.model.checkpoint import load_weights
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.encoders import ColumnGroupEncoder, ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
-from flmoe_fast.model.training import Held
-from flmoe_fast.pipeline.figures import View
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.runs.settings import READERS, RunSettings
 
 HELD_BACK = 0.15
@@ -151,10 +151,10 @@ class Study:
         load_weights(model, path)
         return model.eval()
 
-    def held(self, part: str) -> Held:
+    def held(self, part: str) -> Examples:
         """Inputs, masks and targets of a part."""
         data = self.splits.part(part)
-        return Held(data.inputs, data.masks, data.targets)
+        return Examples(data.inputs, data.masks, data.targets)
 
     @torch.no_grad()
     def sample(self, model: FLI2MoE, part: str, row: int, views: bool = True) -> Sample:
@@ -219,7 +219,7 @@ def mean_features(model: FLI2MoE, part: Part, batch_size: int = 256) -> None:
         for index in torch.arange(len(part)).split(batch_size):
             features = model.encode([column[index].to(parameter.device) for column in part.inputs])
             for m, feature in enumerate(features):
-                tokens = feature.flatten(0, 1) if part.masks is None else feature[part.masks[m][index].bool()]
+                tokens = model.tokens_in_play(m, feature, None if part.masks is None else part.masks[m][index])
                 sums[m] += tokens.double().sum(0)
                 counts[m] += len(tokens)
     model.feature_means = [(total / max(count, 1)).to(parameter.dtype) for total, count in zip(sums, counts)]

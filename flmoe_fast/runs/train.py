@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,11 @@ import torch
 from flmoe_fast.files import replacing
 from flmoe_fast.model.checkpoint import save_checkpoint
 from flmoe_fast.model.metrics import score
-from flmoe_fast.model.training import fit, predict, write_log
+from flmoe_fast.model.training.chance import against_chance, chance_warning
+from flmoe_fast.model.training.examples import Examples
+from flmoe_fast.model.training.fit import FitSettings, fit
+from flmoe_fast.model.training.log import write_log
+from flmoe_fast.model.training.predict import predict
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study, mean_features
 
@@ -39,21 +45,15 @@ def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
         json.dump({**about, "modalities": study.splits.modalities, "experts": model.config.expert_names}, file)
     data = study.splits.train
     validation = study.held("valid") if len(study.splits.valid) else None
-    fitting = {
-        name: getattr(options, name)
-        for name in ("epochs", "batch_size", "lr", "seed", "regularizer", "regularizer_weight", "ablation", "select")
-    }
+    given = {f.name for f in dataclasses.fields(FitSettings)} & {f.name for f in dataclasses.fields(options)}
     history = fit(
         model,
-        data.inputs,
-        data.masks,
-        data.targets,
+        Examples(data.inputs, data.masks, data.targets),
+        FitSettings(**{name: getattr(options, name) for name in given}),
         validation=validation,
         checkpoint=out / "training.pt",
-        checkpoint_steps=options.checkpoint_steps,
         log=out / "training.jsonl",
         progress=progress,
-        **fitting,
     )
     write_log(out / "training.csv", history, model.config.expert_names)
     mean_features(model, data)
@@ -74,6 +74,11 @@ def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
         }
         weights = found.weights.double().mean(0).tolist()
         metrics[f"{part}_routing"] = dict(zip(model.config.expert_names, weights))
+        if part == "valid":
+            judged = against_chance(found.logits, held.targets, data.targets, study.splits.task)
+            metrics["chance"] = judged.to_dict()
+            if text := chance_warning(judged):
+                warnings.warn(text, stacklevel=2)
         if part == "test":
             with replacing(out / "predictions.npz") as file:
                 np.savez(

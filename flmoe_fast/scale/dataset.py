@@ -2,7 +2,8 @@
 
 - ``samples-000000-000007.parquet`` (or ``.safetensors``): what was found for some samples. A shard is written once, by
   one process, under another name, and renamed when it is complete: it is whole or it is not there.
-- ``index.csv``: one row a sample, with the shard that holds it. Derived from the shards, and made anew when it is lost.
+- ``_index.csv``: one row a sample, with the shard that holds it. Derived from the shards, made anew when it is lost.
+  Named so that readers of a whole folder of Parquet files pass over it.
 
 A Parquet shard is one long table, a row for every sample, head and pair, with the columns of
 :meth:`InteractionResult.to_dataframe`, for ``pandas.read_parquet``. A safetensors shard keeps every array of a result,
@@ -91,7 +92,7 @@ class ExplanationSet:
         return path
 
     def write_index(self) -> Path:
-        """Write ``index.csv`` from the shards that are there; for one process only."""
+        """Write ``_index.csv`` from the shards that are there; for one process only."""
         import pandas
 
         rows = [
@@ -101,7 +102,7 @@ class ExplanationSet:
         ]
         columns = ["sample", "shard", "evaluations", "pairs", "seed", "backend", "gap_kind", "about"]
         frame = pandas.DataFrame(rows, columns=columns).sort_values("sample")
-        path = self.folder / "index.csv"
+        path = self.folder / "_index.csv"
         try:
             with replacing(path, "w") as file:
                 frame.to_csv(file, index=False)

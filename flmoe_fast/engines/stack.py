@@ -1,0 +1,129 @@
+"""What engines know of transformers: layers of E stacks side by side, folded, in float64 on the CPU.
+
+An FL-I2MoE is E stacks that read the same tokens, one for every expert; somebody else's encoder is one. Both are
+described here in the same words, and engines lay the numbers out as they multiply them: cast, padded, tiled.
+
+All folding is exact algebra, done in float64 so that an engine's cast is the only rounding:
+
+* 1/sqrt(d) of the scores goes into Q.
+* A constant added to every key moves all scores of a query alike, which a softmax does not see: K has no bias.
+* Attention weights sum to one, so a constant added to every value comes out as it went in: V's bias goes through the
+  output projection into the output's.
+* Where LayerNorms come before the sub-blocks, gain g and shift s go into the projection behind them:
+  ``W (g * n + s) = (W diag(g)) n + W s``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+#: Scores times this are for softmaxes in base 2.
+LOG2E = 1.0 / math.log(2.0)
+#: Epsilon of LayerNorms that say nothing else.
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm; ``gain`` and ``shift`` (E, 1, H) are None where they are folded into what follows."""
+
+    epsilon: float = EPSILON
+    gain: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A sparse feed-forward block of all E stacks: X networks each, stack after stack."""
+
+    gate: torch.Tensor  # (E, H, X)
+    gate_bias: torch.Tensor  # (E, 1, X)
+    up: torch.Tensor  # (E X, H, F)
+    up_bias: torch.Tensor  # (E X, 1, F)
+    down: torch.Tensor  # (E X, F, H)
+    down_bias: torch.Tensor  # (E X, 1, H)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of all E stacks; every matrix is stored input-major, ready for ``x @ w``. D = heads * head width.
+
+    A sparse feed-forward block is in ``networks``; its layer's dense one, like that of a layer which has none, is of
+    width F = 0.
+    """
+
+    qkv: torch.Tensor  # (E, H, 3 D) columns of Q head by head, then of K, then of V
+    q_bias: torch.Tensor  # (E, 1, D)
+    out: torch.Tensor  # (E, D, H)
+    out_bias: torch.Tensor  # (E, 1, H)
+    up: torch.Tensor  # (E, H, F)
+    up_bias: torch.Tensor  # (E, 1, F)
+    down: torch.Tensor  # (E, F, H)
+    down_bias: torch.Tensor  # (E, 1, H)
+    networks: Networks | None = None
+    norm1: Norm = Norm()
+    norm2: Norm = Norm()
+
+    def projections(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q, K and V as columns (E, H, 3 D) and their bias (E, 1, 3 D), scores times ``scale``."""
+        q, k, v = self.qkv.chunk(3, dim=2)
+        zeros = torch.zeros_like(self.q_bias)
+        return torch.cat([q * scale, k, v], dim=2), torch.cat([self.q_bias * scale, zeros, zeros], dim=2)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """E stacks of layers of the same shape.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+    heads : int
+    pre : bool
+        LayerNorms before each sub-block, folded; otherwise after the residual.
+    residual : bool
+        Whether attention is added to its input (not in the original generation of I2MoE).
+    activation : function or None
+        Between the two projections of a feed-forward block, elementwise; None is the exact GELU.
+    gate : str or None
+        Rule by which tokens choose networks in sparse blocks, see :class:`FLI2MoEConfig`.
+    slots : int
+        Networks that a token goes to; 0 without sparse blocks.
+    """
+
+    layers: tuple[Layer, ...]
+    heads: int
+    pre: bool = True
+    residual: bool = True
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None
+    gate: str | None = None
+    slots: int = 0
+
+    @property
+    def count(self) -> int:
+        """E, how many stacks there are."""
+        return len(self.layers[0].out)
+
+    @property
+    def width(self) -> int:
+        """H, the width of the stream."""
+        return self.layers[0].out.shape[2]
+
+    @property
+    def attended(self) -> int:
+        """D, the width of all heads together."""
+        return self.layers[0].out.shape[1]
+
+    @property
+    def expanded(self) -> int:
+        """F, the width inside a feed-forward block."""
+        return max(layer.up.shape[2] if layer.networks is None else layer.networks.up.shape[2] for layer in self.layers)
+
+    @property
+    def networks(self) -> int:
+        """X, networks of a sparse block; 0 where all are dense."""
+        return max(0 if layer.networks is None else layer.networks.gate.shape[2] for layer in self.layers)

@@ -1,0 +1,344 @@
+"""``flmoe-fast report``: one HTML page about a run, made of what its folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.environment import environment
+from flmoe_fast.model.training.chance import chance_warning
+from flmoe_fast.pipeline.faithful.curves import COLUMNS
+from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
+from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
+from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
+from flmoe_fast.pipeline.show.figures import (
+    faithfulness_figure,
+    importance_maps,
+    local_bars,
+    logit_histograms,
+    loss_curves,
+    masking_figure,
+    new_figure,
+    occurrence_figure,
+    pair_view,
+    place_maps,
+    routing_violins,
+)
+from flmoe_fast.pipeline.show.html import Page, inked
+from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.runs.explain import explained_with, read_records
+from flmoe_fast.runs.faithfulness import read_tables
+from flmoe_fast.runs.settings import RunSettings
+
+#: Rows of a sample's table of pairs.
+PAIRS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContents:
+    """What a report is made of; every part but the names may be missing.
+
+    Attributes
+    ----------
+    title : str
+    experts : tuple of E str
+    classes : tuple of C str
+    task : str
+    history : list of dict
+        Of :func:`flmoe_fast.model.training.fit.fit`.
+    metrics : dict
+    predictions : dict of arrays ``expert_logits``, ``weights``, ``logits``, ``targets``
+    tables : dict from importance method to a table of faithfulness
+    records : list of SampleRecord
+    made_by : dict
+        What the run's settings and model would make records with now; the page names those that were made otherwise.
+    """
+
+    title: str
+    experts: tuple[str, ...]
+    classes: tuple[str, ...]
+    task: str
+    history: list[dict] = dataclasses.field(default_factory=list)
+    metrics: dict = dataclasses.field(default_factory=dict)
+    predictions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tables: dict[str, pandas.DataFrame] = dataclasses.field(default_factory=dict)
+    records: list[SampleRecord] = dataclasses.field(default_factory=list)
+    made_by: dict = dataclasses.field(default_factory=dict)
+
+
+def report_run(settings: RunSettings) -> Path:
+    """Make ``report.html`` in the run's folder from what is there.
+
+    Raises
+    ------
+    ArgumentError
+        A folder with nothing to report.
+    """
+    out = settings.out
+    if not (out / "study.json").is_file():
+        raise ArgumentError("out", f"no {out / 'study.json'}", "a trained run: flmoe-fast train comes first")
+    about = json.loads((out / "study.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").is_file() else {}
+    predictions = {}
+    if (out / "predictions.npz").is_file():
+        with np.load(out / "predictions.npz", allow_pickle=False) as archive:
+            predictions = {key: archive[key] for key in archive.files}
+    contents = RunContents(
+        about["name"],
+        tuple(about["experts"]),
+        tuple(about["classes"]),
+        about["task"],
+        _lines(out / "training.jsonl"),
+        metrics,
+        predictions,
+        read_tables(settings),
+        read_records(settings),
+        explained_with(settings) if (out / "model.safetensors").is_file() else {},
+    )
+    path = out / "report.html"
+    build_page(contents).save(path)
+    return path
+
+
+def build_page(contents: RunContents) -> Page:
+    """The page of a run."""
+    machine = environment()
+    page = Page(f"Explanation of {contents.title}", f"FL-I2MoE; torch {machine['torch']}, {machine['cpu']}")
+    with inked():
+        _model(page, contents)
+        _faithful(page, contents)
+        _masked(page, contents)
+        _occurrence(page, contents)
+        if contents.records:
+            page.section("Samples")
+            page.text(
+                "A positive Shapley interaction (SII, red) says that two tokens are worth more together than the sum "
+                "of what each adds; a negative one (blue) that one makes the other less needed. Lines are wider the "
+                "more standard errors the estimate is away from zero."
+            )
+        for record in contents.records:
+            _sample(page, contents, record)
+    return page
+
+
+def _model(page: Page, contents: RunContents) -> None:
+    if not (contents.metrics or contents.history or contents.predictions):
+        return
+    page.section("Model")
+    rows = []
+    for part in ("valid", "test"):
+        for name, value in contents.metrics.get(part, {}).items():
+            rows.append({"part": part, "score": name.replace("_", " "), "value": value})
+        for expert, value in contents.metrics.get(f"{part}_experts", {}).items():
+            rows.append({"part": part, "score": f"accuracy of {expert} alone", "value": value})
+    found = ", ".join(
+        f"{name.replace('_', ' ')} {value:.3f}" for name, value in contents.metrics.get("test", {}).items()
+    )
+    if found:
+        page.text(f"Test part: {found}.")
+    if text := chance_warning(contents.metrics["chance"]) if contents.metrics.get("chance") else None:
+        page.text(f"Take care: {text}.")
+    if rows:
+        page.table("Scores", pandas.DataFrame(rows))
+    if contents.history:
+        flat = [
+            {
+                **{k: v for k, v in record.items() if k != "seconds" and not isinstance(v, (list, dict))},
+                **{f"interaction loss, {n}": v for n, v in zip(contents.experts, record["interaction_losses"])},
+                **{f"validation {k}": v for k, v in record.get("validation", {}).items()},
+            }
+            for record in contents.history
+        ]
+        text = "Losses by epoch: the total and the task's, and the interaction loss of every expert."
+        page.figure(loss_curves(contents.history, contents.experts), text, pandas.DataFrame(flat))
+    if contents.predictions:
+        weights, logits = contents.predictions["weights"], contents.predictions["expert_logits"]
+        table = pandas.DataFrame(
+            {
+                "expert": contents.experts,
+                "mean": weights.mean(0),
+                "standard deviation": weights.std(0),
+                "median": np.median(weights, 0),
+                "least": weights.min(0),
+                "most": weights.max(0),
+                "largest in % of samples": 100
+                * np.bincount(weights.argmax(1), minlength=weights.shape[1])
+                / len(weights),
+            }
+        )
+        page.figure(
+            routing_violins(weights, contents.experts),
+            "How much the mixture listens to every expert, test part.",
+            table,
+        )
+        spread = [
+            {"class": c, "expert": e, "mean": logits[:, j, i].mean(), "standard deviation": logits[:, j, i].std()}
+            for i, c in enumerate(contents.classes)
+            for j, e in enumerate(contents.experts)
+        ]
+        text = "Logits of every expert for every class, test part."
+        page.figure(logit_histograms(logits, contents.experts, contents.classes), text, pandas.DataFrame(spread))
+
+
+def _faithful(page: Page, contents: RunContents) -> None:
+    if not contents.tables:
+        return
+    page.section("Faithfulness")
+    page.text(
+        "The most important tokens of every modality are replaced (comprehensiveness: how much is lost without them) "
+        "or everything else is (sufficiency: how much is lost with only them), and as many random tokens to compare."
+    )
+    rows = [
+        {
+            "importance": method,
+            "AOPC comprehensiveness gap": table["aopc_comprehensiveness_prob_gap"].iloc[0],
+            "AOPC sufficiency gap": table["aopc_sufficiency_prob_gap"].iloc[0],
+        }
+        for method, table in contents.tables.items()
+    ]
+    page.table("Gaps, identified against random (more is better)", pandas.DataFrame(rows))
+    whole = pandas.concat(
+        [
+            table[[c for c in COLUMNS if c in table]].assign(importance=method)
+            for method, table in contents.tables.items()
+        ]
+    )
+    text = "Drop of the target's probability by share of tokens; dashed: random tokens."
+    page.figure(faithfulness_figure(contents.tables), text, whole[["importance", *[c for c in COLUMNS if c in whole]]])
+
+
+def _masked(page: Page, contents: RunContents) -> None:
+    curves, scores, tables = {}, {}, []
+    for name in RANKINGS:
+        samples = [(record, record.masked[name]) for record in contents.records if name in record.masked]
+        budgets = {found.most for _, found in samples}
+        if len(samples) < 2 or len(budgets) != 1:
+            continue
+        label = name if name == "SII" else f"{samples[0][0].interactions.gap_kind} gap"
+        curves[label] = masking_curve([found for _, found in samples])
+        tables.append(curves[label].to_dataframe().assign(ranking=label))
+        if contents.task != "regression":
+            scores[label] = masking_scores(
+                [found for _, found in samples], _targets([r for r, _ in samples], contents), contents.task
+            )
+    if not curves:
+        return
+    page.section("Masking pairs")
+    page.text(
+        "The tokens of each sample's top pairs are replaced, and, as a control, as many random tokens of each "
+        "modality. The difference says what the pairs matter beyond their number."
+    )
+    table = pandas.concat(tables)
+    text = "Drop of the value, and accuracy, by number of masked pairs; dashed: random tokens."
+    page.figure(masking_figure(curves, scores or None), text, table[["ranking", *table.columns.drop("ranking")]])
+    for label, score_table in scores.items():
+        page.table(f"Scores, {label}", score_table)
+
+
+def _targets(records: list[SampleRecord], contents: RunContents):
+    import torch
+
+    if contents.task == "multilabel":
+        return torch.tensor([[int(c in r.truth) for c in range(len(contents.classes))] for r in records])
+    return torch.tensor([record.truth[0] for record in records])
+
+
+def _occurrence(page: Page, contents: RunContents) -> None:
+    if not contents.records:
+        return
+    page.section("Synergy and redundancy over the data set")
+    by_class = occurrences(contents.records, contents.classes)
+    by_modalities = occurrences(contents.records, contents.classes, by="modalities")
+    first = by_class["head"].iloc[0]
+    shown = by_class[by_class["head"] == first].reset_index(drop=True)
+    pairs = int(by_modalities[by_modalities["head"] == first]["pairs"].sum())
+    page.text(f"{len(contents.records)} explained samples, {pairs} probed pairs; pairs were chosen by importance.")
+    text = f"Share of probed pairs with a sure interaction, by explained class ({first})."
+    page.figure(occurrence_figure(shown), text, by_class)
+    page.table("By pair of modalities and expert", by_modalities)
+    maps = where(contents.records)
+    if maps:
+        rows = [
+            {"modality": name, "row": r, "column": c, "mean synergy": up[r, c], "mean substitution": down[r, c]}
+            for name, (up, down) in maps.items()
+            for r, c in np.ndindex(up.shape)
+        ]
+        page.figure(place_maps(maps), "Where interactions occur in the images.", pandas.DataFrame(rows))
+    words = frequent_tokens(contents.records)
+    if len(words):
+        page.table("Tokens of texts and tables that are most often in probed pairs", words)
+
+
+def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
+    named = ", ".join(contents.classes[c] for c in record.target)
+    if contents.task == "regression":
+        truth = ", ".join(f"{value:.3g}" for value in record.truth)
+    else:
+        truth = ", ".join(contents.classes[int(c)] for c in record.truth) or "none"
+    page.heading(f"Sample {record.id}: {named}")
+    if record.made_by != contents.made_by:
+        page.text("Explained with other settings, or another model, than the run has now.")
+    result = record.interactions
+    page.text(
+        f"True: {truth}. Value of {named} with all tokens {record.full:.4f}, with none {record.empty:.4f}. "
+        f"{result.evaluations:,} evaluations ({result.about.get('method', 'grid')}); "
+        f"rounding {float(np.nanmax(result.noise_share, initial=0.0)):.1e} of the variance.",
+        soft=True,
+    )
+    for m, view in enumerate(record.views):
+        if view.kind == "text":
+            order = result.order("abs_sii")[:12]
+            ends = {record.places[p] for pair in result.pairs[order] for p in pair}
+            page.tokens(view.tokens, [position for owner, position in ends if owner == m])
+    for of, head in (("sii", None), ("gap", "redundancy" if "redundancy" in (result.heads or ()) else None)):
+        axes = pair_view(result, record.places, record.views, head=head, of=of)
+        name = "Interactions" if of == "sii" else f"Redundancy ({result.gap_kind} gap)"
+        axes.set_title(f"{name}, {result.heads[result.head(head)] if result.heads else 'value'}")
+        table = _named(result.to_dataframe(head or 0), record)
+        table = table.iloc[result.order("abs_sii" if of == "sii" else "gap", head)[:PAIRS]]
+        description = f"{name} of token pairs of sample {record.id}."
+        page.figure(axes.figure, description, table)
+    for name, order in result.also:
+        page.table(
+            f"{name} of {'pairs' if order == 2 else 'tokens'}", _named(result.index(name, order), record)[:PAIRS]
+        )
+    rows, columns = (len(set(side.tolist())) for side in result.pairs.T)
+    figure = new_figure(3.0 + 0.32 * columns, 1.8 + 0.26 * rows)
+    result.plot(ax=figure.subplots())
+    every = _named(result.to_dataframe(0), record)
+    page.figure(figure, "Interaction of every probed pair; a dot marks intervals that exclude zero.", every)
+    frame = record.importance.assign(name=[_name(record, p) for p in range(len(record.importance))])
+    page.figure(importance_maps(frame, record.groups), "Importance of the tokens, by expert.", frame)
+    logits = pandas.DataFrame(record.expert_logits.T, columns=record.experts)
+    logits.insert(0, "class", contents.classes)
+    logits["mixture"] = record.weights @ record.expert_logits
+    page.figure(
+        local_bars(record.expert_logits, record.weights, record.experts, contents.classes),
+        "What every expert says, how much it counts, and the sum.",
+        logits,
+    )
+
+
+def _name(record: SampleRecord, player: int) -> str:
+    m, position = record.places[player]
+    view: View = record.views[m]
+    return f"{view.name} {position}: {view.tokens[position].strip()}"
+
+
+def _named(table: pandas.DataFrame, record: SampleRecord) -> pandas.DataFrame:
+    """A table of pairs with the tokens' own names."""
+    table = table.copy()
+    for side in (side for side in "ij" if side in table):
+        table[f"name_{side}"] = [_name(record, int(p)) for p in table[side]]
+    return table[[c for c in table.columns if c not in ("i", "j", "head")]]
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
