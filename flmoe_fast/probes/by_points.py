@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flmoe_fast.games.game import Game
+from flmoe_fast.probes.budget import MOST_ROWS
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.draws import SHARED, gap_estimate
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
@@ -13,13 +14,6 @@ from flmoe_fast.probes.indices import IndexEstimate, complete_players
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
 
-#: Most players for whom coalitions of no particular structure are worth more than corner grids, and the contexts that a
-#: grid has to have to be worth more where players are many.
-MOST_PLAYERS, LEAST_CONTEXTS = 24, 6
-#: Complementary pairs that a process takes: its matrices have as many rows, 512 MB each at 8,192.
-MOST_ROWS = 8192
-#: Fewest evaluations that anything can be fitted to.
-LEAST_BUDGET = 16
 #: What the variances of indices are multiplied by, since scales are estimated.
 WIDER = 1.25
 
@@ -40,10 +34,8 @@ def by_enumeration(run: Run, grid: CornerGrid) -> Found:
     spread = rows.var(0).clamp(min=torch.finfo(rows.dtype).tiny)
     noise, checks = fresh_noise_share(game, grid, run.seed, spread)
     zero = torch.zeros_like(sii)
-    run.facts["why"] = "a budget for every coalition"
-    return Found(
-        "enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also
-    )
+
+    return Found("enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also)
 
 
 def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
@@ -63,7 +55,6 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
             found, claimed = found - 0.5 * of @ sii, claimed + 0.25 * (of @ variance.sqrt()).square()
         also[name, order] = _estimate(game, members, found, widened(claimed).sqrt(), float(len(drawn)))
     noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
-    run.facts |= {"why": f"{game.n} players", "rough": process.half(1).scales.rough}
     return Found(
         "process",
         sii,
@@ -75,6 +66,7 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
         noise,
         checks,
         also,
+        {"rough": process.half(1).scales.rough},
     )
 
 

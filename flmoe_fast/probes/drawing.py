@@ -1,8 +1,8 @@
 """Coalitions drawn by the law that interactions ask for: complementary pairs, sizes in proportion to their weight.
 
 The weight of a coalition in an index depends on its size and on how many of the index's players it has, and it is
-largest by far at the ends: ``{i, j}`` alone weighs ``1 / (n - 1)`` in the Shapley interaction of i and j, a coalition of
-middle size next to nothing. The variance of a sum over strata is least when a stratum is sampled in proportion to its
+largest by far at the ends: ``{i, j}`` alone weighs ``1 / (n - 1)`` in the Shapley interaction of i and j, one of middle
+size next to nothing. The variance of a sum over strata is least when a stratum is sampled in proportion to its
 size times the root mean square of its weights (Neyman), which for pairs is
 
     q_s ~ sqrt(1 / (s (s - 1)) + 1 / ((n - s)(n - s - 1)) + 2 / (s (n - s))).
@@ -33,11 +33,14 @@ def complementary(n: int, count: int, seed: int) -> torch.Tensor:
     """
     generator = np.random.default_rng([0x5EED, seed])
     counts, whole = _counts(n, count)
-    first, rest = [], []
+    first: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
     for size, wanted in enumerate(counts):
         if wanted:
             (first if whole[size] else rest).append(_stratum(n, size, wanted, generator))
     parts = [np.concatenate(part) for part in (first, rest) if part]
+    if not parts:
+        return torch.zeros(0, n, dtype=torch.bool)
     if rest:
         parts[-1] = generator.permutation(parts[-1])
     return torch.from_numpy(np.concatenate(parts))

@@ -32,16 +32,16 @@ from flmoe_fast.probes.surrogate import signs
 #: Random features of a prior draw.
 FEATURES = 512
 #: Most players whose every coalition is read, and values of gaps that are taken at most.
-LISTED_PLAYERS, WORK = 16, 1 << 25
+LISTED_PLAYERS, WORK = 16, 1 << 24
 #: Draws: as many as the work allows.
 MOST_DRAWS, FEWEST_DRAWS = 16, 8
 #: Share of the left-out errors that those of about the same prediction are.
 LOCAL = 1 / 16
 #: Share of the pairs' mean variance in each pair's.
 SHARED = 0.2
-#: What variances are multiplied by: scales are estimated, and a ratio's joint costs too. Chosen by the coverage on the
-#: games of bench/accuracy.py.
-WIDER = {"max": 1.25, "strict": 1.25, "ratio": 3.0}
+#: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
+#: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
+WIDER, SCALES = {"max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
 #: These contexts are independent of all that are evaluated on the game.
@@ -73,7 +73,8 @@ def gap_estimate(process: ParityProcess, grid: CornerGrid, kind: str, seed: int)
     mean = rough.mean(1)
     variance = rough.var(1) + (mean - smooth).square()
     variance = (1 - SHARED) * variance + SHARED * variance.nanmean(0)
-    return GapEstimate((smooth + mean) / 2, WIDER[kind] * variance + sampling, float(rough.shape[1]))
+    wider = WIDER[kind] * (1 + SCALES * n / len(process.coalitions))
+    return GapEstimate((smooth + mean) / 2, wider * variance + sampling, float(rough.shape[1]))
 
 
 def _over_every_context(drawn: Drawn, pairs: torch.Tensor, kind: str) -> torch.Tensor:
@@ -142,7 +143,7 @@ class Drawn:
         self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
 
     def values(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values (C, 1 + D, O) of coalitions (C, n), and of their complements: the posterior mean's, then the draws'."""
+        """Values (C, 1 + D, O) of coalitions (C, n) and of their complements: first the posterior mean, then draws."""
         parts = [self._values(rows) for rows in coalitions.split(ROWS)]
         return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
 

@@ -1,7 +1,7 @@
 """A Gaussian process of a game in two halves, even and odd, that keeps every evaluated value exact.
 
-Write a game as ``v = e + o`` with ``e(T) = (v(T) + v(N - T)) / 2`` even under complements and ``o`` odd. A complementary
-pair of evaluations gives one value of each. The Shapley interaction of two players depends on ``e`` alone, the Shapley
+Write a game as ``v = e + o`` with ``e(T) = (v(T) + v(N - T)) / 2`` even under complements and ``o`` odd. A pair of
+evaluations, of a coalition and its complement, gives one value of each. The Shapley interaction of two players depends on ``e`` alone, the Shapley
 value of one on ``o`` alone, and under a prior that treats a coalition and its complement alike the halves are
 independent: two matrices of half the side in place of one.
 
@@ -217,7 +217,7 @@ class ParityProcess:
     def _index(
         self, members: torch.Tensor, name: str, order: int, halves: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        value, variance = 0.0, 0.0
+        value = variance = torch.zeros(len(members), self.values.shape[1], dtype=torch.float64)
         for sign in halves:
             half = self.half(sign)
             found, claimed, shares = half.read(half.functional(members, name, order))
@@ -232,7 +232,7 @@ def exact_weights(x: torch.Tensor, members: torch.Tensor, name: str, order: int)
     share = mass(name, order, n)
     share = torch.tensor([float(share[s]) / math.comb(others, s) for s in range(others + 1)], dtype=torch.float64)
     present = x > 0
-    inside = sum(present[:, members[:, k]].long() for k in range(order)).T  # (M, m)
+    inside = present[:, members].sum(2).T  # (M, m)
     sign = 1.0 - 2.0 * ((order - inside) % 2).double()
     return sign * share[present.sum(1) - inside]
 
