@@ -143,7 +143,7 @@ def screen(
     chosen = pairs[first]
     left = budget - points.spent
     checked = interactions(
-        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, adaptive=False, progress=progress,
+        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, method="grid", progress=progress,
         contexts=2 * (left // CornerGrid.of(chosen, game.n).evaluations // 2),
     )  # fmt: skip
     fresh = checked.column("sii", head)

@@ -104,7 +104,7 @@ class ExplainSettings:
     candidates: int = 10
     contexts: int | None = None
     budget: int | None = None
-    method: str = "grid"
+    method: str = "auto"
     also: tuple[str, ...] = ()
     seed: int = 0
     gap: str = DEFAULT_GAP
