@@ -37,7 +37,7 @@ CPU_EXTENSION := build/.cpu-extension
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench wheels env extension lint types host-test portable-check nvcc-check budgets pytest clean
+.PHONY: demo test bench wheels env extension lint types host-test portable-check nvcc-check budgets pytest soak clean
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
@@ -80,6 +80,11 @@ budgets: $(INSTALLED)
 
 pytest: extension
 	$(PY) -m pytest -n $(MAX_JOBS) $(ARGS)
+
+# Thousands of random cases, mutated files, killed runs and sanitizers; goes on where it stopped. MINUTES=... says how long.
+MINUTES ?= 40
+soak: extension
+	$(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 # The requirements, then the package itself, editable. The build requirements go into the same environment, so that the
 # build needs no environment of its own (and can never fetch torch for one). The extension is a target of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import torch
 
@@ -22,12 +23,13 @@ def integer(name: str, value: object, *, least: int | None = None, most: int | N
     expected = "an integer" + (" " + " and ".join(bounds) if bounds else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentError(name, f"{value!r} ({type(value).__name__})", expected)
-    if (least is not None and value < least) or (most is not None and value > most):
+    number = int(value)
+    if (least is not None and number < least) or (most is not None and number > most):
         raise ArgumentError(name, repr(value), expected)
-    return int(value)
+    return number
 
 
-def one_of(name: str, value: object, allowed: tuple) -> object:
+def one_of(name: str, value: Any, allowed: tuple) -> Any:
     """Return ``value`` if it is one of ``allowed``, or raise :class:`ArgumentError`."""
     if value not in allowed:
         raise ArgumentError(name, repr(value), "one of " + ", ".join(map(repr, allowed)))

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 #: What a killed process leaves of a file it was writing, as a pattern.
 UNFINISHED = ".*.part"
@@ -23,9 +23,8 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(
-            part, mode.replace("w", "x"), **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})
-        ) as file:
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with part.open(mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
@@ -17,11 +20,15 @@ from flmoe_fast.cli import main
 from flmoe_fast.model.checkpoint import load_checkpoint
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
 from flmoe_fast.pipeline.records import SampleRecord, is_done
-from flmoe_fast.pipeline.show.figures import pair_view, place_maps
+from flmoe_fast.pipeline.show.data_views import place_map
 from flmoe_fast.pipeline.show.html import INK, Page, as_svg, inked
+from flmoe_fast.pipeline.show.pair_view import pair_view
 from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.pipeline.summary import compare, player_points, summarize
+from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.runs.explain import read_records
+from flmoe_fast.runs.page import MEANING
 from flmoe_fast.runs.settings import read_settings
 from tests.small_transformers import GRID, save_clip, save_text
 
@@ -55,6 +62,7 @@ reference_layout = true
 samples = 3
 candidates = 3
 contexts = 4
+also = ["SV"]
 most = [1, 2]
 repeats = 2
 [faithfulness]
@@ -115,12 +123,15 @@ class Elements(HTMLParser):
 def test_page_needs_nothing_else(run):
     text = (run.parent / "run" / "report.html").read_text()
     page = Elements(text)
-    assert not page.all("script") and not page.all("iframe") and not page.all("img")
+    assert [attributes for attributes in page.all("script")] == [{}]  # its own, which loads and runs nothing else
+    assert not re.search(r"fetch|XMLHttp|import\(|eval|innerHTML|document\.write", text[text.index("<script>") :])
+    assert not page.all("iframe") and not page.all("img")
     for tag, attributes, _ in page.found:
         for name, value in attributes.items():
             if name in ("href", "src", "xlink:href") and value:
                 assert value.startswith(("#", "data:")), (tag, value)
             assert not name.startswith("on")
+            assert name != "style" or "url(" not in value
     assert "url(http" not in text and "@import" not in text
     names = [attributes["id"] for _, attributes, _ in page.found if "id" in attributes]
     assert len(names) == len(set(names))
@@ -151,10 +162,34 @@ def test_page_says_what_was_found(run):
     for record in records:
         assert f"Sample {record.id}" in text
         best = record.interactions.order("abs_sii")[0]
-        assert f"<td>{record.interactions.sii[best, 0]:.4g}</td>" in text
+        sii = float(record.interactions.sii[best, 0])
+        assert f'<td data-v="{sii!r}">{sii:.4g}</td>' in text
+        for head in record.interactions.heads:
+            assert (f'data-head="{head}"' in text) == (not head.startswith("weighted"))
     assert "&lt;" in text and "<thing>" not in text  # texts of the data are no markup
     for section in ("Model", "Faithfulness", "Masking pairs", "Synergy and redundancy over the data set", "Samples"):
         assert re.search(f"<h2 id=[^>]*>{section}</h2>", text)
+
+
+def test_terms_are_explained_once_and_where_they_appear(run):
+    text = (run.parent / "run" / "report.html").read_text()
+    for term in MEANING:
+        assert text.count(f"<dfn>{term}</dfn>") == 1, term
+    assert text.index("<dfn>Comprehensiveness") < text.index("Comprehensiveness (higher is better)")
+
+
+def test_players_are_called_what_a_person_calls_them(run):
+    record = read_records(read_settings(run))[0]
+    text = (run.parent / "run" / "report.html").read_text()
+    rows = list(csv.DictReader((run.parent / "table.csv").open()))
+    row = next(row for row in rows if row["id"] == record.id)
+    names = record.interactions.player_names
+    assert names[-2:] == (f"size = {row['size']}", f"weight = {row['weight']}")  # as in the file
+    assert "photo 1,1" in names and f"photo {GRID},{GRID}" in names and "a" in names
+    assert len(set(names)) == len(names)
+    folder = sorted(path.name for path in (run.parent / "run" / "samples").glob("test-*"))[0]
+    assert f"Files: samples/{folder}." in text
+    assert html.escape(row["caption"]) in re.sub("</?mark>", "", text)  # with its spaces, without <s>
 
 
 def test_records_hold_what_was_read(run):
@@ -230,6 +265,26 @@ def test_occurrences_are_counts(run):
         occurrences([], ("blue", "red"))
 
 
+def test_summary_and_comparison(run):
+    records = read_records(read_settings(run))
+    table = summarize(records)
+    assert list(table.index) == list(records[0].interactions.heads) and (table["samples"] == 3).all()
+    shares = [float((r.interactions.interval(of="sii")[0] > 0).mean()) for r in records]
+    assert table.loc["mixture", "synergy"] == pytest.approx(np.mean(shares))
+    assert table.loc["mixture", "synergy_stderr"] == pytest.approx(np.std(shares, ddof=1) / np.sqrt(3))
+    same = compare(records, records[:2], head="synergy")
+    assert (same["difference"] == 0).all() and (same["samples"] == 2).all()
+    louder = [dataclasses.replace(r, full=r.full + 0.1) for r in records]
+    found = compare(louder, records).loc["full"]
+    assert found["difference"] == pytest.approx(0.1) and found["difference_stderr"] == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ArgumentError, match="second"):
+        compare(records, [dataclasses.replace(r, id=f"other {r.id}") for r in records])
+    points = player_points(records)
+    years = points[points["name"] == "size"]
+    assert len(points) == sum(len(r.interactions.also["SV", 1].members) for r in records)
+    assert (years["feature"] == years["sample"].str[1:].astype(float)).all()  # the size of sample s7 is 7
+
+
 def test_pair_view_draws_what_it_says():
     text = View("text", "text", tuple(f"w{n}" for n in range(5)))
     image = View("img", "image", tuple(map(str, range(4))), np.zeros((8, 8, 3), dtype=np.uint8), (2, 2))
@@ -242,7 +297,8 @@ def test_pair_view_draws_what_it_says():
     axes = pair_view(result, places, [text, image])
     lines = [p for p in axes.patches if type(p).__name__ == "PathPatch"]
     assert len(lines) == 2
-    assert {tuple(np.round(line.get_edgecolor()[:3], 2)) for line in lines} == {(0.84, 0.27, 0.24), (0.25, 0.5, 0.77)}
+    wanted = {tuple(np.round(to_rgb(colour), 2)) for colour in (SYNERGY, SUBSTITUTION)}
+    assert {tuple(np.round(line.get_edgecolor()[:3], 2)) for line in lines} == wanted
     outlined = [p for p in axes.patches if type(p).__name__ == "Rectangle" and p.get_linewidth() > 1]
     assert len(outlined) == 4
     gap = pair_view(result, places, [text, image], of="gap")
@@ -257,12 +313,12 @@ def test_svg_follows_the_page():
         axes = figure.subplots()
         axes.imshow(np.eye(3))
         axes.set_title("a < b")
-    svg = as_svg(figure, "f9")
+    svg = as_svg(axes, "f9")
     assert "currentColor" in svg and INK not in svg and svg.startswith("<svg ") and "&lt;" in svg
     assert all(name.startswith("f9-") for name in re.findall(r'\bid="([^"]+)"', svg))
     page = Page("A & B")
     page.section("One <two>")
-    page.figure(figure, 'says "what"', pandas.DataFrame({"x": [1.0, np.nan], "y": [True, "<z>"]}))
+    page.figure(axes, 'says "what"', pandas.DataFrame({"x": [1.0, np.nan], "y": [True, "<z>"]}))
     text = page.render()
     assert "A &amp; B" in text and "One &lt;two&gt;" in text and "&quot;what&quot;" in text and "<td>&lt;z&gt;" in text
-    assert place_maps({"img": (np.eye(2), np.eye(2))}).axes
+    assert place_map(np.eye(2), "img", "synergy").get_title() == "img, synergy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,3 +42,23 @@ class Remembered:
                 for i, row in zip(missing, found):
                     rows[i] = self._rows[keys[i]] = row
         return torch.stack(rows)[again]
+
+    def forget(self) -> None:
+        """Compute everything anew from here on."""
+        with self._lock:
+            self._rows.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+def forget(game: object) -> None:
+    """Let a game compute everything anew from here on, as a measurement of its speed has to."""
+    for part in vars(game).values():
+        for remembered in part.values() if isinstance(part, dict) else (part,):
+            if isinstance(remembered, Remembered):
+                remembered.forget()

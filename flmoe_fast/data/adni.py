@@ -108,8 +108,19 @@ def _scans(root: Path) -> tuple[dict[str, int], np.ndarray]:
 
 
 def _genome(root: Path) -> tuple[dict[str, int], np.ndarray]:
+    return read_genome(root / "genomic" / "genomic_merged.h5ad")
+
+
+def read_genome(path: str | os.PathLike) -> tuple[dict[str, int], np.ndarray]:
+    """Row of every subject, and the dense float64 matrix, of an AnnData file.
+
+    Raises
+    ------
+    DataError
+        No such file, or one without ``obs`` and ``X``, with indices beyond its shape, or larger than :data:`LARGEST`.
+    """
     h5py = require("h5py", "data")
-    path = existing(root / "genomic" / "genomic_merged.h5ad")
+    path = existing(path)
     try:
         with h5py.File(path) as file:
             index = file["obs"][file["obs"].attrs.get("_index", "_index")][()]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from flmoe_fast.pipeline.explain import Explanation
 from flmoe_fast.pipeline.faithful.masking import MaskingCurve
-from flmoe_fast.pipeline.show.figures import importance_rows, masking_lines, pair_view
+from flmoe_fast.pipeline.show.curves import masking_lines
+from flmoe_fast.pipeline.show.look import styled
+from flmoe_fast.pipeline.show.pair_view import pair_view
+from flmoe_fast.pipeline.show.player_views import importance_rows
 from flmoe_fast.pipeline.show.views import View
 
 
@@ -34,13 +36,12 @@ def draw(
         What the image shows.
     curves : name of a ranking to its masking curve
     """
-    style = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold"}
     names = explanation.game.problem.model.config.modalities
     views = [
         View(f"{name} half", "image", tuple(f"row {row}" for row in range(len(half))), half.numpy(), (len(half), 1))
         for name, half in zip(names, halves)
     ]
-    with matplotlib.rc_context(style):
+    with styled():
         figure = Figure(figsize=(16, 5.4), dpi=150, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
         left, middle, right = figure.subfigures(1, 3, width_ratios=(1.05, 1.0, 1.15))
@@ -52,6 +53,6 @@ def draw(
         axes.set_xlabel("dot: the 95 % interval excludes zero", labelpad=7)
         axes.tick_params(length=0)
         above, below = right.subplots(2, 1, height_ratios=(1.0, 1.6))
-        importance_rows(above, explanation.importance_dataframe(), explanation.game.groups)
-        masking_lines(below, curves, "images")
+        importance_rows(explanation.importance_dataframe(), explanation.game.groups, above)
+        masking_lines(curves, "images", "of the probability", below)
         figure.savefig(path)

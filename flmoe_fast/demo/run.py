@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,8 @@ def run(out: str | os.PathLike, *, seed: int = 0, size: Size | None = None, prog
 
     prediction = explanation.prediction
     title = f"Held-out {int(held_out.labels[image])}, predicted {prediction['target']} (p = {prediction['full']:.2f})"
-    draw(out / "picture.png", explanation, tuple(inputs.values()), title, curves)
+    left, right = inputs.values()
+    draw(out / "picture.png", explanation, (left, right), title, curves)
     seconds = time.perf_counter() - started
     names = "picture.png, report.txt, interactions.csv, importance.csv, masking.csv"
     say(f"\n{seconds:.0f} s in all. Written to {out}: {names}")
@@ -255,7 +256,7 @@ def _compare(
     count = len(at)
     pairs = [tuple(pair) for pair in result.pairs[at].tolist()]
     features, masks = _sample(model, held_out, image)
-    options = {"masks": masks, "target": explanation.game.target}
+    options = {"masks": masks, "target": explanation.prediction["target"]}
     parts, naive_ms, shared_ms = [], [], []
     contexts = max(1, size.contexts // count)
     for turn, pair in enumerate(pairs):
@@ -344,7 +345,7 @@ def _mask(
 
 
 def _masking_table(curves: dict[str, MaskingCurve], size: Size, evaluations: int, seconds: float) -> str:
-    rows = []
+    rows: list[Sequence[str]] = []
     for name, curve in curves.items():
         numbers = [
             [f"{value:{sign}.3f} ± {error:.3f}" for value, error in zip(values, errors)]

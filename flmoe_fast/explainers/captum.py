@@ -21,9 +21,9 @@ from flmoe_fast.games.game import Game
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
 
-captum = require("captum.attr", "captum")
-common = require("captum._utils.common", "captum")
-attributions = require("captum.attr._utils.common", "captum")
+captum: Any = require("captum.attr", "captum")
+common: Any = require("captum._utils.common", "captum")
+attributions: Any = require("captum.attr._utils.common", "captum")
 
 
 class FeatureGame(Game):
@@ -63,11 +63,11 @@ class FeatureGame(Game):
         """Evaluate on the model's engine from now on; ArgumentError where it cannot be."""
         engines = []
         for b in range(self.examples):
-            *rows, further = (
+            inputs, baselines, masks, further = (
                 [part[b : b + 1] if _an_example_a_row(part, self.examples) else part for part in parts]
                 for parts in (self.inputs, self.baselines, self.masks, self.additional or ())
             )
-            engines.append(model.game(*rows, self.n, further, target))
+            engines.append(model.game(inputs, baselines, masks, self.n, further, target))
         self.engines, self.rows, self.block = engines, engines[0].block, engines[0].block
         self.backend, self.more_exact = engines[0].backend, engines[0].more_exact
 
@@ -79,8 +79,8 @@ class FeatureGame(Game):
 
     def precise(self) -> FeatureGame | None:
         """The same game on the engines of float64; None where the forward function evaluates."""
-        engines = [engine.precise() for engine in self.engines]
-        if not engines or None in engines:
+        engines = [twin for twin in (engine.precise() for engine in self.engines) if twin is not None]
+        if not engines or len(engines) < len(self.engines):
             return None
         twin = copy.copy(self)
         twin.engines = engines

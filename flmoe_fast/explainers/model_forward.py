@@ -42,11 +42,11 @@ class ModelForward:
     """
 
     def __init__(self, model: Any, names: Sequence[str] | None = None, *, value: str = "logit"):
-        self.value = one_of("value", value, VALUES)
+        self.value: str = one_of("value", value, VALUES)
         if not isinstance(model, (AcceleratedMoE, AcceleratedModel)):
             model = accelerate(model)
         self.accelerated = model
-        self.names = None if names is None else tuple(names)
+        self.names = () if names is None else tuple(names)
         if isinstance(model, AcceleratedMoE):
             if names is not None:
                 raise ArgumentError("names", names, "None: a mixture takes its modalities and masks in their order")
@@ -195,7 +195,9 @@ class FeatureCoalitions(Game):
 
     def precise(self) -> FeatureCoalitions | None:
         precise = self.inner.precise()
-        return precise and FeatureCoalitions(precise, self.owner, self.n, self._values, self.target)
+        if precise is None:
+            return None
+        return FeatureCoalitions(precise, self.owner, self.n, self._values, self.target)
 
     def about(self) -> dict[str, Any]:
         return self.inner.about()

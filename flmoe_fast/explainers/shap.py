@@ -10,6 +10,7 @@ coalitions, and the model is the game.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from scipy.spatial.distance import squareform
 from flmoe_fast.environment import require
 from flmoe_fast.games.game import Game, as_game
 
-shap = require("shap", "shap")
+shap: Any = require("shap", "shap")
 
 
 class PlayerMasker(shap.maskers.Masker):

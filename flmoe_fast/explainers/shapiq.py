@@ -18,10 +18,10 @@ from flmoe_fast.probes.exact import MOST_PLAYERS, enumerate_values
 from flmoe_fast.probes.export import SINGLES, to_shapiq
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
-from flmoe_fast.probes.values import player_values
+from flmoe_fast.probes.values import PlayerValues, player_values
 
-shapiq = require("shapiq", "shapiq")
-base = require("shapiq.approximator.base", "shapiq")
+shapiq: Any = require("shapiq", "shapiq")
+base: Any = require("shapiq.approximator.base", "shapiq")
 
 
 class ShapiqGame(shapiq.Game):
@@ -118,7 +118,7 @@ class ShapiqApproximator(base.Approximator):
             initialize_dict=False,
         )  # fmt: skip
         self.pairs, self.options = pairs, options
-        self.results: InteractionResult | Any = None
+        self.results: InteractionResult | PlayerValues | None = None
 
     def approximate(self, budget: int, game: Callable, *args: Any, **kwargs: Any) -> Any:
         """``shapiq.InteractionValues`` from at most ``budget`` evaluations of ``game``.
@@ -135,6 +135,7 @@ class ShapiqApproximator(base.Approximator):
         empty = float(ours(torch.zeros(1, self.n, dtype=torch.bool))[0])
         seed = int(self._rng.integers(2**63))
         singles, spent = {}, 1
+        found: PlayerValues | InteractionResult
         if self.max_order == 1:
             found = player_values(ours, index=self.index, budget=budget - spent, seed=seed, progress=False)
             pairs = {(player,): float(v) for player, v in zip(found.players.tolist(), found.values)}
@@ -144,11 +145,11 @@ class ShapiqApproximator(base.Approximator):
                 singles, spent = {(i,): float(value) for i, value in enumerate(alone)}, 1 + self.n
             also = {name for name in (self.index, SINGLES.get(self.index, ("",))[0]) if name not in ("SII", "")}
             every = [(i, j) for i in range(self.n) for j in range(i + 1, self.n)]
-            found = interactions(
+            probed = found = interactions(
                 ours, pairs=every if self.pairs is None else self.pairs, budget=budget - spent, seed=seed,
                 also=sorted(also), progress=False, **self.options,
             )  # fmt: skip
-            pairs = to_shapiq(found, self.index).dict_values
+            pairs = to_shapiq(probed, self.index).dict_values
         self.results = found
         return shapiq.InteractionValues(
             {(): empty, **singles, **pairs},

@@ -205,11 +205,11 @@ def _build(path: Path, states: _States, config: FLI2MoEConfig | None, given: Map
     _compare(path, derived, config)
     ensemble = _first_router(path, ensemble)
 
-    encoders, states = _encoders(path, config, encoder_states)
+    encoders, own_states = _encoders(path, config, encoder_states)
     with torch.device("meta"):  # shapes only: nothing is initialised, and no random numbers are drawn
         model = FLI2MoE(config, {name: build() for name, build in encoders.items()})
     tensors = dict(ensemble)
-    for name, state in states.items():
+    for name, state in own_states.items():
         tensors.update({f"encoders.{name}.{key}": tensor for key, tensor in state.items()})
     dtype = _check_tensors(path, model, tensors)
     model = model.to_empty(device="cpu").to(dtype)
@@ -414,7 +414,8 @@ def _derive_moepp(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidde
 def _derive_transformer(path: Path, ensemble: Mapping[str, Tensor], prefix: str, hidden: int) -> dict[str, Any]:
     # The classification head is the last entry of the network.
     layers = _indices(path, ensemble, "^" + re.escape(prefix) + r"network\.(\d+)\.", prefix + "network") - 1
-    derived = {"layers": layers, "classes": _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0]}
+    derived: dict[str, Any] = {"layers": layers}
+    derived["classes"] = _tensor(path, ensemble, f"{prefix}network.{layers}.fc.weight", 2).shape[0]
     key, axis = prefix + "network.0.mlp.network.0.weight", 0
     if key not in ensemble and any(name.startswith(prefix + "network.0.mlp.experts.") for name in ensemble):
         key, axis = prefix + "network.0.mlp.experts.htoh4.weight", 1
@@ -447,7 +448,7 @@ def _indices(path: Path, ensemble: Mapping[str, Tensor], pattern: str, key: str)
 def _complete(
     path: Path,
     derived: Mapping[str, Any],
-    stored: object,
+    stored: Any,
     given: Mapping[str, Any],
     encoder_states: Mapping[str, object],
 ) -> FLI2MoEConfig:
@@ -522,7 +523,8 @@ def _encoders(
     if set(encoder_states) != set(config.modalities):
         found = f"encoders named {sorted(encoder_states)}"
         raise CheckpointError(path, "encoder_dict", found, f"one for each modality {config.modalities}")
-    builders, states, unread = {}, {}, []
+    builders: dict[str, Any] = {}
+    states, unread = {}, []
     for name in config.modalities:
         state = {k: v for k, v in encoder_states[name].items() if not k.startswith(_BACKBONE_PREFIXES)}
         key = f"encoder_dict.{name}"

@@ -176,7 +176,7 @@ class FLI2MoEConfig:
             raise ArgumentError("fusion", repr(self.fusion), "'transformer', because the generation is not 'original'")
         if self.gate is not None:
             raise ArgumentError("gate", repr(self.gate), f"None, because the fusion is {self.fusion!r}")
-        if self.fusion == "interpretcc" and set(self.num_tokens) != {1}:
+        if self.fusion == "interpretcc" and set(self.num_tokens or ()) != {1}:
             raise ArgumentError("num_tokens", self.num_tokens, "1 for each modality, because the fusion is InterpretCC")
 
     def _sparse_experts(self) -> int | None:
@@ -317,7 +317,8 @@ def _number(
     expected = "a finite number " + " and ".join(bounds)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ArgumentError(name, repr(value), expected)
-    low = (least is not None and value < least) or (above is not None and value <= above)
-    if low or (below is not None and value >= below):
+    number = float(value)
+    low = (least is not None and number < least) or (above is not None and number <= above)
+    if low or (below is not None and number >= below):
         raise ArgumentError(name, repr(value), expected)
-    return float(value)
+    return number

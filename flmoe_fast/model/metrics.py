@@ -34,9 +34,9 @@ def score(logits: Tensor, targets: Tensor, task: str) -> dict[str, float]:
         found, wanted = logits.double().cpu(), targets.double().cpu().reshape(logits.shape)
         right = (found >= 0) == (wanted >= 0)
         return {"accuracy": float(right.double().mean()), "mae": float((found - wanted).abs().mean())}
-    found, wanted = predicted_labels(logits, task), targets.cpu().numpy()
+    labels, truth = predicted_labels(logits, task), targets.cpu().numpy()
     return {
-        "accuracy": float(accuracy_score(wanted, found)),
-        "micro_f1": float(f1_score(wanted, found, average="micro", zero_division=0.0)),
-        "macro_f1": float(f1_score(wanted, found, average="macro", zero_division=0.0)),
+        "accuracy": float(accuracy_score(truth, labels)),
+        "micro_f1": float(f1_score(truth, labels, average="micro", zero_division=0.0)),
+        "macro_f1": float(f1_score(truth, labels, average="macro", zero_division=0.0)),
     }

@@ -61,7 +61,7 @@ class MoEPlusPlusLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden, eps=1e-5)
         self.dropout1 = nn.Dropout(config.dropout)
         self.attn = Attention(config.hidden, config.heads, config.dropout)
-        self.mlp = UnusedMixture(config.hidden, config.ffn_experts)
+        self.mlp = UnusedMixture(config.hidden, config.ffn_experts or 0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, H) -> (B, L, H) and the attention (B, h, L, L)."""
@@ -74,7 +74,7 @@ class MoEPlusPlus(nn.Module):
 
     def __init__(self, config: FLI2MoEConfig):
         super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens), config.hidden))
+        self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens or ()), config.hidden))
         self.layers = nn.ModuleList(MoEPlusPlusLayer(config) for _ in range(config.layers))
         self.classification_head = ClassificationHead(len(config.modalities) * config.hidden, config.classes)
 

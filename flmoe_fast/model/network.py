@@ -122,6 +122,7 @@ class EncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.attn = Attention(hidden, config.heads, dropout)
+        self.mlp: SparseMLP | MLP
         if layer in config.sparse_layers:
             self.mlp = SparseMLP(config)
         else:
@@ -161,7 +162,7 @@ class FusionTransformer(nn.Module):
         super().__init__()
         self.generation = config.generation
         if config.generation == "original":
-            self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens), config.hidden))
+            self.pos_embed = nn.Parameter(torch.zeros(1, sum(config.num_tokens or ()), config.hidden))
         self.network = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
         self.network.append(ClassificationHead(len(config.modalities) * config.hidden, config.classes))
 
@@ -252,6 +253,7 @@ class Reweighting(nn.Module):
         if config.routing == "average":
             # A layer that ignores its input leaves its bias: the softmax of E free numbers, and one kind of network.
             (linear,) = self.mlp.network
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight).requires_grad_(False)
             nn.init.zeros_(linear.bias)
 

@@ -69,14 +69,20 @@ def first_come(chosen: Tensor, networks: int, room: int) -> Tensor:
     return queue.masked_fill(place > room, -1).reshape(chosen.shape)
 
 
+def _sizes(config: FLI2MoEConfig) -> tuple[int, int]:
+    """Networks of a sparse block, and how many of them a token uses: a configuration that has such blocks has both."""
+    assert config.ffn_experts is not None and config.top_k is not None
+    return config.ffn_experts, config.top_k
+
+
 class LinearGate(nn.Module):
     """Gates whose logits are one linear layer of the token: ``"naive"``, ``"gshard"`` and ``"switch"``."""
 
     def __init__(self, config: FLI2MoEConfig):
         super().__init__()
-        self.kind, self.networks, self.slots = config.gate, config.ffn_experts, config.top_k
+        self.kind, (self.networks, self.slots) = str(config.gate), _sizes(config)
         self.limited, self.random = config.slots_limit, config.random_routing
-        self.gate = nn.Linear(config.hidden, config.ffn_experts)
+        self.gate = nn.Linear(config.hidden, self.networks)
 
     def forward(self, tokens: Tensor) -> Routing:
         """(P, N, H) -> :class:`Routing`."""
@@ -122,9 +128,9 @@ class NoisyGate(nn.Module):
 
     def __init__(self, config: FLI2MoEConfig):
         super().__init__()
-        self.networks, self.slots = config.ffn_experts, config.top_k
-        self.w_gate = nn.Parameter(torch.empty(config.hidden, config.ffn_experts))
-        self.w_noise = nn.Parameter(torch.empty(config.hidden, config.ffn_experts))
+        self.networks, self.slots = _sizes(config)
+        self.w_gate = nn.Parameter(torch.empty(config.hidden, self.networks))
+        self.w_noise = nn.Parameter(torch.empty(config.hidden, self.networks))
         for weight in (self.w_gate, self.w_noise):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
@@ -139,7 +145,7 @@ class NoisyGate(nn.Module):
         chosen = order[..., : self.slots]
         scores = top[..., : self.slots].softmax(dim=-1)
         gates = torch.zeros_like(logits).scatter(-1, chosen, scores)  # (P, N, X)
-        if self.training and self.slots < self.networks:
+        if spread is not None and self.slots < self.networks:
             load = self._chance(clean, logits, spread, top).sum(dim=1)
         else:
             load = (gates > 0).sum(dim=1).to(logits.dtype)
@@ -194,9 +200,9 @@ class SparseMLP(nn.Module):
     def __init__(self, config: FLI2MoEConfig):
         super().__init__()
         self.gate = NoisyGate(config) if config.gate == "noisy" else LinearGate(config)
-        self.experts = Networks(config.ffn_experts, config.hidden, config.ffn_multiple * config.hidden)
+        self.networks, _ = _sizes(config)
+        self.experts = Networks(self.networks, config.hidden, config.ffn_multiple * config.hidden)
         self.all_gates = nn.ModuleDict({"0": self.gate})
-        self.networks = config.ffn_experts
         self.adds_losses = config.gate == "noisy"
 
     def forward(self, x: Tensor, passes: int = 1) -> tuple[Tensor, Tensor]:

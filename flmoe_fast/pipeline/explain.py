@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,21 @@ class Explanation:
     prediction: dict[str, Any]
     seconds: float
 
-    def top(self, k: int = 10, by: str = "sii", head: str | int | None = None) -> pandas.DataFrame:
+    def __repr__(self) -> str:
+        return f"{self._about()}\n{self.interactions!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._about())}</p>{self.interactions._repr_html_()}"
+
+    def _about(self) -> str:
+        """What was explained, in one line."""
+        said = self.prediction
+        return (
+            f"Explanation of target {said['target']}: {said['full']:.4f} with all {self.game.n} players present, "
+            f"{said['empty']:.4f} with none; {self.seconds:.1f} s"
+        )
+
+    def top(self, k: int = 10, by: str = "abs_sii", head: str | int | None = None) -> pandas.DataFrame:
         """See :meth:`InteractionResult.top`."""
         return self.interactions.top(k, by, head)
 
@@ -97,6 +112,7 @@ def explain(
     gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,
     also: Sequence[str] | str = (),
+    names: Sequence[str] | None = None,
     progress: bool = True,
     **game_options: Any,
 ) -> Explanation:
@@ -118,7 +134,7 @@ def explain(
         How many of each modality's most important players are probed. Of a single modality all pairs of candidates are.
     importance : "auto", "attnXgrad", "attn", "ig" or "drop"
         How candidates are chosen, see :func:`player_scores`.
-    contexts, budget, method, seed, gap, adaptive, also, progress
+    contexts, budget, method, seed, gap, adaptive, also, names, progress
         See :func:`interactions`.
     **game_options
         ``target``, ``value``, ``heads``, ``backend``, ``dtype`` and ``memory``, and what else :class:`TokenGame`
@@ -149,6 +165,7 @@ def explain(
         gap=gap,
         adaptive=adaptive,
         also=also,
+        names=names,
         progress=progress,
     )
     ends = game(torch.stack([torch.ones(game.n, dtype=torch.bool), torch.zeros(game.n, dtype=torch.bool)]))
@@ -173,7 +190,7 @@ def _game(model: Any, inputs: Any, players: Any, masks: Any, options: Mapping[st
 def _per_modality(candidates: int | Sequence[int], modalities: int) -> list[int]:
     if isinstance(candidates, int) and not isinstance(candidates, bool):
         candidates = [candidates] * modalities
-    if not hasattr(candidates, "__len__") or len(candidates) != modalities:
+    if isinstance(candidates, bool) or not hasattr(candidates, "__len__") or len(candidates) != modalities:
         raise ArgumentError(
             "candidates", repr(candidates), f"an integer, or one for each of the {modalities} modalities"
         )

@@ -22,11 +22,12 @@ import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.files import replacing
+from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
 from flmoe_fast.pipeline.faithful.curves import DEFAULT_PERCENTS, Faithfulness, faithfulness
 from flmoe_fast.pipeline.faithful.masking import DEFAULT_BUDGETS, MaskedPairs, mask_pairs
-from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.pipeline.show.views import View, player_labels
 from flmoe_fast.probes.result import InteractionResult
 
 FORMAT = 2
@@ -59,6 +60,8 @@ class SampleRecord:
     faithfulness : Faithfulness, or None
     masked : dict from "SII" and "gap" to MaskedPairs
     seconds : float
+    folder : str
+        Name of the folder that the record was read from, if it was.
     made_by : dict of JSON types
         Settings and model of the run that it belongs to; empty for a sample by itself.
     """
@@ -79,6 +82,7 @@ class SampleRecord:
     faithfulness: Faithfulness | None
     masked: dict[str, MaskedPairs]
     seconds: float
+    folder: str = ""
     made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -151,6 +155,7 @@ class SampleRecord:
                 interactions=InteractionResult.from_parts(found, about["interactions"]),
                 faithfulness=parts.pop("faithfulness", None),
                 masked={prefix.removeprefix("masked."): part for prefix, part in parts.items()},
+                folder=folder.name,
             )
         except ArgumentError:
             raise
@@ -213,6 +218,10 @@ def record_sample(
         )
     found = explain(model, features, masks=masks, seed=seed, **options)
     game = found.game
+    if not isinstance(game, TokenGame):
+        raise ArgumentError("model", type(model).__name__, "an ensemble of interaction experts")
+    names = player_labels(views, game.positions)
+    found = dataclasses.replace(found, interactions=found.interactions.named(names))
     scores = found.importance["mixture"]
     faithful = None if percents is None else faithfulness(game, scores, percents=percents, repeats=repeats, seed=seed)
     masked = {}
@@ -234,7 +243,7 @@ def record_sample(
         views=tuple(views),
         groups=game.groups or (),
         places=game.positions,
-        importance=found.importance_dataframe(),
+        importance=found.importance_dataframe().assign(name=names),
         interactions=found.interactions,
         faithfulness=faithful,
         masked=masked,

@@ -18,7 +18,7 @@ from flmoe_fast.probes.by_surrogate import LEAST_POINTS, by_surrogate
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
-from flmoe_fast.probes.pairs import resolve_pairs
+from flmoe_fast.probes.pairs import Pairs, resolve_pairs
 from flmoe_fast.probes.result import InteractionResult, checked_names
 from flmoe_fast.probes.run import Found, Run, per_head
 from flmoe_fast.probes.surrogate import MOST_POINTS
@@ -33,7 +33,7 @@ def interactions(
     *,
     rows: Sequence[int] | None = None,
     cols: Sequence[int] | None = None,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Pairs | None = None,
     n: int | None = None,
     contexts: int | None = None,
     budget: int | None = None,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.games.game import Game
 
+#: Pairs (P, 2) of players as they are given.
+Pairs: TypeAlias = Sequence[tuple[int, int]] | np.ndarray | torch.Tensor
+
 
 def resolve_pairs(
     game: Game,
-    pairs: Sequence[tuple[int, int]] | torch.Tensor | None,
+    pairs: Pairs | None,
     rows: Sequence[int] | torch.Tensor | None = None,
     cols: Sequence[int] | torch.Tensor | None = None,
 ) -> torch.Tensor:

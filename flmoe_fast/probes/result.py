@@ -121,7 +121,7 @@ class InteractionResult:
         """What a head says about the pair with a number, a row of ``pairs``."""
         i, j = self.pairs[pair].tolist()
         number = self.head(head)
-        values = {}
+        values: dict[str, Any] = {}
         for of in ("sii", "gap"):
             centre, stderr = float(self.column(of, number)[pair]), float(self.column(f"{of}_stderr", number)[pair])
             half = float(half_width(np.array(stderr), self.degrees[pair], 0.95))
@@ -262,14 +262,16 @@ class InteractionResult:
         table[[c for c in "ij" if c in table]] = table[[c for c in "ij" if c in table]].astype("Int64")
         return table[[*first, "value", "stderr", "low", "high"]]
 
-    def plot(self, head: str | int | None = None, of: str = "sii", ax=None):
-        """Heat map of the pairs (first player down, second across); a dot marks intervals that exclude zero.
+    def plot(self, head: str | int | None = None, of: str = "sii", kind: str = "matrix", ax=None):
+        """A picture of ``of`` ("sii" or "gap"), as matplotlib Axes.
 
-        Returns the matplotlib Axes.
+        ``kind`` is "matrix" (first player down, second across; a dot marks intervals that exclude zero) or "network"
+        (players on a circle; lines are the wider the larger, and the fainter the less certain).
         """
-        from flmoe_fast.probes.heatmap import heatmap
+        from flmoe_fast.probes.pictures import heatmap, network
 
-        return heatmap(self, head=head, of=of, ax=ax)
+        one_of("kind", kind, ("matrix", "network"))
+        return (network if kind == "network" else heatmap)(self, head=head, of=of, ax=ax)
 
     def to_shapiq(self, index: str = "SII", head: str | int | None = None):
         """As ``shapiq.InteractionValues``, see :func:`flmoe_fast.probes.export.to_shapiq`."""

@@ -17,6 +17,7 @@ from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.faithful.curves import (
     Faithfulness,
     faithfulness,
+    faithfulness_errors,
     faithfulness_table,
     paired_gaps,
     write_tables,
@@ -36,7 +37,8 @@ def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[s
     """Measure every wanted importance method, or go on where an earlier call was stopped.
 
     Writes, into ``faithfulness/<method>``, the curves of the samples in blocks, the two tables of
-    :func:`write_tables`, and ``gaps.json`` with the AOPC gaps and their standard errors over samples.
+    :func:`write_tables`, ``errors.csv`` with standard errors over samples, and ``gaps.json`` with the AOPC gaps and
+    theirs.
 
     Returns
     -------
@@ -53,6 +55,8 @@ def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[s
         targets = study.splits.part(options.part).targets[rows]
         table = faithfulness_table(samples, targets, study.splits.task, mode=options.aopc)
         write_tables([table], folder, study.splits.name.replace(" ", "_"), suffix=SUFFIXES[options.part])
+        with replacing(folder / "errors.csv", "w") as file:
+            faithfulness_errors(samples).to_csv(file, index=False)
         gaps = {name: {"mean": mean, "stderr": error} for name, (mean, error) in paired_gaps(samples).items()}
         with replacing(folder / "gaps.json", "w") as file:
             json.dump({"samples": len(samples), "part": options.part, **gaps}, file)
@@ -61,12 +65,15 @@ def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[s
 
 
 def read_tables(settings: RunSettings) -> dict[str, pandas.DataFrame]:
-    """The tables of a run's folder by method, with the columns of :func:`faithfulness_table`."""
+    """The tables of a run's folder by method: :func:`faithfulness_table` and standard errors beside it."""
     found = {}
     for path in sorted((settings.out / "faithfulness").glob("*/*_raw_*.csv")):
         table = pandas.read_csv(path)
         means = {name: name.removesuffix("_mean") for name in table.columns if name.endswith("_mean")}
-        found[path.parent.name] = table[["K_percent", *means]].rename(columns=means)
+        table = table[["K_percent", *means]].rename(columns=means)
+        if (path.parent / "errors.csv").is_file():
+            table = table.merge(pandas.read_csv(path.parent / "errors.csv"), on="K_percent")
+        found[path.parent.name] = table
     return found
 
 

@@ -16,27 +16,50 @@ from flmoe_fast.pipeline.faithful.curves import COLUMNS
 from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
 from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
-from flmoe_fast.pipeline.show.figures import (
-    faithfulness_figure,
-    importance_maps,
-    local_bars,
-    logit_histograms,
-    loss_curves,
-    masking_figure,
-    new_figure,
-    occurrence_figure,
-    pair_view,
-    place_maps,
-    routing_violins,
+from flmoe_fast.pipeline.show.curves import (
+    faithfulness_lines,
+    interaction_loss_lines,
+    loss_lines,
+    masking_accuracy,
+    masking_lines,
 )
+from flmoe_fast.pipeline.show.data_views import occurrence_bars, place_map
 from flmoe_fast.pipeline.show.html import Page, inked
-from flmoe_fast.pipeline.show.views import View
+from flmoe_fast.pipeline.show.look import new_figure
+from flmoe_fast.pipeline.show.model_views import expert_bars, logit_histogram, routing_violins
+from flmoe_fast.pipeline.show.pair_view import pair_view
+from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, waterfall
+from flmoe_fast.pipeline.summary import player_points, summarize
+from flmoe_fast.probes.colours import unit_of
+from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.runs.explain import explained_with, read_records
 from flmoe_fast.runs.faithfulness import read_tables
 from flmoe_fast.runs.settings import RunSettings
 
 #: Rows of a sample's table of pairs.
 PAIRS = 50
+#: Classes whose logits are drawn.
+CLASSES = 8
+#: What words of the page mean, where they first appear.
+MEANING = {
+    "Expert": "one of the transformers that the mixture is made of. Each is trained to hold one kind of information: "
+    "what one modality alone says (uniqueness), what only all together say (synergy), what each could say alone "
+    "(redundancy).",
+    "Routing weight": "how much the mixture listens to an expert for a sample; the weights of a sample add up to one.",
+    "Interaction loss": "what in training pushes each expert towards its kind of information.",
+    "Logit": "an expert's score of a class before it is turned into a probability.",
+    "Comprehensiveness": "how much is lost when the most important tokens of every modality are replaced.",
+    "Sufficiency": "how much is lost when everything but the most important tokens is replaced.",
+    "AOPC": "the drop averaged over the percentages of tokens; the gap compares with as many random tokens.",
+    "Shapley interaction (SII)": "positive where two tokens are worth more together than the sum of what each adds "
+    "(synergy, red), negative where one makes the other less needed (substitution, blue), zero where they add up.",
+    "Redundancy gap": "how much it costs to lose both tokens where losing either one is cheap (ochre); the strict gap "
+    "is positive only where each stands in for the other.",
+    "Standard error (s.e.)": "how far an estimate is expected to be from what endless computing would give. Lines are "
+    "the wider the larger the effect, and the fainter the fewer standard errors it is away from zero.",
+    "Shapley value": "a token's fair share of what all tokens together change about the model's output.",
+    "Importance": "attention and gradients, a quick guess at what matters; it chose the pairs that were probed.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +139,15 @@ def build_page(contents: RunContents) -> Page:
         _occurrence(page, contents)
         if contents.records:
             page.section("Samples")
-            page.text(
-                "A positive Shapley interaction (SII, red) says that two tokens are worth more together than the sum "
-                "of what each adds; a negative one (blue) that one makes the other less needed. Lines are wider the "
-                "more standard errors the estimate is away from zero."
-            )
+            _explain(page, "Shapley interaction (SII)", "Redundancy gap", "Standard error (s.e.)")
         for record in contents.records:
             _sample(page, contents, record)
     return page
+
+
+def _explain(page: Page, *terms: str) -> None:
+    for term in terms:
+        page.term(term, MEANING[term])
 
 
 def _model(page: Page, contents: RunContents) -> None:
@@ -145,7 +169,9 @@ def _model(page: Page, contents: RunContents) -> None:
         page.text(f"Take care: {text}.")
     if rows:
         page.table("Scores", pandas.DataFrame(rows))
+    _explain(page, "Expert")
     if contents.history:
+        _explain(page, "Interaction loss")
         flat = [
             {
                 **{k: v for k, v in record.items() if k != "seconds" and not isinstance(v, (list, dict))},
@@ -155,7 +181,8 @@ def _model(page: Page, contents: RunContents) -> None:
             for record in contents.history
         ]
         text = "Losses by epoch: the total and the task's, and the interaction loss of every expert."
-        page.figure(loss_curves(contents.history, contents.experts), text, pandas.DataFrame(flat))
+        pictures = (loss_lines(contents.history), interaction_loss_lines(contents.history, contents.experts))
+        page.figure(pictures, text, pandas.DataFrame(flat))
     if contents.predictions:
         weights, logits = contents.predictions["weights"], contents.predictions["expert_logits"]
         table = pandas.DataFrame(
@@ -171,6 +198,7 @@ def _model(page: Page, contents: RunContents) -> None:
                 / len(weights),
             }
         )
+        _explain(page, "Routing weight", "Logit")
         page.figure(
             routing_violins(weights, contents.experts),
             "How much the mixture listens to every expert, test part.",
@@ -181,18 +209,17 @@ def _model(page: Page, contents: RunContents) -> None:
             for i, c in enumerate(contents.classes)
             for j, e in enumerate(contents.experts)
         ]
-        text = "Logits of every expert for every class, test part."
-        page.figure(logit_histograms(logits, contents.experts, contents.classes), text, pandas.DataFrame(spread))
+        pictures = [logit_histogram(logits[:, :, i], contents.experts, c) for i, c in enumerate(contents.classes)]
+        more = f"; the first {CLASSES} of {len(pictures)} classes" if len(pictures) > CLASSES else ""
+        text = f"Logits of every expert for every class, test part{more}."
+        page.figure(pictures[:CLASSES], text, pandas.DataFrame(spread))
 
 
 def _faithful(page: Page, contents: RunContents) -> None:
     if not contents.tables:
         return
     page.section("Faithfulness")
-    page.text(
-        "The most important tokens of every modality are replaced (comprehensiveness: how much is lost without them) "
-        "or everything else is (sufficiency: how much is lost with only them), and as many random tokens to compare."
-    )
+    _explain(page, "Comprehensiveness", "Sufficiency", "AOPC")
     rows = [
         {
             "importance": method,
@@ -208,8 +235,9 @@ def _faithful(page: Page, contents: RunContents) -> None:
             for method, table in contents.tables.items()
         ]
     )
-    text = "Drop of the target's probability by share of tokens; dashed: random tokens."
-    page.figure(faithfulness_figure(contents.tables), text, whole[["importance", *[c for c in COLUMNS if c in whole]]])
+    text = "Drop of the target's probability by share of tokens, ± s.e. over samples; dashed: random tokens."
+    pictures = [faithfulness_lines(contents.tables, of) for of in ("comprehensiveness", "sufficiency")]
+    page.figure(pictures, text, whole[["importance", *[c for c in COLUMNS if c in whole]]])
 
 
 def _masked(page: Page, contents: RunContents) -> None:
@@ -235,9 +263,15 @@ def _masked(page: Page, contents: RunContents) -> None:
     )
     table = pandas.concat(tables)
     text = "Drop of the value, and accuracy, by number of masked pairs; dashed: random tokens."
-    page.figure(masking_figure(curves, scores or None), text, table[["ranking", *table.columns.drop("ranking")]])
+    unit = f"of the value, in {_unit(contents)}"
+    pictures = [masking_lines(curves, unit=unit), *([masking_accuracy(scores)] if scores else [])]
+    page.figure(pictures, text, table[["ranking", *table.columns.drop("ranking")]])
     for label, score_table in scores.items():
         page.table(f"Scores, {label}", score_table)
+
+
+def _unit(contents: RunContents) -> str:
+    return unit_of(contents.records[0].interactions.about)
 
 
 def _targets(records: list[SampleRecord], contents: RunContents):
@@ -257,9 +291,11 @@ def _occurrence(page: Page, contents: RunContents) -> None:
     first = by_class["head"].iloc[0]
     shown = by_class[by_class["head"] == first].reset_index(drop=True)
     pairs = int(by_modalities[by_modalities["head"] == first]["pairs"].sum())
+    _explain(page, "Shapley interaction (SII)", "Redundancy gap")
     page.text(f"{len(contents.records)} explained samples, {pairs} probed pairs; pairs were chosen by importance.")
+    page.table("Means over samples, by head", summarize(contents.records).reset_index())
     text = f"Share of probed pairs with a sure interaction, by explained class ({first})."
-    page.figure(occurrence_figure(shown), text, by_class)
+    page.figure(occurrence_bars(shown), text, by_class)
     page.table("By pair of modalities and expert", by_modalities)
     maps = where(contents.records)
     if maps:
@@ -268,10 +304,20 @@ def _occurrence(page: Page, contents: RunContents) -> None:
             for name, (up, down) in maps.items()
             for r, c in np.ndindex(up.shape)
         ]
-        page.figure(place_maps(maps), "Where interactions occur in the images.", pandas.DataFrame(rows))
+        pictures = [
+            place_map(values, name, kind, _unit(contents))
+            for name, both in maps.items()
+            for values, kind in zip(both, ("synergy", "substitution"))
+        ]
+        page.figure(pictures, "Where interactions occur in the images.", pandas.DataFrame(rows))
     words = frequent_tokens(contents.records)
     if len(words):
         page.table("Tokens of texts and tables that are most often in probed pairs", words)
+    points = player_points(contents.records)
+    if len(points):
+        _explain(page, "Shapley value")
+        text = "Shapley values of tokens; in brackets how many samples a token was probed in."
+        page.figure(beeswarm(points, unit=_unit(contents)), text, points)
 
 
 def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
@@ -286,8 +332,9 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
     result = record.interactions
     page.text(
         f"True: {truth}. Value of {named} with all tokens {record.full:.4f}, with none {record.empty:.4f}. "
-        f"{result.evaluations:,} evaluations ({result.about.get('method', 'grid')}); "
-        f"rounding {float(np.nanmax(result.noise_share, initial=0.0)):.1e} of the variance.",
+        f"{result.evaluations:,} evaluations ({result.about['method']}); "
+        f"rounding {float(np.nanmax(result.noise_share, initial=0.0)):.1e} of the variance."
+        + (f" Files: samples/{record.folder}." if record.folder else ""),
         soft=True,
     )
     for m, view in enumerate(record.views):
@@ -295,46 +342,64 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
             order = result.order("abs_sii")[:12]
             ends = {record.places[p] for pair in result.pairs[order] for p in pair}
             page.tokens(view.tokens, [position for owner, position in ends if owner == m])
-    for of, head in (("sii", None), ("gap", "redundancy" if "redundancy" in (result.heads or ()) else None)):
-        axes = pair_view(result, record.places, record.views, head=head, of=of)
-        name = "Interactions" if of == "sii" else f"Redundancy ({result.gap_kind} gap)"
-        axes.set_title(f"{name}, {result.heads[result.head(head)] if result.heads else 'value'}")
-        table = _named(result.to_dataframe(head or 0), record)
-        table = table.iloc[result.order("abs_sii" if of == "sii" else "gap", head)[:PAIRS]]
-        description = f"{name} of token pairs of sample {record.id}."
-        page.figure(axes.figure, description, table)
+    heads = [head for head in (result.heads or ("value",)) if not head.startswith("weighted")]
+    for of, name in (("sii", "Shapley interaction"), ("gap", f"{result.gap_kind.capitalize()} redundancy gap")):
+        page.choice(f"{name} in", {head: _pairs_of(record, name, of, head) for head in heads})
     for name, order in result.also:
-        page.table(
-            f"{name} of {'pairs' if order == 2 else 'tokens'}", _named(result.index(name, order), record)[:PAIRS]
-        )
-    rows, columns = (len(set(side.tolist())) for side in result.pairs.T)
-    figure = new_figure(3.0 + 0.32 * columns, 1.8 + 0.26 * rows)
-    result.plot(ax=figure.subplots())
-    every = _named(result.to_dataframe(0), record)
-    page.figure(figure, "Interaction of every probed pair; a dot marks intervals that exclude zero.", every)
-    frame = record.importance.assign(name=[_name(record, p) for p in range(len(record.importance))])
-    page.figure(importance_maps(frame, record.groups), "Importance of the tokens, by expert.", frame)
+        members = "pairs" if order == 2 else "tokens"
+        page.table(f"{name} of {members}", _without_numbers(_named_index(result, name, order))[:PAIRS])
+    _players(page, record)
     logits = pandas.DataFrame(record.expert_logits.T, columns=record.experts)
     logits.insert(0, "class", contents.classes)
     logits["mixture"] = record.weights @ record.expert_logits
     page.figure(
-        local_bars(record.expert_logits, record.weights, record.experts, contents.classes),
-        "What every expert says, how much it counts, and the sum.",
+        expert_bars(record.expert_logits, record.weights, record.experts, contents.classes),
+        "Every expert's logits times its routing weight (in brackets), and their sum, the mixture.",
         logits,
     )
 
 
-def _name(record: SampleRecord, player: int) -> str:
-    m, position = record.places[player]
-    view: View = record.views[m]
-    return f"{view.name} {position}: {view.tokens[position].strip()}"
+def _pairs_of(record: SampleRecord, name: str, of: str, head: str) -> tuple[list, str, pandas.DataFrame]:
+    """Both pictures of a sample's pairs for one head, what they show, and their numbers."""
+    result = record.interactions
+    column = head if result.heads else None
+    axes = pair_view(result, record.places, record.views, head=column, of=of)
+    axes.set_title(f"{name}, {head}")
+    rows, columns = (len(set(side.tolist())) for side in result.pairs.T)
+    matrix = new_figure(3.0 + 0.32 * columns, 1.8 + 0.26 * rows).subplots()
+    result.plot(head=column, of=of, ax=matrix)
+    table = result.top(PAIRS, "abs_sii" if of == "sii" else "gap", column)
+    text = f"{name} of token pairs of sample {record.id}, {head}; a dot marks intervals that exclude zero."
+    return [axes, matrix], text, _without_numbers(table)
 
 
-def _named(table: pandas.DataFrame, record: SampleRecord) -> pandas.DataFrame:
-    """A table of pairs with the tokens' own names."""
-    table = table.copy()
-    for side in (side for side in "ij" if side in table):
-        table[f"name_{side}"] = [_name(record, int(p)) for p in table[side]]
+def _players(page: Page, record: SampleRecord) -> None:
+    """What single tokens of a sample do: Shapley values where they were asked for, and importance."""
+    result = record.interactions
+    values = result.also.get(("SV", 1))
+    if values is not None:
+        _explain(page, "Shapley value")
+        names = [result.player_names[player] for player in values.members[:, 0]]
+        value, error = (part.reshape(len(names), -1)[:, 0] for part in (values.values, values.stderr))
+        unit = unit_of(result.about)
+        axes = waterfall(names, value, record.empty, record.full, errors=error, unit=unit)
+        text = "From the value with no token to the value with all, by Shapley values of the probed tokens ± s.e."
+        page.figure(axes, text, _without_numbers(_named_index(result, "SV", 1)))
+    _explain(page, "Importance")
+    frame = record.importance.assign(name=list(result.player_names))
+    page.figure(importance_rows(frame, record.groups), "Importance of the tokens, by expert.", frame)
+
+
+def _named_index(result: InteractionResult, name: str, order: int) -> pandas.DataFrame:
+    """The table of a further index with the players' names."""
+    table = result.index(name, order)
+    for place, side in enumerate(side for side in "ij" if side in table):
+        table.insert(place, f"name_{side}", [result.player_names[int(p)] for p in table[side]])
+    return table
+
+
+def _without_numbers(table: pandas.DataFrame) -> pandas.DataFrame:
+    """A table of players that have names."""
     return table[[c for c in table.columns if c not in ("i", "j", "head")]]
 
 

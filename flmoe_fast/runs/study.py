@@ -197,8 +197,11 @@ class Study:
             edges = np.arange(count + 1) * len(values) // count
             return View(name, "table", tuple(f"columns {a} to {b - 1}" for a, b in zip(edges, edges[1:])))
         titles = self.raw.columns.get(name, ()) if self.raw is not None else ()
+        if titles:  # as they were written, not as the model takes them
+            assert self.raw is not None
+            values = self.raw.values[name][self.raw.ids.index(data.ids[row])]
         titles = titles or tuple(f"{name} {n}" for n in range(count))
-        return View(name, "table", tuple(f"{title} = {value:.3g}" for title, value in zip(titles, values.tolist())))
+        return View(name, "table", tuple(f"{title} = {value:.5g}" for title, value in zip(titles, values.tolist())))
 
 
 def _seen(backbone: VisionBackbone, path) -> np.ndarray:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -239,30 +239,54 @@ def faithfulness_table(
 
     column, percents = _common(samples, head)
     scores = dict.fromkeys(("accuracy", "micro_f1", "macro_f1"), float("nan"))
-    if targets is not None and all(sample.logits is not None for sample in samples):
+    logits = [sample.logits for sample in samples if sample.logits is not None]
+    if targets is not None and len(logits) == len(samples):
         if len(targets) != len(samples):
             raise ArgumentError("targets", f"{len(targets)} targets", f"one for each of {len(samples)} samples")
-        scores |= score(torch.from_numpy(np.stack([sample.logits for sample in samples])), targets, task)
+        scores |= score(torch.from_numpy(np.stack(logits)), targets, task)
     found = {}
     for name in ("comprehensiveness", "sufficiency"):
         drops = np.stack([getattr(sample, name)[:, column] for sample in samples])  # (N, K)
         random = np.stack([_mean_repeats(getattr(sample, f"random_{name}")[:, :, column]) for sample in samples])
         found[name] = {"identified": drops, "random": random}
-    table = {
+    table: dict[str, Any] = {
         "K_percent": percents,
         "orig_acc": scores["accuracy"],
         "orig_micro_f1": scores["micro_f1"],
         "orig_macro_f1": scores["macro_f1"],
     }
     for which in ("identified", "random"):
-        for name, drops in found.items():
-            table[f"{name}_prob_mean_{which}"] = _nanmean(drops[which])
-            table[f"aopc_{name}_prob_{which}"] = aopc(percents, drops[which], mode)
+        for name, both in found.items():
+            table[f"{name}_prob_mean_{which}"] = _nanmean(both[which])
+            table[f"aopc_{name}_prob_{which}"] = aopc(percents, both[which], mode)
     for name, sign in (("comprehensiveness", 1.0), ("sufficiency", -1.0)):
         means = table[f"{name}_prob_mean_identified"] - table[f"{name}_prob_mean_random"]
         area = table[f"aopc_{name}_prob_identified"] - table[f"aopc_{name}_prob_random"]
         table[f"{name}_prob_gap"], table[f"aopc_{name}_prob_gap"] = sign * means, sign * area
     return pandas.DataFrame(table)[list(COLUMNS)]
+
+
+def faithfulness_errors(samples: Sequence[Faithfulness], head: str | int | None = None) -> pandas.DataFrame:
+    """Standard errors over samples of the mean drops in :func:`faithfulness_table`.
+
+    Returns
+    -------
+    DataFrame
+        ``K_percent`` and ``<comprehensiveness or sufficiency>_prob_stderr_<identified or random>``; NaN for one sample.
+    """
+    import pandas
+
+    column, percents = _common(samples, head)
+    table: dict[str, Any] = {"K_percent": percents}
+    for name in ("comprehensiveness", "sufficiency"):
+        drops = {
+            "identified": [getattr(sample, name)[:, column] for sample in samples],
+            "random": [_mean_repeats(getattr(sample, f"random_{name}")[:, :, column]) for sample in samples],
+        }
+        for which, own in drops.items():
+            spread = np.std(own, axis=0, ddof=1) if len(samples) > 1 else np.full(len(percents), math.nan)
+            table[f"{name}_prob_stderr_{which}"] = spread / math.sqrt(len(samples))
+    return pandas.DataFrame(table)
 
 
 def paired_gaps(samples: Sequence[Faithfulness], head: str | int | None = None) -> dict[str, tuple[float, float]]:
@@ -328,12 +352,14 @@ def write_tables(
     pretty = pandas.concat([percents, pandas.DataFrame(texts, columns=columns)], axis=1)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for kind, table in (("raw", raw), ("pretty", pretty)):
-        paths.append(folder / f"{name}_imoe_masking_per_modality_mean_std_{kind}{suffix}.csv")
-        with replacing(paths[-1], "w") as file:
+
+    def written(kind: str, table: pandas.DataFrame) -> Path:
+        path = folder / f"{name}_imoe_masking_per_modality_mean_std_{kind}{suffix}.csv"
+        with replacing(path, "w") as file:
             table.to_csv(file, index=False)
-    return tuple(paths)
+        return path
+
+    return written("raw", raw), written("pretty", pretty)
 
 
 def _common(samples: Sequence[Faithfulness], head: str | int | None) -> tuple[int, tuple[float, ...]]:

@@ -19,7 +19,7 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.model.metrics import score
-from flmoe_fast.probes.pairs import resolve_pairs
+from flmoe_fast.probes.pairs import Pairs, resolve_pairs
 
 if TYPE_CHECKING:
     import pandas
@@ -72,7 +72,7 @@ class MaskedPairs:
 
 def mask_pairs(
     game: Game | Callable,
-    pairs_ranked: Sequence[tuple[int, int]] | np.ndarray | torch.Tensor,
+    pairs_ranked: Pairs,
     *,
     n: int | None = None,
     most: Sequence[int] = DEFAULT_BUDGETS,
@@ -148,8 +148,8 @@ def mask_pairs(
         top=by_budget[:, 0],
         random=by_budget[:, 1:],
         full_logits=None if logits is None else logits[0].numpy(),
-        top_logits=None if logits is None else classes[:, 0],
-        random_logits=None if logits is None else classes[:, 1:],
+        top_logits=None if classes is None else classes[:, 0],
+        random_logits=None if classes is None else classes[:, 1:],
     )
 
 
@@ -262,17 +262,18 @@ def masking_scores(masked: Sequence[MaskedPairs], targets: torch.Tensor, task: s
     if any(sample.full_logits is None for sample in masked):
         raise ArgumentError("masked", "samples of games without a model", "samples of a TokenGame")
 
-    def scores(logits: list[np.ndarray]) -> dict[str, float]:
+    def scores(name: str, *at: int) -> dict[str, float]:
+        logits = [getattr(sample, f"{name}_logits")[at] for sample in masked]
         return score(torch.from_numpy(np.stack(logits)), targets, task)
 
-    rows = []
-    whole = scores([sample.full_logits for sample in masked])
+    rows: list[dict[str, float]] = []
+    whole = scores("full")
     start = {f"{name}_{kind}": value for name, value in whole.items() for kind in ("top", "random")}
     rows.append({"pairs": 0, **start, **{f"{name}_random_std": 0.0 for name in whole}})
     for b, count in enumerate(masked[0].most):
-        row = {f"{name}_top": value for name, value in scores([s.top_logits[b] for s in masked]).items()}
-        repeats = masked[0].random_logits.shape[1]
-        random = [scores([s.random_logits[b, r] for s in masked]) for r in range(repeats)]
+        row = {f"{name}_top": value for name, value in scores("top", b).items()}
+        repeats = masked[0].random.shape[1]
+        random = [scores("random", b, r) for r in range(repeats)]
         for name in whole:
             values = [one[name] for one in random]
             row[f"{name}_random"] = float(np.mean(values))

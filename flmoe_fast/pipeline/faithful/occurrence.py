@@ -35,7 +35,7 @@ def occurrences(
     if not records:
         raise ArgumentError("records", "nothing", "at least one record")
     heads = records[0].interactions.heads
-    rows: dict[tuple[str, str], list[dict]] = {}
+    rows: dict[tuple[str | None, str], list[dict]] = {}
     for record in records:
         result = record.interactions
         if result.heads != heads:
@@ -46,7 +46,7 @@ def occurrences(
         groups = [(classes[c], slice(None)) for c in record.target]
         if by == "modalities":
             groups = [(name, pair_names == name) for name in dict.fromkeys(pair_names)]
-        for head in heads:
+        for head in heads or (None,):
             low, high = result.interval(level, "sii", head)
             gap_low, _ = result.interval(level, "gap", head)
             sii, gap = result.column("sii", head), result.column("gap", head)

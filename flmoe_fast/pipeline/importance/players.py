@@ -9,15 +9,14 @@ from torch import Tensor
 
 from flmoe_fast.adapt.dual_game import DualEncoderGame
 from flmoe_fast.adapt.encoder_game import EncoderGame
+from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game
 from flmoe_fast.pipeline.importance.tokens import IG_STEPS, METHODS, rolled_out
 
 
-def player_importance(
-    game: EncoderGame | DualEncoderGame, *, method: str = "attnXgrad", ig_steps: int = IG_STEPS
-) -> Tensor:
+def player_importance(game: Game, *, method: str = "attnXgrad", ig_steps: int = IG_STEPS) -> Tensor:
     """Importance of every player of a game that :func:`flmoe_fast.accelerate` has put on an encoder engine.
 
     As :func:`batch_importance` has it, of the target's logit (of the first value where the value is a function), with
@@ -44,11 +43,8 @@ def player_importance(
     """
     one_of("method", method, METHODS)
     steps = integer("ig_steps", ig_steps, least=1)
-    reason = unreadable(game)
-    if reason:
-        raise ArgumentError("game", *reason)
     found = torch.zeros(game.n, dtype=torch.float64)
-    for players, tower, explained in game.towers():
+    for players, tower, explained in readable_towers(game):
         problem = tower.problem
         with torch.inference_mode(False), torch.enable_grad():
             tokens = _integrated(tower, explained, steps) if method == "ig" else _attended(tower, explained, method)
@@ -57,14 +53,17 @@ def player_importance(
     return found
 
 
-def unreadable(game: Game) -> tuple[str, str] | None:
-    """What a game has, and would have to have, for its attention to be read; None where it can be."""
+def readable_towers(game: Game) -> list[tuple[Tensor, Tower, Callable[[Tensor], Tensor]]]:
+    """The towers of a game whose attention can be read, or :class:`ArgumentError`."""
+    if isinstance(game, ModuleGame) and game.slower is not None:
+        game = game.slower
     if not isinstance(game, (EncoderGame, DualEncoderGame)):
-        return type(game).__name__, "a game on an encoder engine, as accelerate(model).game makes"
-    for _, tower, _ in game.towers():
+        raise ArgumentError("game", type(game).__name__, "a game on an encoder engine, as accelerate(model).game makes")
+    towers = game.towers()
+    for _, tower, _ in towers:
         if tower.problem.mixed is not None:
-            return f"players that share tokens of {tower.stack.name}", "whole tokens a player"
-    return None
+            raise ArgumentError("game", f"players that share tokens of {tower.stack.name}", "whole tokens a player")
+    return towers
 
 
 def _attended(tower: Tower, explained: Callable[[Tensor], Tensor], method: str) -> Tensor:

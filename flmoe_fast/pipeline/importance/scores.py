@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flmoe_fast.checks import one_of
+from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.token_game import TokenGame
-from flmoe_fast.pipeline.importance.players import player_importance, unreadable
+from flmoe_fast.pipeline.importance.players import player_importance, readable_towers
 from flmoe_fast.pipeline.importance.tokens import METHODS, Importance, token_importance
 
 #: What :func:`player_scores` takes; "drop" asks nothing of the model but values of coalitions.
@@ -54,7 +54,11 @@ def player_scores(game: Game, method: str = "auto") -> dict[str, Tensor]:
 def _best(game: Game) -> str:
     if isinstance(game, TokenGame):
         return "ig" if game.problem.model.config.fusion == "interpretcc" else "attnXgrad"
-    return "drop" if unreadable(game) else "attnXgrad"
+    try:
+        readable_towers(game)
+    except ArgumentError:
+        return "drop"
+    return "attnXgrad"
 
 
 def _drops(game: Game) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -221,7 +222,7 @@ def target_weights(logits: Tensor, targets: Sequence[int | Tensor] | None, task:
     return weights
 
 
-def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Tensor:
+def target_classes(logits: Tensor, target: float | Tensor | None, task: str) -> Tensor:
     """Indices of the classes whose logits are averaged into the explained score.
 
     Parameters
@@ -243,7 +244,7 @@ def target_classes(logits: Tensor, target: int | Tensor | None, task: str) -> Te
     if target is None:
         target = predicted_target(logits, task)
     if isinstance(target, Tensor) and target.dim() == 0:
-        target = target.item()
+        return target_classes(logits, target.item(), task)
     if isinstance(target, numbers.Number):
         return torch.tensor([integer("target", target, least=0, most=classes - 1)], device=logits.device)
     if task != "multilabel" or not isinstance(target, Tensor):
@@ -290,12 +291,12 @@ def normalize_importance(values: Tensor, segments: Sequence[slice], candidates: 
 
 def rolled_out(layers: Sequence[Tensor]) -> Tensor:
     """Relevance matrices (B, L, L) of queries and keys, first layer first, multiplied: (B, L, L)."""
-    rolled = None
-    for matrix in layers:
+
+    def step(matrix: Tensor) -> Tensor:
         matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        matrix = matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-        rolled = matrix if rolled is None else matrix @ rolled
-    return rolled
+        return matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    return functools.reduce(lambda rolled, matrix: matrix @ rolled, map(step, layers))
 
 
 def sequence_segments(lengths: Sequence[int]) -> tuple[slice, ...]:

@@ -49,22 +49,24 @@ def report(explanation: Explanation, k: int = 5) -> str:
     k = integer("k", k, least=1)
     result = explanation.interactions
     parts = [_facts(explanation), _importance(explanation, k)]
-    heads = [head for head in ("mixture", "synergy", "redundancy") if head in result.heads] or [result.heads[0]]
+    known = result.heads or ()
+    heads: list[str | None] = [head for head in ("mixture", "synergy", "redundancy") if head in known] or [None]
     parts += [_pairs(result, head, k) for head in heads]
     return "\n\n".join(parts)
 
 
 def _facts(explanation: Explanation) -> str:
     game, result, prediction = explanation.game, explanation.interactions, explanation.prediction
-    first = result.heads[0]
+    first = result.heads[0] if result.heads else "the model"
     target = prediction["target"]
     target = f"class {target}" if isinstance(target, int) else "classes " + ", ".join(map(str, target))
-    kind = {"prob": "probability", "logit": "logit"}[game.value]
+    kind = {"prob": "probability", "logit": "logit"}.get(result.about["value"], "value")
     contexts = np.unique(result.contexts)
     each = str(contexts[0]) if len(contexts) == 1 else f"{contexts[0]} to {contexts[-1]}"
     how = f"in {each} contexts" if result.about.get("method", "grid") == "grid" else "by a surrogate"
     noise = float(np.max(result.noise_share))
-    counts = " + ".join(f"{len(players)} {name}" for name, players in game.groups)
+    counts = " (" + " + ".join(f"{len(players)} {name}" for name, players in game.groups) + ")" if game.groups else ""
+    device, dtype = result.about.get("device", "cpu"), result.about.get("dtype", "the model's own dtype")
     noise_text = f"{noise:.1e} of the variance of the second differences (noise share, worst head)"
     rows = [
         (
@@ -72,14 +74,20 @@ def _facts(explanation: Explanation) -> str:
             f"{kind} of {target} ({first}): {prediction['full']:.4f} with all players, "
             f"{prediction['empty']:.4f} with none",
         ),
-        ("players", f"{game.n} tokens ({counts}), of which {sum(map(len, explanation.candidates))} are candidates"),
-        ("probe", f"{len(result.pairs)} pairs {how}; {len(result.heads)} heads from the same evaluations"),
+        (
+            "players",
+            f"{game.n} tokens{counts}, of which {sum(map(len, explanation.candidates))} are candidates",
+        ),
+        ("probe", f"{len(result.pairs)} pairs {how}; {len(result.heads or (first,))} heads from the same evaluations"),
         (
             "evaluations",
             f"{result.evaluations:,} of the model, and {result.check_evaluations:,} in float64 to measure rounding",
         ),
         ("rounding", noise_text if np.isfinite(noise) else "not measured: the evaluations are float64 already"),
-        ("time", f"{explanation.seconds:.2f} s on {game.device} (backend {result.backend}, {result.about['dtype']})"),
+        (
+            "time",
+            f"{explanation.seconds:.2f} s on {device} (backend {result.backend}, {dtype})",
+        ),
     ]
     return facts(rows)
 
@@ -89,14 +97,14 @@ def _importance(explanation: Explanation, k: int) -> str:
     columns = [name for name in frame.columns if name not in ("player", "name")]
     shares = frame[columns] / frame[columns].sum()
     rows = []
-    for _, players in explanation.game.groups:
-        for p in shares.loc[list(players), "mixture"].nlargest(k).index:
+    for _, players in explanation.game.groups or (("players", tuple(range(explanation.game.n))),):
+        for p in shares.loc[list(players), columns[0]].nlargest(k).index:
             rows.append([frame["name"][p], *(f"{100 * shares[name][p]:.1f} %" for name in columns)])
     title = f"Tokens, the {k} most important of each modality: share of all players' importance, by column"
     return f"{title}\n{table(['token', *columns], rows)}"
 
 
-def _pairs(result: InteractionResult, head: str, k: int) -> str:
+def _pairs(result: InteractionResult, head: str | None, k: int) -> str:
     synergy, redundancy = result.order("sii", head)[:k], result.order("gap", head)[:k]
 
     def names(pairs: np.ndarray) -> list[str]:
@@ -109,7 +117,7 @@ def _pairs(result: InteractionResult, head: str, k: int) -> str:
     columns = [ranks, names(synergy), numbers("sii", synergy)]
     columns += [names(redundancy), numbers("gap", redundancy), numbers("sii", redundancy)]
     header = ["", "most synergistic", "SII ± s.e.", "most redundant", f"{result.gap_kind} gap ± s.e.", "its SII ± s.e."]
-    who = f"{head} expert" if head in ("synergy", "redundancy") else head
+    who = f"{head} expert" if head in ("synergy", "redundancy") else head or "the model"
     return f"Pairs, {who} ({result.gap_kind} gap: {GAP_MEANING[result.gap_kind]})\n{table(header, list(zip(*columns)))}"
 
 

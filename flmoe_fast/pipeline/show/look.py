@@ -1,0 +1,61 @@
+"""The look that all pictures share: style, fonts, the colours of curves, how names are shortened."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+#: One colour and one marker per curve or expert: told apart with any kind of colour vision, on light and dark ground,
+#: and none that means an interaction.
+CURVES = (
+    ("#8a5fbf", "o"),
+    ("#00a087", "s"),
+    ("#c47a2c", "^"),
+    ("#5b7083", "D"),
+    ("#c96ba8", "v"),
+    ("#7d8a1e", "P"),
+    ("#3aa3c9", "X"),
+    ("#7a4b2a", "*"),
+)
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False, "legend.frameon": False}
+#: Fonts in the order in which a glyph is looked for; those that the system has are used.
+FAMILIES = (
+    "DejaVu Sans",
+    "Noto Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Noto Sans Arabic",
+    "Noto Emoji",
+    "Symbola",
+)
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """The fonts of :data:`FAMILIES` that this system has, for letters of many scripts."""
+    there = set(font_manager.get_font_names())
+    return tuple(name for name in FAMILIES if name in there) or ("sans-serif",)
+
+
+def styled(more: Mapping[Any, Any] | None = None):
+    """The style of all pictures as a context, with further matplotlib parameters."""
+    return matplotlib.rc_context({**STYLE, "font.family": list(families()), **(more or {})})
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches that belongs to no window."""
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def shortened(text: str, most: int = 20) -> str:
+    """A name of at most ``most`` letters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

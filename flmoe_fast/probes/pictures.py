@@ -1,0 +1,131 @@
+"""Pictures of a result by itself: a matrix of its pairs, and a network of its players."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flmoe_fast.checks import integer, one_of
+from flmoe_fast.probes.colours import GAP_MAP, GROUND, SII_MAP, colour_of, fade_of, unit_of, width_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from flmoe_fast.probes.result import InteractionResult
+
+#: Lines of a network unless asked otherwise.
+LINKS = 24
+
+
+def title_of(result: InteractionResult, head: str | int | None, of: str) -> str:
+    """What is drawn, and of which head."""
+    kind = "Shapley interaction" if of == "sii" else f"redundancy gap ({result.gap_kind})"
+    return kind + ("" if result.heads is None else f", {result.heads[result.head(head)]}")
+
+
+def heatmap(
+    result: InteractionResult, *, head: str | int | None = None, of: str = "sii", ax: Axes | None = None
+) -> Axes:
+    """Draw ``result`` as a matrix: first player down, second across, grey where a pair was not probed.
+
+    The colour scale is symmetric about zero; a dot marks pairs whose 95 % interval excludes zero.
+    """
+    import matplotlib.pyplot as plt
+
+    score = result.column(of, head)
+    low, high = result.interval(of=of, head=head)
+    rows, row = np.unique(result.pairs[:, 0], return_inverse=True)
+    cols, col = np.unique(result.pairs[:, 1], return_inverse=True)
+    matrix = np.full((len(rows), len(cols)), np.nan)
+    matrix[row, col] = score
+    if ax is None:
+        _, ax = plt.subplots(figsize=(2.0 + 0.45 * len(cols), 1.5 + 0.4 * len(rows)), layout="constrained")
+    bound = np.nanmax(np.abs(matrix)) if np.isfinite(matrix).any() else 1.0
+    ax.set_facecolor("0.85")
+    colours = SII_MAP if of == "sii" else GAP_MAP
+    image = ax.imshow(matrix, cmap=colours, vmin=-bound or -1.0, vmax=bound or 1.0, aspect="auto")
+    sure = (low > 0) | (high < 0)
+    ax.plot(col[sure], row[sure], "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5)
+    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7)
+    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7)
+    ax.set_title(title_of(result, head, of), fontsize=9)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, label=unit_of(result.about))
+    return ax
+
+
+def network(
+    result: InteractionResult,
+    *,
+    head: str | int | None = None,
+    of: str = "sii",
+    links: int = LINKS,
+    ax: Axes | None = None,
+) -> Axes:
+    """The players of the probed pairs on a circle, and the largest interactions as lines between them.
+
+    Lines are red for synergy and blue for substitution (ochre for a redundancy gap), the wider the larger the effect,
+    and the fainter the less certain its sign.
+    """
+    import matplotlib.patheffects as effects
+    import matplotlib.pyplot as plt
+
+    one_of("of", of, ("sii", "gap"))
+    values, errors = result.column(of, head), result.column(f"{of}_stderr", head)
+    players = np.unique(result.pairs)
+    if ax is None:
+        size = 3.4 + 0.09 * min(len(players), 40)
+        _, ax = plt.subplots(figsize=(size + 1.2, size), layout="constrained")
+    angle = dict(zip(players.tolist(), np.pi / 2 - 2 * np.pi * np.arange(len(players)) / len(players)))
+    order = result.order("abs_sii" if of == "sii" else "gap", head)
+    order = order[np.nan_to_num(values[order]) != 0][: integer("links", links, least=1)]
+    largest = float(np.abs(values[order]).max(initial=0.0))
+    for pair in order[::-1]:
+        ends = np.array([(np.cos(angle[p]), np.sin(angle[p])) for p in result.pairs[pair].tolist()])
+        width, opacity = width_of(values[pair], largest), fade_of(values[pair], errors[pair])
+        casing = [effects.withStroke(linewidth=width + 1.6, foreground=GROUND)]
+        colour = colour_of(values[pair], of)
+        ax.plot(*ends.T, color=colour, linewidth=width, alpha=opacity, solid_capstyle="round", path_effects=casing)
+    for player in players.tolist():
+        x, y = np.cos(angle[player]), np.sin(angle[player])
+        ax.plot(x, y, "o", color="0.35", markersize=6, markeredgecolor=GROUND, zorder=3)
+        turn = np.degrees(angle[player]) % 360
+        left = 90 < turn < 270
+        ax.text(
+            1.08 * x,
+            1.08 * y,
+            result.player_names[player],
+            rotation=turn - 180 if left else turn,
+            rotation_mode="anchor",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=8,
+        )
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    link_legend(ax, values[order], of, unit_of(result.about), f"{len(order)} of {len(result)} pairs")
+    ax.set_title(title_of(result, head, of), fontsize=9)
+    return ax
+
+
+def link_legend(ax: Axes, values: np.ndarray, of: str, unit: str, what: str) -> None:
+    """Below a picture with links: which colours occur, how wide an effect is, and what fading means."""
+    from matplotlib.lines import Line2D
+
+    names = {"sii": ("synergy (SII > 0)", "substitution (SII < 0)"), "gap": ("gap > 0", "gap < 0")}[of]
+    seen = [(sign, name) for sign, name in zip((1.0, -1.0), names) if (sign * values > 0).any()]
+    handles = [Line2D([], [], color=colour_of(sign, of), linewidth=3, label=name) for sign, name in seen]
+    largest, symbol = float(np.abs(values).max(initial=0.0)), {"sii": "|SII|", "gap": "|gap|"}[of]
+    for size in (largest, largest / 4) if largest > 0 else ():
+        width = width_of(size, largest)
+        handles.append(Line2D([], [], color="0.5", linewidth=width, label=f"{symbol} = {size:.2g} {unit}"))
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncol=2,
+        fontsize=8,
+        frameon=False,
+        title=f"{what}; faint: uncertain",
+        title_fontsize=8,
+    )
