@@ -1,9 +1,9 @@
 """A Gaussian process of a game in two halves, even and odd, that keeps every evaluated value exact.
 
 Write a game as ``v = e + o`` with ``e(T) = (v(T) + v(N - T)) / 2`` even under complements and ``o`` odd. A pair of
-evaluations, of a coalition and its complement, gives one value of each. The Shapley interaction of two players depends on ``e`` alone, the Shapley
-value of one on ``o`` alone, and under a prior that treats a coalition and its complement alike the halves are
-independent: two matrices of half the side in place of one.
+evaluations, of a coalition and its complement, gives one value of each. The Shapley interaction of two players depends
+on ``e`` alone and the Shapley value of one on ``o`` alone. Under a prior that treats a coalition and its complement
+alike the halves are independent: two matrices of half the side in place of one.
 
 Each half is ``f + d``: a smooth part f with the product kernel of :mod:`flmoe_fast.probes.surrogate`, made even or odd,
 and a rough part d, independent from coalition to coalition. d is part of the game, not noise of a measurement: where a

@@ -112,8 +112,8 @@ class Run:
             self.spend(len(block) * grid.evaluations)
         per_unit = 2 if antithetic else 1
         samples = torch.cat(second)
-        where = [part for part in defined if part is not None]
-        share = unit_means(torch.cat(where).double(), per_unit) if where else None
+        known = [part for part in defined if part is not None]
+        share = unit_means(torch.cat(known).double(), per_unit) if known else None
         return DrawnGrid(
             chosen,
             contexts,
