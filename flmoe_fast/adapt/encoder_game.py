@@ -128,7 +128,7 @@ class EncoderGame(Game):
         }
 
     def _make_tower(self, **known: object) -> None:
-        run, read = self.model.__call__, self.score.read
+        run, read = self.model, self.score.read
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower
         self.more_exact = more_exact(tower)

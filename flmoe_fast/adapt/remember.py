@@ -31,8 +31,8 @@ class Remembered:
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         distinct, again = coalitions.bool().cpu().unique(dim=0, return_inverse=True)
         keys = [row.tobytes() for row in distinct.numpy()]
-        rows = [self._rows.get(key) for key in keys]
-        missing = [i for i, row in enumerate(rows) if row is None]
+        rows = {key: row for key in keys if (row := self._rows.get(key)) is not None}
+        missing = [i for i, key in enumerate(keys) if key not in rows]
         if missing:
             found = self.compute(distinct[missing])
             with self._lock:
@@ -40,8 +40,8 @@ class Remembered:
                 if len(self._rows) + len(missing) > min(MOST_ROWS, MOST_NUMBERS // max(1, found[0].numel())):
                     self._rows.clear()
                 for i, row in zip(missing, found):
-                    rows[i] = self._rows[keys[i]] = row
-        return torch.stack(rows)[again]
+                    rows[keys[i]] = self._rows[keys[i]] = row
+        return torch.stack([rows[key] for key in keys])[again]
 
     def forget(self) -> None:
         """Compute everything anew from here on."""
