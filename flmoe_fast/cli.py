@@ -34,7 +34,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 _EXPLAIN: dict[str, Any] = {
     **dict.fromkeys(("sample", "out", "contexts", "budget", "target", "dtype", "device")),
     "candidates": DEFAULT_CANDIDATES,
-    "method": "grid",
+    "method": "auto",
     "also": (),
     "seed": 0,
     "gap": DEFAULT_GAP,

@@ -94,7 +94,7 @@ class TrainingSettings:
 class ExplainSettings:
     """Which samples are explained, and options of :func:`flmoe_fast.explain`.
 
-    ``method`` is how interactions are estimated (a grid, a surrogate, or what the evidence says), ``also`` names other
+    ``method`` is how interactions are estimated (:func:`flmoe_fast.interactions`), ``also`` names other
     indices to take from the same evaluations.
     """
 
@@ -104,7 +104,7 @@ class ExplainSettings:
     candidates: int = 10
     contexts: int | None = None
     budget: int | None = None
-    method: str = "grid"
+    method: str = "auto"
     also: tuple[str, ...] = ()
     seed: int = 0
     gap: str = DEFAULT_GAP
