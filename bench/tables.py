@@ -13,13 +13,14 @@ import re
 import sys
 from pathlib import Path
 
-from bench import adapt, contexts, cpu, digits, explainers, gpu, hdxor, memory, mixes, peers_tables, pipeline, zoo
+from bench import adapt, contexts, cpu, digits, explainers, gpu, hdxor, memory, mixes, peers_tables, pipeline, soak, zoo
 from bench.cells import markdown
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md", ROOT / "docs" / "models.md")
-BENCHES = (cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables, zoo)
+DOCS = ("accuracy", "precision", "models", "guarantees")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+BENCHES = (cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables, soak, zoo)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

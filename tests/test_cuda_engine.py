@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
 import torch
-from edge_shapes import Edge, sparse
+from edge_shapes import FUSED_EDGES, Edge, sparse
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
-from test_triton_engine import (  # noqa: E402
-    DEVICE,
-    GPU,
-    coalitions_of,
-    error_of,
-    limit,
-    poison,  # noqa: F401
-    problem_of,
-    quick_interpreter,  # noqa: F401
-)
+from breaks import FAULTS  # noqa: E402
+from gpu_cases import DEVICE, EXTENSION, GPU, SMALL, error_of, limit, runs_fused  # noqa: E402
+from gpu_cases import FUSED_SHAPES as SHAPES  # noqa: E402
+from gpu_cases import fused_engine as engine  # noqa: E402
+from parity import coalitions_of, problem_of  # noqa: E402
 
 from flmoe_fast.checks import ArgumentError  # noqa: E402
 from flmoe_fast.engines.engine import Request  # noqa: E402
@@ -28,47 +24,10 @@ from flmoe_fast.engines.gpu import cuda_chunk, fastest  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda import CudaEngine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda_chunk import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
-from flmoe_fast.native import extension  # noqa: E402
 
-EXTENSION, MISSING = extension()
-pytestmark = [
-    pytest.mark.skipif(EXTENSION is None, reason=f"no extension: {MISSING}"),
-    pytest.mark.skipif(
-        not (GPU or triton_engine.interpreted()),
-        reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started",
-    ),
-]
-SMALL = {"hidden": 64, "heads": 2}
+pytestmark = [*runs_fused, pytest.mark.usefixtures("poison", "quick_interpreter")]
 TINY = Edge("tiny", (3, 2), (3, 1), **SMALL)
-#: One token each; tiles of rows, queries and keys that are not full, or more than one; every number of heads; the
-#: stages of the last kernel; one head of 256; three and four modalities, and one that is absent; both generations.
-SHAPES = [
-    Edge("one token each", (1, 1), (1, 1), **SMALL),
-    Edge("no masks, one head", (4, 5), None, hidden=64, heads=1),
-    Edge("two query tiles", (40, 31), (37, 29), **SMALL),
-    Edge("many key tiles", (19, 20), (18, 17), hidden=64, heads=1),
-    Edge("four heads", (6, 7), (3, 5), hidden=128, heads=4),
-    Edge("one head of 256", (3, 2), (3, 2), hidden=256, heads=1),
-    Edge("absent modality", (4, 3, 6), (4, 0, 2), **SMALL),
-    Edge("four modalities", (2, 3, 1, 4), (2, 3, 1, 2), **SMALL),
-    Edge("one layer", (4, 3), (4, 2), layers=1, **SMALL),
-    Edge("three layers", (4, 3), (4, 2), layers=3, **SMALL),
-    Edge("original", (4, 4), None, generation="original", **SMALL),
-    Edge("original, one layer", (4, 4, 4), None, generation="original", layers=1, **SMALL),
-]
-#: Planted mistakes (csrc/fused/emulator.h), and how each shows: as an error, or as numbers out of bounds.
-FAULTS = {
-    "consumers wait for no copy": (1, "an arrival too many"),
-    "copies wait for no consumer": (2, "an arrival too many"),
-    "consumers keep their stages": (3, "nobody can go on: .*warp 8 waits for barrier"),
-    "products are not waited for": (4, None),
-    "swizzle": (5, None),
-}
 on_cpu = pytest.mark.skipif(GPU, reason="the emulator is for CPUs; a GPU has no planted mistakes")
-
-
-def engine(edge: Edge, precision: str = "fp16x2", **options) -> CudaEngine:
-    return CudaEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
 
 
 @pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)
@@ -224,3 +183,45 @@ def test_auto_takes_what_was_faster(monkeypatch):
 def test_reason_names_the_extension(monkeypatch):
     monkeypatch.setattr(cuda_engine, "extension", lambda: (None, "not compiled here"))
     assert CudaEngine.why_not(Request(torch.float32, DEVICE, problem_of(TINY))) == "not compiled here"
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("cuda", "error", "reason"),
+    [
+        (False, "", "the extension has no CUDA kernels: built where there was no nvcc"),
+        (True, "CUDA error 209", "the kernels do not load on GPU: fused_fit: CUDA error 209"),
+        (True, "", "a block needs 231472 bytes of shared memory, and the device has 101376"),
+    ],
+)
+def test_what_a_device_lacks_is_a_reason_and_no_error(cuda: bool, error: str, reason: str, monkeypatch):
+    """So that "auto" goes on to the next engine."""
+
+    class Extension:
+        @staticmethod
+        def info():
+            return {"cuda": cuda, "without_cuda": "" if cuda else "built where there was no nvcc"}
+
+        fused_supported = staticmethod(lambda hidden, depth: True)
+
+        @staticmethod
+        def fused_fit(hidden):
+            if error:
+                raise RuntimeError(f"fused_fit: {error}")
+            return 0, 231472, 101376
+
+    monkeypatch.setattr(cuda_engine, "extension", lambda: (Extension, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert CudaEngine.why_not(Request(torch.float32, torch.device("cuda"), problem_of(TINY))) == reason
+
+
+def test_a_gpu_is_asked_for_every_fused_kernel():
+    """Every width and head width, in a layer behind the first; and the last kernel without attention."""
+    widths = [2**power for power in range(4, 11)]
+    there = {(hidden, depth) for hidden in widths for depth in widths if EXTENSION.fused_supported(hidden, depth)}
+    assert len(there) == 8
+    assert {(edge.hidden, edge.hidden // edge.heads) for edge in FUSED_EDGES if edge.layers > 1} == there
+    assert any(edge.layers == 1 for edge in FUSED_EDGES)
