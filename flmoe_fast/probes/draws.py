@@ -44,7 +44,7 @@ LEVELS = 16
 SHARED = 0.2
 #: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
 #: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
-WIDER, SCALES = {"max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
+WIDER, SCALES = {"sum": 1.25, "max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
 #: These contexts are independent of all that are evaluated on the game.
@@ -141,7 +141,7 @@ class Drawn:
         self._halves = {sign: _DrawnHalf(process.half(sign), count // 2, self.generator) for sign in (1, -1)}
         self._seen = torch.cat([process.values, process.complements])
         self._least, self._most = self._seen.min(0).values, self._seen.max(0).values
-        self._levels = [_levels(column) for column in self._seen.T]
+        self._levels = [levels_of(column) for column in self._seen.T]
         self._local = _local_scales(process, self._seen)
         words = pack(torch.cat([process.coalitions, ~process.coalitions]))
         self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
@@ -181,7 +181,7 @@ class Drawn:
         return values
 
 
-def _levels(values: torch.Tensor) -> torch.Tensor | None:
+def levels_of(values: torch.Tensor) -> torch.Tensor | None:
     """The values (L,) that a game takes where these are few, as in a decision tree; None where they are not."""
     levels = values.unique()
     return levels if len(levels) <= min(LEVELS, len(values) // 8) else None
