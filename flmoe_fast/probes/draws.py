@@ -44,7 +44,7 @@ LEVELS = 16
 SHARED = 0.2
 #: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
 #: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
-WIDER, SCALES = {"sum": 1.25, "max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
+WIDER, SCALES = {"sum": 1.25, "max": 1.25, "strict": 1.25, "ratio": 4.0}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
 #: These contexts are independent of all that are evaluated on the game.
