@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and of pages under docs from the files under bench/results.
+"""Fill the tables of README.md and of the pages under docs from the files under bench/results.
 
     python -m bench.tables [--check]
 
@@ -19,7 +19,7 @@ from bench import peers_tables
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "precision.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("measured", "accuracy", "precision")))
 
 
 def _machine(head: dict) -> str:
@@ -336,6 +336,37 @@ def filled(text: str) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def headline() -> str:
+    """What a reader sees first: three ratios with their spread, each with the file that it is from."""
+    rows = []
+    head, found = read("cpu-engine") or ({}, [])
+    fast = [row for row in found if row["shape"] == "mmimdb" and row["candidate"].startswith("native")]
+    if fast:
+        best = max(fast, key=lambda row: row["times_naive_per_pair_sample"]["median"])
+        ratio = _times(best["times_naive_per_pair_sample"])
+        rows.append(
+            [ratio, "as fast as one coalition at a time, for a sample of every pair: FL-I2MoE, 516 tokens, CPU"]
+        )
+        rows[-1].append("cpu-engine")
+    _, found = read("explainers") or ({}, [])
+    drop = [row for row in found if row.get("perturbations_per_eval") == 32 and "times_faster_on_engine" in row]
+    if drop:
+        ratio = _times(drop[0]["times_faster_on_engine"])
+        rows.append([ratio, "as fast as captum's Shapley values with batches of 32, the same numbers", "explainers"])
+    _, found = read("adapt") or ({}, [])
+    clip = [row for row in found if row["case"] == "clip" and row["candidate"] == "engine"]
+    if clip:
+        ratio = _times(clip[0]["times_first"])
+        rows.append([ratio, "as fast as CLIP itself on a grid of words and patches, the same numbers", "adapt"])
+    if not rows:
+        return "not measured"
+    table = [[f"**{ratio}**", what, f"[{name}](bench/results/{name}.jsonl)"] for ratio, what, name in rows]
+    return f"{_markdown(['median (quartiles)', '', 'file'], table)}\n\n{_machine(head)}"
+
+
+TABLES["headline"] = headline
 
 
 def main() -> None:
