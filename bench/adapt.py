@@ -20,6 +20,7 @@ import transformers as hf
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from bench.cells import Table, quartiles
 from bench.timing import interleave, spread, write
 from flmoe_fast import accelerate, image_players, text_players
 from flmoe_fast.adapt.experts import experts_forward
@@ -247,6 +248,31 @@ def main() -> None:
             rows += transformer(case, options.layers, options.rounds)
     if options.write:
         print("wrote", write("adapt", rows))
+
+
+def table(rows: list[dict]) -> Table:
+    """Other people's models on the engine against themselves."""
+    lines = [
+        [
+            row["case"] + (f", {row['layers']} layers" if "layers" in row else ""),
+            row["candidate"],
+            quartiles(row["ms"], 2),
+            f"{row['times_first']['median']:.1f}x",
+            "" if row["difference"] is None else f"{row['difference']:.0e}",
+        ]
+        for row in rows
+    ]
+    columns = ["model", "", "ms", "speed", "difference"]
+    note = (
+        "Milliseconds per coalition, per call for the experts; medians and quartiles, speed against the first of each "
+        "model. Difference: the largest between engine and model relative to the largest value, in float64 for whole "
+        "models, in float32 against grouped_mm for the experts."
+    )
+    return columns, lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"adapt": ("adapt", table)}
 
 
 if __name__ == "__main__":

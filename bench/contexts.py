@@ -12,9 +12,11 @@ import argparse
 
 import torch
 
+from bench.cells import Table, quartiles
 from bench.timing import interleave, spread, write
 from flmoe_fast import coalitions
 from flmoe_fast.coalitions import MODES
+from flmoe_fast.native import extension
 
 PLAYERS = 516
 
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    module, missing = coalitions.extension()
+    module, missing = extension()
     if module is None:
         parser.exit(1, f"{missing}\n")
     implementations = {"native": coalitions._Native(module), "numpy": coalitions._NumPy()}
@@ -54,6 +56,25 @@ def main() -> None:
                 + f", {rows[-1]['numpy_over_native']['median']:.0f}x"
             )
     print("wrote", write("contexts", rows))
+
+
+def table(rows: list[dict]) -> Table:
+    """Seconds to draw and pack context coalitions, C++ against NumPy."""
+    lines = [
+        [
+            row["mode"] + (", antithetic" if row["antithetic"] else ""),
+            f"{row['contexts']:,}",
+            quartiles(row["native_seconds"], 2),
+            quartiles(row["numpy_seconds"], 2),
+        ]
+        for row in rows
+    ]
+    columns = ["mode", "contexts", "seconds, C++", "seconds, NumPy"]
+    return columns, lines, f"{rows[0]['players']} players, one core; the same bits."
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"contexts": ("contexts", table)}
 
 
 if __name__ == "__main__":

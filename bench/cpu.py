@@ -19,13 +19,16 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 from bench.baselines import BatchedSDPA
+from bench.cells import Table, quartiles
 from bench.shapes import SHAPES, Shape
-from bench.timing import interleave, spread, write
+from bench.timing import interleave, read, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
 from flmoe_fast.data.digits import two_view_digits
-from flmoe_fast.engines.cpu_engine import CpuEngine, levels, model_reason
+from flmoe_fast.engines.cpu import CpuEngine
+from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.levels import levels
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.problem import Logits
-from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.model.encoders import ProjectionEncoder
 from flmoe_fast.probes.grid import CornerGrid
 
@@ -87,7 +90,7 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, tuple[int, float, Call
         program = torch.compile(batched, mode="max-autotune-no-cudagraphs", dynamic=False)
         runs["batched SDPA fp32, torch.compile"] = (len(many), 4.0, lambda: program(many))
     engines = {"torch engine fp32": TorchEngine(game.problem)}
-    for level in usable_levels() if not model_reason(game.problem.model.config) else ():
+    for level in usable_levels() if not CpuEngine.unfit(Request(torch.float32, game.device, game.problem)) else ():
         engines[f"native {level} {levels()[level][0]}"] = CpuEngine(game.problem, level=level)
     for name, engine in engines.items():
         count = len(contexts) * corners.evaluations
@@ -264,6 +267,50 @@ def main() -> None:
             rate = f"  {share['median']:.0%} of GEMM" if share else ""
             print(f"{label} {per['median']:9.3f} ms [{per['q1']:.3f}, {per['q3']:.3f}]{ratios}{rate}", flush=True)
     print("wrote", write("cpu-engine", rows))
+
+
+def speed_table(rows: list[dict]) -> Table:
+    """Speed on the CPU, and what rounding is worth, of every candidate."""
+    _, rounding = read("cpu-noise") or ({}, [])
+    noise = {row["candidate"]: row["noise_share"] for row in rounding}
+    rows = [row for row in rows if "ms_per_coalition" in row]
+    most = max(row["threads"] for row in rows)
+    lines = [
+        [
+            row["shape"],
+            row["candidate"],
+            quartiles(row["ms_per_coalition"], 2),
+            f"{row['times_naive']['median']:.1f}x",
+            f"{row['times_naive_per_pair_sample']['median']:.1f}x",
+            f"{row['times_batched_fp32']['median']:.1f}x",
+            f"{row['scaling_from_one_thread']['median']:.2f}x" if row["scaling_from_one_thread"] else "",
+            f"{row['share_of_gemm_rate']['median']:.0%}" if "share_of_gemm_rate" in row else "",
+            f"{noise[row['candidate']]:.1e}" if row["candidate"] in noise else "",
+        ]
+        for row in rows
+        if row["threads"] == most
+    ]
+    columns = ["shape", "", "ms per coalition", "against naive", "the same per pair-sample", "against batched fp32"]
+    columns += [f"{most} threads against 1", "share of GEMM rate", "noise share"]
+    note = "Medians and quartiles. Products are counted as in the arithmetic used, against PyTorch's own GEMM."
+    if rounding:
+        note += f" Noise: {rounding[0]['model']}, held-out accuracy {rounding[0]['accuracy']:.1%}."
+    return columns, lines, note
+
+
+def noise_table(rows: list[dict]) -> Table:
+    """Rounding noise of every arithmetic of the CPU."""
+    lines = [[row["candidate"], f"{row['noise_share']:.1e}"] for row in rows]
+    some = rows[0]
+    note = (
+        f"A model trained on {some['model']}, held-out accuracy {some['accuracy']:.1%}; {some['samples']} samples, "
+        f"{some['contexts']} contexts each."
+    )
+    return ["arithmetic", "noise share"], lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"cpu": ("cpu-engine", speed_table), "noise": ("cpu-noise", noise_table)}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bench.cells import Table, over_seeds
 from bench.timing import write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame, interactions
 from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, Digits, two_view_digits
@@ -129,6 +130,61 @@ def main() -> None:
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
             print(f"{name:18} {ranking:10} {most} pairs: top minus random {np.mean(values):6.2f} ± {spread:.2f}")
     print("wrote", write("digits", rows))
+
+
+def faithfulness_lines(rows: list[dict]) -> Table:
+    """Faithfulness beside a dense Transformer."""
+    lines = []
+    for model, own in _by_model(rows).items():
+        for method in own[0]["faithfulness"]:
+            cells = [over_seeds([100 * row["accuracy"] for row in own], 1)]
+            for kind in ("comprehensiveness", "sufficiency"):
+                for which in ("identified", "random", "gap"):
+                    cells.append(
+                        over_seeds([100 * row["faithfulness"][method][f"mean {kind} {which}"] for row in own], 1)
+                    )
+            lines.append([model, method, *cells])
+    columns = [
+        "model",
+        "importance",
+        "accuracy, %",
+        "comprehensiveness",
+        "random",
+        "gap",
+        "sufficiency",
+        "random",
+        "gap",
+    ]
+    note = f"AOPC over 5 to 25 % of the tokens, in %; {_counts(rows)}"
+    return columns, lines, note
+
+
+def masking_lines(rows: list[dict]) -> Table:
+    """Masking of the top pairs beside a dense Transformer."""
+    lines = []
+    for model, own in _by_model(rows).items():
+        for ranking in own[0]["masking"]:
+            parts = [row["masking"][ranking] for row in own]
+            budgets = range(len(parts[0]["pairs"]))
+            cells = [over_seeds([100 * part["difference"][b] for part in parts], 1, "+") for b in budgets]
+            lines.append([model, ranking, *cells])
+    columns = ["model", "pairs ranked by", *(f"{most} masked" for most in rows[0]["masking"]["SII"]["pairs"])]
+    note = f"The probability lost with the top pairs minus that with random tokens, in %; {_counts(rows)}"
+    return columns, lines, note
+
+
+def _by_model(rows: list[dict]) -> dict[str, list[dict]]:
+    models = dict.fromkeys(row["model"] for row in rows)
+    return {model: [row for row in rows if row["model"] == model] for model in models}
+
+
+def _counts(rows: list[dict]) -> str:
+    seeds = len({row["seed"] for row in rows})
+    return f"mean ± spread over {seeds} seeds, {rows[0]['images']} held-out images each."
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"digits": ("digits", faithfulness_lines), "digits_masking": ("digits", masking_lines)}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import shapiq
 import torch
 
+from bench.cells import Table, times
 from bench.timing import interleave, spread, write
 from flmoe_fast import TokenGame, load_checkpoint
 from flmoe_fast.data.digits import two_view_digits
@@ -122,6 +123,28 @@ def main() -> None:
     )
     print(found[-1], flush=True)
     print("wrote", write("explainers", found))
+
+
+def table(rows: list[dict]) -> Table:
+    """captum and shapiq with and without this package."""
+    lines = []
+    for row in rows:
+        what = row["explainer"]
+        if "perturbations_per_eval" in row:
+            what += f", {row['perturbations_per_eval']} perturbations a pass"
+        lines.append([what, "its function, batched", times(row["times_faster"]), f"{row['largest_difference']:.0e}"])
+        if "times_faster_on_engine" in row:
+            apart = f"{row['largest_difference_on_engine']:.0e}"
+            lines.append([what, "its model, on the engine", times(row["times_faster_on_engine"]), apart])
+        else:
+            lines[-1][1] = "its game, on the engine"
+    columns = ["explainer", "given to this package", "times as fast", "largest difference"]
+    note = "Medians and quartiles of ratios; the same model, coalitions and seeds in one run."
+    return columns, lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"explainers": ("explainers", table)}
 
 
 if __name__ == "__main__":

@@ -21,16 +21,16 @@ from dataclasses import replace
 import torch
 
 from bench.baselines import BatchedSDPA
+from bench.cells import Table, markdown, quartiles
 from bench.shapes import SHAPES, Shape
-from bench.tables import gpu as table
 from bench.timing import spread, write
 from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.fastest import FILE
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.triton import TritonEngine
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
-from flmoe_fast.engines.torch_engine import TorchEngine
 from flmoe_fast.games.heads import Heads
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST
 
@@ -291,7 +291,39 @@ def main() -> None:
         print(f"{name}: wrote {path}", flush=True)
     device = torch.cuda.get_device_name()
     keep_fastest(fastest(rows, device), device)
-    print(table())
+    columns, lines, note = table(rows)
+    print(markdown(columns, lines), note, sep="\n\n")
+
+
+def table(rows: list[dict]) -> Table:
+    """Milliseconds of an explanation on a GPU, per candidate."""
+    [machine] = [row for row in rows if "machine_rates" in row]
+    lines = [
+        [
+            row["shape"],
+            row["candidate"],
+            quartiles(row["ms_per_1000"], 2),
+            f"{row['ms_per_explanation']['median']:,.0f}{' (scaled)' if row['scaled'] else ''}",
+            f"{row['times_naive']['median']:,.0f}x",
+            f"{row['times_pytorch_fp32']['median']:.1f}x",
+            "" if row["noise_share"] is None else f"{row['noise_share']:.1e}",
+            f"{row['share_of_matmul_rate']['median']:.0%}" if "share_of_matmul_rate" in row else "",
+        ]
+        for row in rows
+        if "candidate" in row
+    ]
+    columns = ["shape", "", "ms per 1,000 coalitions", "ms per explanation", "against naive"]
+    columns += ["against best fp32 PyTorch", "noise share", "of matmul rate"]
+    product, copy = machine["matmul_flops"] / 1e12, machine["copy_bytes"] / 1e12
+    note = (
+        "An explanation is 10 x 10 pairs in 64 contexts (7,744 coalitions); (scaled) from a part of it. "
+        f"Matrix products in fp16 run at {product:.0f} TFLOP/s there, copies at {copy:.1f} TB/s."
+    )
+    return columns, lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"gpu": ("gpu", table)}
 
 
 if __name__ == "__main__":

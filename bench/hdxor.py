@@ -18,11 +18,13 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.cells import Table, over_seeds
 from bench.timing import write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame, exact_interactions, interactions
 from flmoe_fast.data.hdxor import hd_xor
@@ -243,6 +245,45 @@ def main() -> None:
         )
     rows = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/row.json"))]
     print("wrote", write("hdxor", rows))
+
+
+def table(rows: list[dict]) -> Table:
+    """What the probes say about data whose interactions are known."""
+    lines = []
+    for count in sorted({row["modalities"] for row in rows}):
+        for setting in ("synergy", "redundancy", "uniqueness0"):
+            own = [row for row in rows if (row["modalities"], row["setting"]) == (count, setting)]
+            if not own:
+                continue
+            routing = [statistics.fmean([row["routing"][name] for row in own]) for name in own[0]["routing"]]
+            lines.append(
+                [
+                    str(count),
+                    setting.rstrip("0"),
+                    str(len(own)),
+                    over_seeds([100 * row["accuracy"] for row in own], 1),
+                    over_seeds([row["modality_sii"]["mean"] for row in own], 3, "+"),
+                    over_seeds([row["modality_strict_gap"]["mean"] for row in own], 3),
+                    over_seeds([1e3 * row["token_sii"]["mean"] for row in own], 1, "+"),
+                    over_seeds([1e3 * row["token_strict_gap"]["mean"] for row in own], 1),
+                    over_seeds([row["inter_shap"] for row in own], 1),
+                    f"{own[0]['published_inter_shap']}",
+                    " / ".join(f"{value:.2f}" for value in routing),
+                ]
+            )
+    columns = ["modalities", "data", "seeds", "accuracy, %", "SII of modalities", "strict gap", "SII of tokens x 1000"]
+    columns += ["strict gap x 1000", "InterSHAP, %", "published", "routing: uniqueness of each, synergy, redundancy"]
+    some = rows[0]
+    note = (
+        f"Mean ± spread over seeds, of {some['probed']} test samples each. A token is one of {some['groups']} groups "
+        "of columns a modality; means over all cross-modal pairs. InterSHAP is the share of interactions, which are "
+        "half of the SII, in the absolute values of a sample; the published figures are those of another network."
+    )
+    return columns, lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"hdxor": ("hdxor", table)}
 
 
 if __name__ == "__main__":

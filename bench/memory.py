@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from bench.cells import Table
 from bench.shapes import SHAPES
 from bench.timing import write
 from flmoe_fast import interactions
@@ -50,6 +51,24 @@ def main() -> None:
     }
     print(row)
     print("wrote", write("memory", [row]))
+
+
+def table(rows: list[dict]) -> Table:
+    """Peak memory of a long run."""
+    [row] = rows
+    columns = ["players", "evaluations", "peak memory", "seconds", "noise share"]
+    cells = [
+        str(row["players"]),
+        f"{row['evaluations']:,}",
+        f"{row['gb_peak']:.2f} GB",
+        f"{row['seconds']:.0f}",
+        f"{row['noise_share']:.1e}",
+    ]
+    return columns, [cells], ""
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"memory": ("memory", table)}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bench.baselines import BatchedSDPA
+from bench.cells import Table
 from bench.cpu import trained_model
 from bench.timing import write
 from flmoe_fast import TokenGame
@@ -116,6 +117,21 @@ def main() -> None:
         print(f"{row['mix']:34} noise share {row['noise_share']:.1e}  (accuracy {row['accuracy']:.3f})")
     if not options.dry:
         print("wrote", write("mixes", rows))
+
+
+def table(rows: list[dict]) -> Table:
+    """Noise share by which activations have a second fp16 term, a column a model."""
+    models = sorted({(-row["accuracy"], row["epochs"]) for row in rows})
+    shares = {(row["mix"], row["epochs"]): row["noise_share"] for row in rows}
+    names = sorted({row["mix"] for row in rows}, key=lambda name: shares[name, models[0][1]])
+    lines = [[name, *(f"{shares[name, epochs]:.1e}" for _, epochs in models)] for name in names]
+    columns = ["activations in two float16 terms", *(f"model at {-100 * found:.1f} %" for found, _ in models)]
+    note = f"{rows[0]['model']}; {rows[0]['samples']} samples, {rows[0]['contexts']} contexts each."
+    return columns, lines, note
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"mixes": ("mixes", table)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Error, coverage and seconds at equal evaluations: our estimators and every one of shapiq's, where truth is known.
 
     python -m bench.peers [--tables FOLDER ...] [--kinds NAME ...] [--budgets 512 1024 2048] [--games 4] [--seeds 3]
-                          [--methods default grid ...] [--python PYTHON [--estimators NAME ...]] [--into peers]
+                          [--methods default grid ...] [--gaps max ...] [--python PYTHON [--estimators NAME ...]]
+                          [--into peers]
 
 - ``--tables``: folders of games, each a NAME_NUMBER.npz whose ``values`` are those of all 2^n coalitions (bit p of the
   index says whether player p is present); those of one name are a group. ``python -m bench.model_games`` writes such a
@@ -23,8 +24,9 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,54 +123,55 @@ def slope(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float((estimate * truth).sum() / ((truth**2).sum() or 1.0))
 
 
-def ours(game: Probed, budget: int, seed: int, options: dict) -> Found:
-    """One of our methods, with the intervals of the SII and of every kind of gap whose truth is known."""
-    held: dict[str, float] = {}
-    withheld: dict[str, float] = {}
+def holding(result: InteractionResult, of: str, truth: np.ndarray) -> tuple[float, float]:
+    """Of the 95 % intervals of the SII or the gap: the share that hold the truth, and the share that are NaN.
 
-    def note(of: str, found: InteractionResult, truth: np.ndarray) -> None:
-        low, high = found.interval(of="sii" if of == "sii" else "gap")
-        defined = np.isfinite(truth)
-        claimed = defined & np.isfinite(low)
-        slack = 1e-9 * np.abs(truth[defined]).max(initial=0.0)  # an exact answer has no width, and is rounded
-        inside = (low - slack <= truth) & (truth <= high + slack)
-        held[of] = float(inside[claimed].mean()) if claimed.any() else float("nan")
-        withheld[of] = 1 - float(claimed.sum() / max(defined.sum(), 1))
+    Only where the truth is defined; an exact answer, whose interval has no width, may be rounded.
+    """
+    low, high = result.interval(of=of)
+    defined = np.isfinite(truth)
+    given = defined & np.isfinite(low)
+    slack = 1e-9 * np.abs(truth[defined]).max(initial=0.0)
+    inside = (low - slack <= truth) & (truth <= high + slack)
+    held = float(inside[given].mean()) if given.any() else float("nan")
+    return held, float((defined & ~given).sum() / max(defined.sum(), 1))
 
-    cost: tuple[float, float, int, float] | None = None
-    for gap in game.gaps or ("max",):
+
+def ours(game: Probed, budget: int, seed: int, options: dict, gaps: Sequence[str] = GAPS) -> Found:
+    """One of our methods; a call for every kind of gap, if their truth is known."""
+    figures: list[tuple[float, float, int, float]] = []
+    intervals: dict[str, tuple[float, float]] = {}
+    for gap in gaps if game.gaps else gaps[:1]:
         game.asked, game.seconds, started = 0, 0.0, time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = interactions(game.torch, n=game.n, pairs=game.pairs.tolist(), budget=budget, seed=seed, gap=gap,
-                                 progress=False, **options)  # fmt: skip
+            result = interactions(game.torch, n=game.n, pairs=game.pairs.tolist(), budget=budget, seed=seed, gap=gap,
+                                  progress=False, **options)  # fmt: skip
         seconds = time.process_time() - started - game.seconds
-        cost = cost or (nmse(found.sii, game.sii), slope(found.sii, game.sii), game.asked, seconds)
-        if "sii" not in held:
-            note("sii", found, game.sii)
+        figures.append((nmse(result.sii, game.sii), slope(result.sii, game.sii), game.asked, seconds))
+        intervals.setdefault("sii", holding(result, "sii", game.sii))
         if game.gaps:
-            note(gap, found, game.gaps[gap])
-    assert cost is not None
-    return Found(*cost, held, withheld)
+            intervals[gap] = holding(result, "gap", game.gaps[gap])
+    held, withheld = ({of: shares[side] for of, shares in intervals.items()} for side in (0, 1))
+    return Found(*figures[0], held, withheld)
 
 
-def estimators(methods: list[str], python: str | None, names: list[str]) -> dict[str, Callable]:
+def theirs(game: Probed, budget: int, seed: int, worker: shapiq_peers.Shapiq, name: str) -> Found:
+    """One of shapiq's estimators."""
+    game.asked = 0
+    answer = worker.estimate(name, game.values, game.n, [tuple(p) for p in game.pairs.tolist()], budget, seed)
+    return Found(nmse(answer.values, game.sii), slope(answer.values, game.sii), game.asked, answer.seconds)
+
+
+def estimators(methods: list[str], gaps: Sequence[str], python: str | None, names: list[str]) -> dict[str, Callable]:
     """By name, functions of a game, a budget and a seed."""
     found: dict[str, Callable] = {}
     for method in methods:
-        options = {} if method == "default" else {"method": method}
-        found[method] = lambda game, budget, seed, options=options: ours(game, budget, seed, options)
+        found[method] = partial(ours, options={} if method == "default" else {"method": method}, gaps=gaps)
     if python is not None:
         worker = shapiq_peers.Shapiq(python)
-
-        def theirs(game: Probed, budget: int, seed: int, name: str) -> Found:
-            game.asked = 0
-            answer = worker.estimate(name, game.values, game.n, [tuple(p) for p in game.pairs.tolist()], budget, seed)
-            errors = nmse(answer.values, game.sii), slope(answer.values, game.sii)
-            return Found(*errors, game.asked, answer.seconds)
-
         for name in names:
-            found[f"shapiq {name}"] = lambda game, budget, seed, name=name: theirs(game, budget, seed, name)
+            found[f"shapiq {name}"] = partial(theirs, worker=worker, name=name)
     return found
 
 
@@ -216,6 +219,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], default=None)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="*", choices=["default", *METHODS], default=["default"])
+    parser.add_argument(
+        "--gaps", nargs="+", choices=GAPS, default=GAPS, help="a call each; their intervals are checked"
+    )
     parser.add_argument("--python", help="an interpreter with shapiq")
     parser.add_argument("--estimators", nargs="+", choices=shapiq_peers.ESTIMATORS, default=shapiq_peers.STRONG)
     parser.add_argument("--games", type=int, default=4, help="games of a kind")
@@ -227,7 +233,7 @@ def main() -> None:
     if before is None:
         write(options.into, [])
     done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
-    every = estimators(options.methods, options.python, options.estimators)
+    every = estimators(options.methods, options.gaps, options.python, options.estimators)
 
     def measure(group: str, games: list[Probed]) -> None:
         for budget in options.budgets:

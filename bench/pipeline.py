@@ -15,6 +15,7 @@ import argparse
 
 import torch
 
+from bench.cells import Table, quartiles
 from bench.shapes import SHAPES, Shape
 from bench.timing import interleave, spread, write
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame
@@ -162,6 +163,22 @@ def main() -> None:
                 flush=True,
             )
     print("wrote", write("pipeline", rows))
+
+
+def table(rows: list[dict]) -> Table:
+    """Times of a training step and of a sample's faithfulness."""
+    lines = []
+    for row in rows:
+        ratio = row.get("times_sequential") or row.get("times_loop")
+        what = row["what"] + (f", dropout {row['dropout']}" if "dropout" in row else "")
+        times = f"{ratio['median']:.1f}x" if ratio else ""
+        lines.append([row["shape"], what, row["candidate"], quartiles(row["ms"], 1), times])
+    columns = ["shape", "", "", "ms", "times as fast"]
+    return columns, lines, "Medians and quartiles; one run, candidates in turns."
+
+
+#: Tables of pages: the results file, and what makes the table of it.
+TABLES = {"pipeline": ("pipeline", table)}
 
 
 if __name__ == "__main__":

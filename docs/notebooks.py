@@ -1,7 +1,7 @@
 """Runs the notebooks and keeps their outputs: ``python docs/notebooks.py [NAME ...]``. Needs no Jupyter.
 
-A cell's output is what it prints, then what its last expression shows: HTML where it has some, a picture for matplotlib's
-axes, else its text.
+A cell's output is what it prints, then what its last expression shows: HTML where it has some, a picture for axes of
+matplotlib, else its text.
 """
 
 from __future__ import annotations

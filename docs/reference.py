@@ -63,9 +63,7 @@ def _text(item: object) -> str:
 def pages() -> dict[str, str]:
     """Every page by its file's name: an index, one for each group of public names, and one beyond them."""
     package = importlib.import_module("flmoe_fast")
-    about = {
-        line.partition(":")[0]: line.partition(": ")[2] for line in (package.__doc__ or "").splitlines() if ": " in line
-    }
+    about = dict(re.findall(r"^(\w+): (.+)$", package.__doc__ or "", re.MULTILINE))
     lines, found = ["# Reference", "", "Made from the docstrings by `python docs/reference.py`.", ""], {}
     groups = {name: {n: f"flmoe_fast.{n}" for n in members} for name, members in package.GROUPS.items()}
     groups["more"] = {path.rpartition(".")[2]: path for path in FURTHER}

@@ -1,4 +1,4 @@
-"""For mkdocs: the site's first page is the README, with its links as seen from the site; files that are no pages are named only."""
+"""For mkdocs: the site's first page is the README, with links as seen from there; other files are only named."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ GROUPS = {
         "mask_pairs": "flmoe_fast.pipeline.faithful.masking",
         "masking_curve": "flmoe_fast.pipeline.faithful.masking",
         "masking_scores": "flmoe_fast.pipeline.faithful.masking",
-        "backends": "flmoe_fast.environment",
+        "backends": "flmoe_fast.engines.backends",
     },
     "scale": {
         "explain_many": "flmoe_fast.scale.explain_many",
@@ -111,7 +111,7 @@ if TYPE_CHECKING:
     from flmoe_fast.adapt.reference_layout import AcceleratedMoE as AcceleratedMoE
     from flmoe_fast.checks import ArgumentError as ArgumentError
     from flmoe_fast.data.sample import load_sample as load_sample
-    from flmoe_fast.environment import backends as backends
+    from flmoe_fast.engines.backends import backends as backends
     from flmoe_fast.explainers.model_forward import ModelForward as ModelForward
     from flmoe_fast.games.game import Game as Game
     from flmoe_fast.games.grouped import GroupedGame as GroupedGame

@@ -18,8 +18,9 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
-from flmoe_fast.environment import MissingExtra, doctor
-from flmoe_fast.games.token_game import BACKENDS
+from flmoe_fast.engines.backends import doctor
+from flmoe_fast.engines.choose import BACKENDS
+from flmoe_fast.environment import MissingExtra
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain

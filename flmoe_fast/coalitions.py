@@ -9,7 +9,6 @@ its extension (:func:`implementation` says which). Neither touches torch's rando
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
+from flmoe_fast.native import missing, module
 
 MODES = ("lhs", "stratified", "iid", "size")
 """How :func:`sample_contexts` spreads a draw; a mode's position is its number in C++."""
@@ -48,12 +48,7 @@ def words_for(n: int) -> int:
 
 def implementation() -> str:
     """Which implementation this process uses: ``"native"`` (C++) or ``"numpy"``."""
-    return "numpy" if _extension is None else "native"
-
-
-def extension() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and one line on why there is none."""
-    return _extension, _missing
+    return "numpy" if missing() else "native"
 
 
 def pack(coalitions: torch.Tensor) -> torch.Tensor:
@@ -293,14 +288,4 @@ class _Native:
         return words, u
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("flmoe_fast._C"), ""
-    except ModuleNotFoundError:
-        return None, "built without the C++ extension: reinstall with a C++ compiler present and FLMOE_NATIVE=on"
-    except ImportError as error:
-        return None, f"the C++ extension does not load here: {error}"
-
-
-_extension, _missing = _load()
-_active: _Implementation = _NumPy() if _extension is None else _Native(_extension)
+_active: _Implementation = _NumPy() if missing() else _Native(module())

@@ -15,10 +15,12 @@ import torch
 import flmoe_fast
 from flmoe_fast import coalitions
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.environment import Backends, backends, doctor, environment
+from flmoe_fast.engines.backends import Backends, backends, doctor
+from flmoe_fast.environment import environment
+from flmoe_fast.native import extension
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTENSION, MISSING = coalitions.extension()
+EXTENSION, MISSING = extension()
 
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
 needs_cuda_build = pytest.mark.skipif(
@@ -128,7 +130,7 @@ def test_works_without_the_extension():
     code = """
     import torch
     from flmoe_fast import coalitions
-    from flmoe_fast.environment import backends
+    from flmoe_fast.engines.backends import backends
     assert coalitions.implementation() == "numpy"
     native = backends()["native"]
     assert not native.available and "FLMOE_NATIVE" in native.reason, native

@@ -9,6 +9,7 @@ import torch
 from flmoe_fast import coalitions
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.coalitions import MODES, pack, sample_contexts, unpack, words_for
+from flmoe_fast.native import extension
 
 PLAYERS = (1, 2, 7, 8, 63, 64, 65, 128, 129, 516)
 KNOWN_WORDS = [
@@ -27,12 +28,10 @@ KNOWN_U = [0.14222395501366297, 0.857776044986337, 0.45970716849006604, 0.540292
 CHI_SQUARE = {19: 43.8, 79: 123.6}  # exceeded with probability 0.001, by degrees of freedom
 
 IMPLEMENTATIONS = {"numpy": coalitions._NumPy()}
-if coalitions.extension()[0] is not None:
-    IMPLEMENTATIONS["native"] = coalitions._Native(coalitions.extension()[0])
+if extension()[0] is not None:
+    IMPLEMENTATIONS["native"] = coalitions._Native(extension()[0])
 
-needs_native = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=coalitions.extension()[1] or "native is there"
-)
+needs_native = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=extension()[1] or "native is there")
 
 
 @pytest.fixture(params=list(IMPLEMENTATIONS))

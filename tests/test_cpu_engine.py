@@ -28,17 +28,20 @@ from parity import (
     truth,
     two_terms,
 )
-from test_engine import break_gain, break_queries, break_routing, break_scale, break_states, break_values
+from test_engine import IN_THE_ENGINE, IN_THE_MODEL
 
-from flmoe_fast import coalitions, interactions
+from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.engines import cpu_engine
-from flmoe_fast.engines.cpu_engine import CpuEngine, levels
+from flmoe_fast.engines import cpu
+from flmoe_fast.engines.backends import backends
+from flmoe_fast.engines.cpu import CpuEngine
+from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
+from flmoe_fast.engines.prepared import PreparedModel, PreparedSample, prepared
 from flmoe_fast.engines.problem import TokenProblem
-from flmoe_fast.environment import backends
 from flmoe_fast.model import sparse as sparse_blocks
+from flmoe_fast.native import extension
 
-EXTENSION, MISSING = coalitions.extension()
+EXTENSION, MISSING = extension()
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason=MISSING or "the extension is there")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +80,7 @@ SWITCH = SPARSE_SHAPES[0]
 DEEP = next(edge for edge in SPARSE_SHAPES if edge.layers == 3)
 PATHS = {
     "patterns": (1 << 40, 0),
-    "as sized": (cpu_engine.SHARED_TABLE_BYTES, cpu_engine.KEYS_PER_GROUP),
+    "as sized": (cpu.SHARED_TABLE_BYTES, cpu.KEYS_PER_GROUP),
     "direct": (-1, 0),
 }
 PRODUCTS = [(1, 32, 32), (15, 64, 32), (16, 32, 96), (17, 96, 64), (33, 256, 128), (70, 32, 64)]
@@ -87,8 +90,8 @@ PRODUCTS = [(1, 32, 32), (15, 64, 32), (16, 32, 96), (17, 96, 64), (33, 256, 128
 def path(request, monkeypatch):
     """Every way of doing layer-1 attention, forced by what the pattern sums may cost."""
     size, keys = PATHS[request.param]
-    monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
-    monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
+    monkeypatch.setattr(cpu, "SHARED_TABLE_BYTES", size)
+    monkeypatch.setattr(cpu, "KEYS_PER_GROUP", keys)
     return request.param
 
 
@@ -121,7 +124,7 @@ def test_a_table_for_each_context(level: str, monkeypatch):
     edge = next(e for e in SHAPES if e.name == "past a block of keys and of rows")
     ours = engine(edge, level)
     samples, expected = truth(edge)
-    monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", 60)
+    monkeypatch.setattr(cpu, "KEYS_PER_GROUP", 60)
     calls = []
     original = ours._pattern_sums
     monkeypatch.setattr(ours, "_pattern_sums", lambda *a: calls.append(original(*a)) or calls[-1])
@@ -132,15 +135,25 @@ def test_a_table_for_each_context(level: str, monkeypatch):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("mistake", [break_gain, break_states, break_values, break_queries, break_routing, break_scale])
+@pytest.mark.parametrize("mistake", [*IN_THE_MODEL, *IN_THE_ENGINE])
 def test_a_mistake_is_seen(mistake, level: str, path: str):
     """Negative control: each planted mistake moves values beyond the tolerance of the coarsest arithmetic."""
     edge = EDGES[2]
-    broken = engine(edge, level)
+    broken = mistaken(edge, level, mistake, mistake in IN_THE_MODEL)
     samples, expected = truth(edge)
-    mistake(broken)
     error = (flat(broken.evaluate(samples)) - flat(expected)[: len(samples)]).abs().max()
     assert float(error) > 3 * tolerance(edge, "bf16x3")
+
+
+def mistaken(edge: Edge, level: str, mistake, in_the_model: bool) -> CpuEngine:
+    """An engine of a model of its own with a mistake planted."""
+    one = edge.game(edge.model(), dtype=torch.float32, backend="torch").problem
+    if in_the_model:
+        mistake(prepared(one.model))
+    found = CpuEngine(one, level=level)
+    if not in_the_model:
+        mistake(found)
+    return found
 
 
 @functools.cache
@@ -183,8 +196,8 @@ def test_sparse_values_equal_the_reference(edge: Edge, level: str, monkeypatch):
     """On every path of layer-1 attention."""
     ours = engine(edge, level)
     for size, keys in PATHS.values():
-        monkeypatch.setattr(cpu_engine, "SHARED_TABLE_BYTES", size)
-        monkeypatch.setattr(cpu_engine, "KEYS_PER_GROUP", keys)
+        monkeypatch.setattr(cpu, "SHARED_TABLE_BYTES", size)
+        monkeypatch.setattr(cpu, "KEYS_PER_GROUP", keys)
         error = (both(ours, edge) - routed(edge, None)[0]).abs().max()
         assert float(error) <= sparse_limit(edge, levels()[level][0])
 
@@ -202,50 +215,49 @@ def test_no_choice_hangs_on_rounding(edge: Edge):
         assert bool((gap > 4 * error).all())
 
 
-def swap_networks(engine, arguments):
+def swap_networks(model: PreparedModel) -> None:
     """The second matrices of two networks of the last sparse layer are confused."""
-    layers = list(engine.packed.layers)
+    layers = list(model.stack.layers)
     at = max(i for i, layer in enumerate(layers) if layer.networks is not None)
     down = layers[at].networks.down.clone()
     down[:2] = down[:2].flip(0)
     layers[at] = dataclasses.replace(layers[at], networks=dataclasses.replace(layers[at].networks, down=down))
-    engine.packed = dataclasses.replace(engine.packed, layers=tuple(layers))
+    model.stack = dataclasses.replace(model.stack, layers=tuple(layers))
 
 
-def forget_gate_bias(engine, arguments):
+def forget_gate_bias(model: PreparedModel) -> None:
     """The first layer's gates have no bias."""
-    first, *others = engine.packed.layers
+    first, *others = model.stack.layers
     networks = dataclasses.replace(first.networks, gate_bias=torch.zeros_like(first.networks.gate_bias))
-    engine.packed = dataclasses.replace(engine.packed, layers=(dataclasses.replace(first, networks=networks), *others))
+    model.stack = dataclasses.replace(model.stack, layers=(dataclasses.replace(first, networks=networks), *others))
 
 
-def mistake_scores(engine, arguments):
+def mistake_scores(model: PreparedModel) -> None:
     """A switch gate's scores are all 1, another's are probabilities among all networks."""
-    arguments["among_all"] = engine.config.gate != "switch"
+    model.stack = dataclasses.replace(model.stack, gate="naive" if model.stack.gate == "switch" else "switch")
 
 
-def forget_room(engine, arguments):
+def forget_room(engine: CpuEngine) -> None:
     """No capacity."""
-    engine.config = dataclasses.replace(engine.config, capacity="none")
+    engine.sample.room = None
 
 
-def forget_padding(engine, arguments):
+def forget_padding(engine: CpuEngine) -> None:
     """Capacity from the valid tokens only."""
     lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.problem = dataclasses.replace(engine.problem, padded_lengths=lengths)
+    engine.sample.room = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths)).room
 
 
-SPARSE_MISTAKES = [(SWITCH, m) for m in (swap_networks, forget_gate_bias, mistake_scores, forget_room, forget_padding)]
+SPARSE_IN_THE_MODEL = (swap_networks, forget_gate_bias, mistake_scores)
+SPARSE_MISTAKES = [(SWITCH, m) for m in (*SPARSE_IN_THE_MODEL, forget_room, forget_padding)]
 SPARSE_MISTAKES += [(DEEP, m) for m in (swap_networks, mistake_scores, forget_room)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("edge, mistake", SPARSE_MISTAKES)
-def test_a_mistake_in_sparse_blocks_is_seen(edge: Edge, mistake, level: str, monkeypatch):
+def test_a_mistake_in_sparse_blocks_is_seen(edge: Edge, mistake, level: str):
     """Negative control, as above."""
-    broken, changed, model = engine(edge, level), {}, EXTENSION.CpuModel
-    mistake(broken, changed)
-    monkeypatch.setattr(EXTENSION, "CpuModel", lambda **arguments: model(**(arguments | changed)))
+    broken = mistaken(edge, level, mistake, mistake in SPARSE_IN_THE_MODEL)
     error = (both(broken, edge) - routed(edge, None)[0]).abs().max()
     assert float(error) > 3 * sparse_limit(edge, "bf16x3")
 
@@ -382,9 +394,9 @@ def test_grid_patterns_are_rows_and_columns():
 def test_workspace_does_not_grow_with_coalitions():
     ours = engine(EDGES[0], LEVELS[0])
     ours.evaluate(EDGES[0].coalitions(ours.problem.n, 3))
-    before = ours._native.workspace.numel()
+    before = ours._native._scratch._kept["workspace"].numel()
     ours.evaluate(EDGES[0].coalitions(ours.problem.n, 3000))
-    assert ours._native.workspace.numel() == before
+    assert ours._native._scratch._kept["workspace"].numel() == before > 0
 
 
 def test_backend_is_chosen_and_shown():
@@ -407,9 +419,9 @@ def test_requests_that_cannot_be_met_are_errors():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_environment_forces_a_level(level: str, monkeypatch):
-    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, level)
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
     assert EDGES[0].game(dtype=torch.float32).engine.level == level
-    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, "mmx")
+    monkeypatch.setenv(LEVEL_VARIABLE, "mmx")
     with pytest.raises(ArgumentError, match="FLMOE_CPU_LEVEL: got 'mmx', expected a level of this machine: .*portable"):
         EDGES[0].game(dtype=torch.float32)
 
@@ -424,15 +436,17 @@ def test_levels_below_the_best_are_reported_honestly():
 
 def test_native_calls_refuse_nonsense():
     with pytest.raises(RuntimeError, match="every size must be positive"):
-        EXTENSION.CpuModel("portable", 1, 1, 0, 8, 1, 16, 2, 2, True)
+        EXTENSION.CpuModel("portable", 1, 1, 0, 1, 16, True)
+    with pytest.raises(RuntimeError, match="every size must be positive"):
+        EXTENSION.CpuModel("portable", 1, 1, 8, 1, 16, True).workspace(length=0, modalities=2)
     with pytest.raises(RuntimeError, match="multiple of heads"):
-        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 3, 16, 2, 2, True)
+        EXTENSION.CpuModel("portable", 1, 1, 8, 3, 16, True)
     with pytest.raises(RuntimeError, match="slots must be between 1 and networks"):
-        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True, networks=3, slots=4)
+        EXTENSION.CpuModel("portable", 1, 1, 8, 2, 16, True, networks=3, slots=4)
     with pytest.raises(RuntimeError, match="ends must be 1 or networks"):
-        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True, networks=3, slots=2, ends=2)
+        EXTENSION.CpuModel("portable", 1, 1, 8, 2, 16, True, networks=3, slots=2, ends=2)
     with pytest.raises(RuntimeError, match="the model has no sparse layers"):
-        EXTENSION.CpuModel("portable", 1, 1, 4, 8, 2, 16, 2, 2, True).set_networks(0, 0, 0, 0, 0, 0, 0)
+        EXTENSION.CpuModel("portable", 1, 1, 8, 2, 16, True).set_networks(0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="multiples of 32"):
         EXTENSION.cpu_matmul("portable", 0, 0, 0, 1, 31, 32)
 
@@ -448,7 +462,7 @@ sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, "tests")
 import torch
 from edge_shapes import EDGES
-from flmoe_fast.environment import backends
+from flmoe_fast.engines.backends import backends
 print(EDGES[0].game(dtype=torch.float32).backend, backends()["cpu"].available, bool(backends()["cpu"].reason))
 try:
     EDGES[0].game(dtype=torch.float32, backend="cpu")
@@ -465,7 +479,7 @@ except ValueError as error:
 @pytest.mark.parametrize("level", LEVELS)
 def test_second_differences_are_hardly_noise(level: str, monkeypatch):
     """The engine's own measure of rounding noise, on a model with differing experts, is far below one per cent."""
-    monkeypatch.setenv(cpu_engine.LEVEL_VARIABLE, level)
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
     edge = next(e for e in SHAPES if e.name == "head of 32, tokens past a tile")
     game = edge.game(edge.model(scale=0.05), dtype=torch.float32)
     result = interactions(game, pairs=[(0, 19), (1, 20), (2, 25)], budget=200, progress=False)

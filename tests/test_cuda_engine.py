@@ -22,13 +22,13 @@ from test_triton_engine import (  # noqa: E402
 )
 
 from flmoe_fast.checks import ArgumentError  # noqa: E402
-from flmoe_fast.coalitions import extension  # noqa: E402
 from flmoe_fast.engines.engine import Request  # noqa: E402
 from flmoe_fast.engines.gpu import cuda as cuda_engine  # noqa: E402
 from flmoe_fast.engines.gpu import cuda_chunk, fastest  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda import CudaEngine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda_chunk import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
+from flmoe_fast.native import extension  # noqa: E402
 
 EXTENSION, MISSING = extension()
 pytestmark = [

@@ -15,12 +15,12 @@ from encoders import CLS, IDS, MASK, VALID, patches, pixels, text_inputs, words
 from torch import nn
 
 from flmoe_fast import ArgumentError, accelerate, exact_interactions, image_players, interactions, text_players
-from flmoe_fast.adapt import native_stack
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.remember import Remembered
-from flmoe_fast.engines.cpu_engine import LEVEL_VARIABLE, levels
+from flmoe_fast.engines import cpu_model
+from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
 from flmoe_fast.pipeline.faithful.masking import mask_pairs
 
 FP64 = 1e-10
@@ -280,7 +280,7 @@ def test_the_native_engine_is_as_exact_as_its_arithmetic(make, text, image, leve
     precise = game.precise()  # of the weights in float32
     assert precise.about().get("level") is None and relative(precise(z), exact) <= 1e-5
     if level == "portable":  # negative control: another scale of the stream is another epsilon
-        monkeypatch.setattr(native_stack, "EPSILON", 1e-14)
+        monkeypatch.setattr(cpu_model, "EPSILON", 1e-14)
         monkeypatch.setattr("flmoe_fast.adapt.encoder_game.check_with_model", lambda tower: None)
         wrong = EncoderGame(model, inputs, both, target=1, value="logit", dtype=torch.float32, backend="cpu")
         assert float((wrong(z) - exact).abs().max()) > 10 * limit

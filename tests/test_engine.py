@@ -9,7 +9,8 @@ import torch
 from edge_shapes import EDGES, Edge
 from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
-from flmoe_fast.engines import torch_engine
+from flmoe_fast.engines import portable
+from flmoe_fast.engines.prepared import PreparedModel, prepared
 from flmoe_fast.engines.problem import Logits
 from flmoe_fast.games.heads import Heads
 
@@ -20,7 +21,7 @@ PATHS = {"shared for all": 1 << 40, "as sized": 1 << 28, "direct": 0}
 @pytest.fixture(params=sorted(PATHS))
 def path(request, monkeypatch):
     """Every way of doing layer-1 attention, forced by the size its table may have."""
-    monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", PATHS[request.param])
+    monkeypatch.setattr(portable, "SHARED_TABLE_BYTES", PATHS[request.param])
     return request.param
 
 
@@ -45,7 +46,7 @@ def test_context_tables_equal_the_reference(edge: Edge, monkeypatch):
     """A table per context, as large problems use it: the limit is too small for all players, not for the toggled."""
     game = edge.game()
     coalitions, expected = truth(edge)
-    monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", game.engine._table_bytes(min(2, game.n)))
+    monkeypatch.setattr(portable, "SHARED_TABLE_BYTES", game.engine._table_bytes(min(2, game.n)))
     ours = game.engine.evaluate_toggles(coalitions[CONTEXTS], toggles(game.n))
     assert relative(flat(ours), flat(expected)[len(coalitions) :]) <= FP64
 
@@ -70,11 +71,21 @@ def test_full_coalition_is_the_model_itself():
     assert relative(logits.weights, output.weights) <= FP64
 
 
-def break_gain(engine):
+def break_gain(model: PreparedModel) -> None:
     """One expert's folded LayerNorm gain is forgotten."""
-    first = dataclasses.replace(engine.packed.layers[0], up=engine.packed.layers[0].up.clone())
-    first.up[1] *= 1.001
-    engine.packed = dataclasses.replace(engine.packed, layers=(first, *engine.packed.layers[1:]))
+    first, *others = model.stack.layers
+    up = first.up.clone()
+    up[1] *= 1.001
+    model.stack = dataclasses.replace(model.stack, layers=(dataclasses.replace(first, up=up), *others))
+
+
+def break_scale(model: PreparedModel) -> None:
+    """The second layer's scores are not divided by the root of the head width."""
+    first, second, *others = model.stack.layers
+    width = model.stack.attended
+    qkv = second.qkv.clone()
+    qkv[:, :, :width] *= (width // model.stack.heads) ** 0.5
+    model.stack = dataclasses.replace(model.stack, layers=(first, dataclasses.replace(second, qkv=qkv), *others))
 
 
 def break_states(engine):
@@ -98,27 +109,27 @@ def break_queries(engine):
 
 def break_routing(engine):
     """A player's absence does not reach the routing."""
-    engine._routing_step = engine._routing_step.clone()
-    engine._routing_step[0] = 0
+    step = engine.routing.step.clone()
+    step[0] = 0
+    engine.routing = dataclasses.replace(engine.routing, step=step)
 
 
-def break_scale(engine):
-    """The second layer's scores are not divided by the root of the head width."""
-    second = engine.packed.layers[1]
-    qkv = second.qkv.clone()
-    qkv[0] *= qkv.shape[-1] ** 0.5
-    engine.packed = dataclasses.replace(
-        engine.packed, layers=(engine.packed.layers[0], dataclasses.replace(second, qkv=qkv))
-    )
+#: Planted in a prepared model, before an engine is made of it; and in an engine.
+IN_THE_MODEL = (break_gain, break_scale)
+IN_THE_ENGINE = (break_states, break_values, break_queries, break_routing)
 
 
-@pytest.mark.parametrize("mistake", [break_gain, break_states, break_values, break_queries, break_routing, break_scale])
+@pytest.mark.parametrize("mistake", [*IN_THE_MODEL, *IN_THE_ENGINE])
 def test_a_mistake_is_seen(mistake, path: str):
     """Negative control: each planted mistake moves values far beyond the tolerance."""
     edge = EDGES[2]
-    game, reference = edge.game(), edge.game(backend="reference")
+    model = edge.model()
+    if mistake in IN_THE_MODEL:
+        mistake(prepared(model))
+    game, reference = edge.game(model), edge.game(model, backend="reference")
+    if mistake in IN_THE_ENGINE:
+        mistake(game.engine)
     coalitions = edge.coalitions(game.n)
-    mistake(game.engine)
     assert relative(game(coalitions), reference(coalitions)) > 1e4 * FP64
 
 

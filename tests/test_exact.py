@@ -9,6 +9,7 @@ from math import factorial
 import numpy as np
 import pytest
 import torch
+from games import GAMES, TRUTH
 
 from flmoe_fast import ArgumentError, exact_interactions
 from flmoe_fast.probes.exact import size_law
@@ -16,20 +17,6 @@ from flmoe_fast.probes.exact import size_law
 
 def table(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return z[:, 0], z[:, 1]
-
-
-GAMES = {
-    "and": lambda z: (z[:, 0] & z[:, 1]).double(),
-    "or": lambda z: (z[:, 0] | z[:, 1]).double(),
-    "additive": lambda z: (z[:, 0].double() + z[:, 1].double()) / 2,
-    "xor": lambda z: (z[:, 0] ^ z[:, 1]).double(),
-}
-TRUTH = {  # SII, then the gaps
-    "and": {"sii": 1, "sum": -1, "max": 0, "strict": 0},
-    "or": {"sii": -1, "sum": 1, "max": 1, "strict": 1},
-    "additive": {"sii": 0, "sum": 0, "max": 0.5, "strict": 0},
-    "xor": {"sii": -2, "sum": 2, "max": 0, "strict": 0},
-}
 
 
 def sii(game, n: int, pairs) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_modules
 import torch
-from test_token_game import H, make
+from games import H, small_model
 
 import flmoe_fast
 from flmoe_fast import ArgumentError, InteractionResult, TokenGame, exact_interactions, explain, interactions
@@ -29,7 +29,7 @@ def sample():
 
 def test_candidates_are_the_most_important_players(sample):
     features, masks = sample
-    model = make()
+    model = small_model()
     found = explain(model, features, masks=masks, fill="zero", candidates=(2, 3), contexts=6, progress=False)
     maps = token_importance(model, [f[None] for f in features], [m[None] for m in masks], target=found.game.target)
     text = 1 + maps.mixture[1:6].argsort(descending=True)[:2]  # never the start symbol, never padding
@@ -41,7 +41,7 @@ def test_candidates_are_the_most_important_players(sample):
 
 def test_it_is_interactions_on_those_pairs(sample):
     features, masks = sample
-    model = make()
+    model = small_model()
     found = explain(model, features, masks=masks, fill="zero", candidates=3, contexts=8, seed=4, progress=False)
     game = TokenGame(model, features, masks=masks, fill="zero")
     again = interactions(game, rows=found.candidates[0], cols=found.candidates[1], contexts=8, seed=4, progress=False)
@@ -51,7 +51,7 @@ def test_it_is_interactions_on_those_pairs(sample):
 
 
 def test_three_modalities_and_multilabel():
-    model = make(("lab", "note", "code"), task="multilabel")
+    model = small_model(("lab", "note", "code"), task="multilabel")
     features = [torch.randn(4, H, dtype=torch.float64) for _ in range(3)]
     masks = [torch.ones(4)] * 3
     found = explain(model, features, masks=masks, fill="zero", candidates=2, contexts=4, target=[0, 2], progress=False)
@@ -100,7 +100,7 @@ def test_importance_by_drops():
     worth = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     scores = flmoe_fast.player_scores(as_game(lambda present: present.double() @ worth, 3), "drop")
     assert torch.equal(scores["model"], worth)
-    game = TokenGame(make(), [torch.randn(3, H).double()] * 2, fill="zero")
+    game = TokenGame(small_model(), [torch.randn(3, H).double()] * 2, fill="zero")
     scores = flmoe_fast.player_scores(game, "drop")
     present = torch.ones(2, game.n, dtype=torch.bool)
     present[1, 2] = False
@@ -129,7 +129,7 @@ def test_saved_files(sample, tmp_path):
     import pandas
 
     features, masks = sample
-    found = explain(make(), features, masks=masks, fill="zero", candidates=2, contexts=4, progress=False)
+    found = explain(small_model(), features, masks=masks, fill="zero", candidates=2, contexts=4, progress=False)
     found.save(tmp_path / "out")
     loaded = InteractionResult.load(tmp_path / "out" / "interactions.npz")
     assert np.array_equal(loaded.sii, found.interactions.sii)
@@ -152,7 +152,7 @@ def test_saved_files(sample, tmp_path):
 def test_bad_input_is_named(sample, options, message):
     features, masks = sample
     with pytest.raises(ArgumentError, match=message):
-        explain(make(), features, masks=masks, fill="zero", progress=False, **{"candidates": 2, **options})
+        explain(small_model(), features, masks=masks, fill="zero", progress=False, **{"candidates": 2, **options})
 
 
 def test_every_gap_is_the_same_kind_unless_asked():

@@ -13,12 +13,12 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.backends import backends
 from flmoe_fast.engines.gpu.chunk import layout
 from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.triton import TritonEngine
-from flmoe_fast.engines.torch_engine import TorchEngine
-from flmoe_fast.environment import backends
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.probes.grid import CornerGrid
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
 from bench import gpu, shapes, tables, timing, tune
-from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.gpu.kernels.configs import KERNELS, Config
 from flmoe_fast.engines.gpu.triton import interpreted
+from flmoe_fast.native import extension
 
 pytestmark = pytest.mark.skipif(
     not interpreted(), reason="needs TRITON_INTERPRET=1; with a GPU the benchmark itself is run instead"

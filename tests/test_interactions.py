@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from edge_shapes import EDGES
-from test_exact import GAMES, TRUTH
+from games import GAMES, TRUTH
 
 from flmoe_fast import ArgumentError, InteractionResult, TokenGame, exact_interactions, interactions
 from flmoe_fast.coalitions import sample_contexts, unpack

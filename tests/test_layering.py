@@ -14,6 +14,7 @@ PACKAGE = Path(flmoe_fast.__path__[0])
 # Lowest first; names of one rung may import each other.
 LAYERS = (
     ("_C",),
+    ("native",),
     ("checks", "coalitions", "environment", "files"),
     ("model",),
     ("engines",),

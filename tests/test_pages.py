@@ -1,4 +1,4 @@
-"""The README and the pages: their code runs and prints what they show, their links lead somewhere, tables are generated."""
+"""The pages: their code runs and prints what they show, their links lead somewhere, their tables are generated."""
 
 from __future__ import annotations
 

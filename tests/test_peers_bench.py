@@ -21,7 +21,7 @@ def test_a_peer_sees_the_game_and_is_charged_for_it(shapiq, monkeypatch):
     """At full budget KernelSHAP-IQ is exact: the coalitions, the values and the pairs arrive as they were sent."""
     monkeypatch.setattr(shapiq_peers, "Shapiq", lambda python: shapiq)
     game = peers.Probed.of_kind(GAME)
-    estimate = peers.estimators([], sys.executable, ["KernelSHAP-IQ"])["shapiq KernelSHAP-IQ"]
+    estimate = peers.estimators([], [], sys.executable, ["KernelSHAP-IQ"])["shapiq KernelSHAP-IQ"]
     found = estimate(game, 64, 0)
     assert found.nmse < 1e-12 and found.evaluations == 64
     assert (GAME.truth != 0).sum() == 3 and estimate(game, 40, 0).nmse > 1e-6

@@ -10,8 +10,9 @@ from edge_shapes import BACKEND_EDGES, SPARSE_EDGES, Edge
 from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
 from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
-from flmoe_fast.engines import dispatch, torch_engine
-from flmoe_fast.engines.dispatch import choose, combine, pool
+from flmoe_fast.engines import portable, sparse_rows
+from flmoe_fast.engines.prepared import PreparedSample
+from flmoe_fast.engines.sparse_rows import choose, combine, pool
 from flmoe_fast.pipeline.importance.tokens import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
@@ -43,7 +44,7 @@ def test_values_equal_the_reference(edge: Edge):
 @pytest.mark.parametrize("limit", (0, 1 << 40), ids=("direct", "shared"))
 @pytest.mark.parametrize("edge", (SWITCH, DEEP), ids=lambda e: e.name)
 def test_layer_1_attention_is_shared_or_not(edge: Edge, limit: int, monkeypatch):
-    monkeypatch.setattr(torch_engine, "SHARED_TABLE_BYTES", limit)
+    monkeypatch.setattr(portable, "SHARED_TABLE_BYTES", limit)
     engine = edge.game().engine
     used = []
     monkeypatch.setattr(engine, "_attend_shared", lambda *a: used.append(1) or type(engine)._attend_shared(engine, *a))
@@ -67,29 +68,29 @@ def test_the_capacity_of_these_shapes_binds(edge: Edge):
 
 def forget_room(monkeypatch, engine):
     """No capacity."""
-    free = dispatch.dispatch
-    monkeypatch.setattr(torch_engine, "dispatch", lambda c, x, block, blocks, room: free(c, x, block, blocks, None))
+    free = sparse_rows.dispatch
+    monkeypatch.setattr(portable, "dispatch", lambda c, x, block, blocks, room: free(c, x, block, blocks, None))
 
 
 def share_room(monkeypatch, engine):
     """Modalities compete for the same slots."""
-    real = dispatch.dispatch
+    real = sparse_rows.dispatch
 
     def merged(chosen, networks, block, blocks, room):
         return real(chosen, networks, block // 2, blocks // 2, room[::2])
 
-    monkeypatch.setattr(torch_engine, "dispatch", merged)
+    monkeypatch.setattr(portable, "dispatch", merged)
 
 
 def forget_padding(monkeypatch, engine):
     """Capacity from the valid tokens only."""
     lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.problem = dataclasses.replace(engine.problem, padded_lengths=lengths)
+    engine.sample = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths))
 
 
 def last_come(monkeypatch, engine):
     """Later tokens win."""
-    real = dispatch.dispatch
+    real = sparse_rows.dispatch
 
     def backwards(chosen, networks, block, blocks, room):
         sent = real(chosen.flip(1), networks, block.flip(0), blocks, room)
@@ -98,13 +99,13 @@ def last_come(monkeypatch, engine):
         turned = (chosen.shape[1] - 1 - row) * chosen.shape[2] + slot
         return dataclasses.replace(sent, slot=sent.slot - sent.slot % rows + turned)
 
-    monkeypatch.setattr(torch_engine, "dispatch", backwards)
+    monkeypatch.setattr(portable, "dispatch", backwards)
 
 
 def rescale(monkeypatch, engine):
     """Scores of a switch gate sum to one."""
     monkeypatch.setattr(
-        torch_engine, "choose", lambda logits, gate, k: (choose(logits, gate, k)[0], torch.ones_like(logits[..., :k]))
+        portable, "choose", lambda logits, gate, k: (choose(logits, gate, k)[0], torch.ones_like(logits[..., :k]))
     )
 
 
@@ -146,11 +147,11 @@ def test_dispatch_is_a_partition():
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(2, 30, 5, generator=generator).argsort(-1)[..., :2]  # (E, R, k)
     block = torch.arange(30) // 10
-    free = dispatch.dispatch(chosen, 5, block, 3, None)
+    free = sparse_rows.dispatch(chosen, 5, block, 3, None)
     assert free.slot.sort().values.equal(torch.arange(120))
     assert free.bounds[0] == 0 and free.bounds[-1] == 120 == int(free.lengths.sum())
     room = torch.tensor([3, 0, 100])
-    sent = dispatch.dispatch(chosen, 5, block, 3, room)
+    sent = sparse_rows.dispatch(chosen, 5, block, 3, room)
     served = set(sent.slot.tolist())
     used: dict = {}
     for slot, network in enumerate(chosen.flatten().tolist()):

@@ -7,7 +7,6 @@ import torch
 from edge_shapes import BACKEND_EDGES, EDGES, Edge, sparse
 
 from flmoe_fast import interactions
-from flmoe_fast.engines.cpu_engine import why_not
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model import sparse as blocks
 from flmoe_fast.model.config import FLI2MoEConfig
@@ -15,6 +14,7 @@ from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.sparse import SparseMLP
 from flmoe_fast.model.training.forward import training_forward
 from flmoe_fast.model.training.predict import predict
+from flmoe_fast.native import missing
 from tests.fitting import fitted
 
 # Both orders of summation accumulate rounding of a few hundred terms; losses and gradients are of order 1.
@@ -194,5 +194,5 @@ def test_fit_and_probe_end_to_end(fields, monkeypatch):
     assert [r["loss"] for r in fitted(again, features, None, targets, **options)] == [r["loss"] for r in history]
     game = TokenGame(model, [f[0] for f in unseen], fill="zero", value="logit")
     result = interactions(game, contexts=8)
-    native = not why_not(torch.float32, torch.device("cpu"), config)
+    native = not missing()
     assert result.sii.shape[0] == 9 and result.backend == ("cpu" if native else "torch")

@@ -13,14 +13,15 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel, ViTConfig
 from transformers import ViTForImageClassification as ViT
 
-from flmoe_fast import accelerate, coalitions
+from flmoe_fast import accelerate
 from flmoe_fast.adapt.players import Players, image_players, text_players
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.grouped import GroupedGame
 from flmoe_fast.model.network import eval_mode
+from flmoe_fast.native import extension
 
-EXTENSION, MISSING = coalitions.extension()
+EXTENSION, MISSING = extension()
 THREADS, CALLS = 4, 24
 START = 2
 DENSE = Edge("two modalities", (20, 13), (18, 13), hidden=32, heads=2)

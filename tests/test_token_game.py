@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from games import H, small_model
 
 from flmoe_fast import ArgumentError, FLI2MoE, FLI2MoEConfig, TokenGame
-
-H = 8
-
-
-def make(modalities=("text", "image"), task="multiclass", **options) -> FLI2MoE:
-    config = FLI2MoEConfig(modalities=modalities, hidden=H, heads=2, layers=2, classes=4, task=task, **options)
-    model = FLI2MoE(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture
@@ -27,18 +17,18 @@ def sample() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def test_players_are_valid_tokens_without_the_start_symbol(sample):
     features, masks = sample
-    game = TokenGame(make(), features, masks=masks, fill="zero")
+    game = TokenGame(small_model(), features, masks=masks, fill="zero")
     assert game.player_names == ("text 1", "text 2", "image 0", "image 1", "image 2", "image 3")
     assert game.groups == (("text", (0, 1)), ("image", (2, 3, 4, 5)))
     assert game.tokens.tolist() == [1, 2, 5, 6, 7, 8]
-    other = TokenGame(make(("left", "right")), features, masks=masks, fill="zero")
+    other = TokenGame(small_model(("left", "right")), features, masks=masks, fill="zero")
     assert other.n == 7 and other.player_names[0] == "left 0"
 
 
 def test_values_are_the_models_own(sample):
     """Absent tokens are replaced before positions are added; masks, positions and other tokens stay."""
     features, masks = sample
-    model = make()
+    model = small_model()
     fills = [torch.randn(H, dtype=torch.float64) for _ in range(2)]
     game = TokenGame(model, features, masks=masks, fill=fills, target=2)
     coalition = torch.tensor([[True, False, True, True, False, True]])
@@ -55,7 +45,7 @@ def test_values_are_the_models_own(sample):
 
 def test_a_subset_of_players_leaves_the_rest_present(sample):
     features, masks = sample
-    model = make()
+    model = small_model()
     full = TokenGame(model, features, masks=masks, fill="zero", target=0)
     some = TokenGame(model, features, masks=masks, fill="zero", target=0, players=[[2], [3, 0]])
     assert some.player_names == ("text 2", "image 0", "image 3")
@@ -67,7 +57,7 @@ def test_a_subset_of_players_leaves_the_rest_present(sample):
 def test_padded_lengths_move_later_modalities(sample):
     """Padding a modality further shifts the positions of those after it, exactly as padding the tensors would."""
     features, masks = sample
-    model = make()
+    model = small_model()
     z = torch.rand(5, 6) < 0.5
     plain = TokenGame(model, features, masks=masks, fill="zero", target=0)
     shifted = TokenGame(model, features, masks=masks, fill="zero", target=0, padded_lengths=(9, 6))
@@ -80,7 +70,7 @@ def test_padded_lengths_move_later_modalities(sample):
 
 def test_no_masks_and_full_masks_route_differently():
     features = [torch.randn(3, H, dtype=torch.float64), torch.randn(4, H, dtype=torch.float64)]
-    model = make(("left", "right"))
+    model = small_model(("left", "right"))
     z = torch.ones(1, 7, dtype=torch.bool)
     without = TokenGame(model, features, fill="zero", target=0)
     ones = TokenGame(model, features, masks=[torch.ones(3), torch.ones(4)], fill="zero", target=0)
@@ -90,12 +80,12 @@ def test_no_masks_and_full_masks_route_differently():
 
 def test_mean_fill_is_the_models(sample):
     features, masks = sample
-    model = make()
+    model = small_model()
     with pytest.raises(ArgumentError, match="fill: got 'mean' with a model that carries no feature means"):
         TokenGame(model, features, masks=masks)
     model.set_feature_means([f[None] for f in features], [m[None] for m in masks])
     game = TokenGame(model, features, masks=masks, target=1)
-    means = [features[0][:3].mean(0), features[1].mean(0)]
+    means = [features[0][1:3].mean(0), features[1].mean(0)]  # without the start symbol, which never is absent
     explicit = TokenGame(model, features, masks=masks, target=1, fill=means)
     z = torch.rand(4, 6) < 0.5
     assert torch.allclose(game(z), explicit(z), rtol=0, atol=1e-12)
@@ -105,11 +95,11 @@ def test_mean_fill_is_the_models(sample):
 
 def test_target_defaults_to_the_prediction(sample):
     features, masks = sample
-    model = make()
+    model = small_model()
     with torch.no_grad():
         logits = model([f[None] for f in features], [m[None] for m in masks]).logits[0]
     assert TokenGame(model, features, masks=masks, fill="zero").target == int(logits.argmax())
-    many = make(task="multilabel")
+    many = small_model(task="multilabel")
     with torch.no_grad():
         logits = many([f[None] for f in features], [m[None] for m in masks]).logits[0]
     expected = tuple((logits >= 0).nonzero()[:, 0].tolist()) or (int(logits.argmax()),)
@@ -119,7 +109,7 @@ def test_target_defaults_to_the_prediction(sample):
 
 def test_the_model_is_left_alone(sample):
     features, masks = sample
-    model = make().train()
+    model = small_model().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for backend in ("torch", "reference"):
         TokenGame(model, features, masks=masks, fill="zero", backend=backend)(torch.zeros(2, 6, dtype=torch.bool))
@@ -128,7 +118,7 @@ def test_the_model_is_left_alone(sample):
 
 def test_precise_twin_is_float64_and_leaves_the_game(sample):
     features, masks = sample
-    game = TokenGame(make(), features, masks=masks, fill="zero", dtype=torch.float32)
+    game = TokenGame(small_model(), features, masks=masks, fill="zero", dtype=torch.float32)
     twin = game.precise()
     assert twin.dtype == torch.float64 and game.dtype == torch.float32 and twin.precise() is None
     z = torch.rand(5, 6) < 0.5
@@ -183,14 +173,14 @@ def with_inf(features):
 )
 def test_bad_input_is_named(sample, spoil, message):
     features, masks = sample
-    options = {"model": make(), "features": features, "masks": masks, "fill": "zero", **spoil(features)}
+    options = {"model": small_model(), "features": features, "masks": masks, "fill": "zero", **spoil(features)}
     with pytest.raises(ArgumentError, match=message):
         TokenGame(options.pop("model"), options.pop("features"), **options)
 
 
 def test_coalitions_of_the_wrong_width_are_named(sample):
     features, masks = sample
-    game = TokenGame(make(), features, masks=masks, fill="zero")
+    game = TokenGame(small_model(), features, masks=masks, fill="zero")
     with pytest.raises(ArgumentError, match=r"coalitions: got shape \(2, 5\), expected \(C, n\) = \(any, 6\)"):
         game(torch.zeros(2, 5, dtype=torch.bool))
 

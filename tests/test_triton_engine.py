@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it is pa
 
 from flmoe_fast import interactions  # noqa: E402
 from flmoe_fast.checks import ArgumentError  # noqa: E402
+from flmoe_fast.engines.backends import backends  # noqa: E402
 from flmoe_fast.engines.gpu import chunk as gpu_chunk  # noqa: E402
 from flmoe_fast.engines.gpu import plan as gpu_plan  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
@@ -37,10 +38,9 @@ from flmoe_fast.engines.gpu.kernels import (  # noqa: E402
 )
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS  # noqa: E402
 from flmoe_fast.engines.gpu.triton import TritonEngine  # noqa: E402
+from flmoe_fast.engines.portable import TorchEngine  # noqa: E402
 from flmoe_fast.engines.problem import Logits  # noqa: E402
 from flmoe_fast.engines.stack import LOG2E  # noqa: E402
-from flmoe_fast.engines.torch_engine import TorchEngine  # noqa: E402
-from flmoe_fast.environment import backends  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
 from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
 from flmoe_fast.probes.moments import unit_means  # noqa: E402

@@ -26,7 +26,7 @@ from test_triton_engine import (
 )
 
 from flmoe_fast import interactions
-from flmoe_fast.engines import dispatch, torch_engine
+from flmoe_fast.engines import portable, sparse_rows
 from flmoe_fast.engines.gpu.kernels import choice, combine, grouped, order
 from flmoe_fast.engines.gpu.kernels.configs import find
 from flmoe_fast.engines.problem import Logits
@@ -115,13 +115,13 @@ def test_no_choice_hangs_on_rounding(edge: Edge):
 def test_split_operands_equal_the_reference(edge: Edge):
     """Against the model with its weights, but not its gates, rounded alike; and there, too, no choice hangs on that."""
     seen = []
-    choose = dispatch.choose
+    choose = sparse_rows.choose
 
     def spy(logits, *rest):
         seen.append(logits.flatten(0, -2))
         return choose(logits, *rest)
 
-    with patch.object(torch_engine, "choose", spy):
+    with patch.object(portable, "choose", spy):
         truth = flat(rounded_problem(problem_of(edge), torch.float16).evaluate_toggles(*coalitions_of(edge)))
     error = (routed(edge, "fp16x2")[1] - routed(edge, None)[1]).abs().max()
     assert float(gaps(torch.cat(seen), edge.model().config.top_k).min()) > 4 * float(error)
@@ -209,7 +209,7 @@ def test_equal_logits_go_to_the_lower_index():
     stream, weight = ties()
     chosen, scores, counts = chosen_by_kernel(stream, weight, 3)
     logits = torch.layer_norm(stream.double(), (16,)) @ weight.double()
-    expected, weights = dispatch.choose(logits, "naive", 3)
+    expected, weights = sparse_rows.choose(logits, "naive", 3)
     assert torch.equal(chosen.long(), expected)
     assert float((scores - weights).abs().max()) <= 32 * torch.finfo(torch.float32).eps
     for network in range(5):
@@ -222,7 +222,7 @@ def test_the_wrong_order_of_ties_is_seen(monkeypatch, tmp_path: Path):
     wrong = "tl.max(tl.where(left == value[:, None], o_x[None, :], 0), 1)"
     break_kernels(choice, right, wrong, monkeypatch, tmp_path)
     stream, weight = ties()
-    expected, _ = dispatch.choose(torch.layer_norm(stream.double(), (16,)) @ weight.double(), "naive", 3)
+    expected, _ = sparse_rows.choose(torch.layer_norm(stream.double(), (16,)) @ weight.double(), "naive", 3)
     assert not torch.equal(chosen_by_kernel(stream, weight, 3)[0].long(), expected)
 
 
@@ -265,11 +265,11 @@ def queues() -> torch.Tensor:
     return torch.rand(2, count * sum(tokens), networks, generator=generator).argsort(-1)[..., :slots]
 
 
-def sorted_plainly(chosen: torch.Tensor, room: tuple[int, int]) -> dispatch.Dispatch:
+def sorted_plainly(chosen: torch.Tensor, room: tuple[int, int]) -> sparse_rows.Dispatch:
     count, tokens, networks, _ = QUEUES
     modality = torch.tensor([0] * tokens[0] + [1] * tokens[1]).repeat(count)
     block = torch.arange(count).repeat_interleave(sum(tokens)) * 2 + modality
-    return dispatch.dispatch(chosen, networks, block, 2 * count, torch.tensor(room).repeat(count))
+    return sparse_rows.dispatch(chosen, networks, block, 2 * count, torch.tensor(room).repeat(count))
 
 
 @pytest.mark.parametrize("room", [(1000, 1000), (40, 3)], ids=["room for all", "a capacity"])

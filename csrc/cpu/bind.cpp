@@ -27,12 +27,12 @@ const T* at(uintptr_t address) {
 
 class CpuModel {
  public:
-  CpuModel(const std::string& level_name, int experts, int layers, int length, int hidden, int heads, int wide,
-           int classes, int modalities, bool residual, int networks, int slots, bool among_all, int ends)
+  CpuModel(const std::string& level_name, int experts, int layers, int hidden, int heads, int wide, bool residual,
+           int networks, int slots, bool among_all, int ends)
       : level_(level(level_name)),
-        shape_{experts, layers, length, hidden, heads, wide, classes, modalities, residual, networks, slots, among_all, ends},
+        shape_{experts, layers, 0, hidden, heads, wide, 0, 0, residual, networks, slots, among_all, ends},
         layers_(static_cast<std::size_t>(experts) * layers) {
-    for (const int size : {experts, layers, length, hidden, heads, wide, classes, modalities}) {
+    for (const int size : {experts, layers, hidden, heads, wide}) {
       if (size < 1) throw std::runtime_error("CpuModel: every size must be positive");
     }
     if (hidden % heads != 0) throw std::runtime_error("CpuModel: hidden must be a multiple of heads");
@@ -74,17 +74,19 @@ class CpuModel {
     }
   }
 
-  std::size_t workspace() const { return level_.workspace(shape_); }
+  // Bytes that one thread needs for a sample of `length` tokens in `modalities` modalities.
+  std::size_t workspace(int length, int modalities) const { return level_.workspace(sample(length, modalities, 1)); }
   int head_width() const { return shape_.head_width(); }
 
   void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int queries,
            uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t room, uintptr_t head,
-           uintptr_t head_bias, uintptr_t logits, int64_t coalitions, int threads, uintptr_t workspace,
-           std::size_t stride) const {
+           uintptr_t head_bias, uintptr_t logits, int64_t coalitions, int length, int modalities, int classes,
+           int threads, uintptr_t workspace, std::size_t stride) const {
+    const Shape shape = sample(length, modalities, classes);
     if (coalitions < 0 || threads < 1) throw std::runtime_error("CpuModel.run: a negative size, or no thread");
     if (coalitions == 0) return;
     if ((table == 0) == (states == 0)) throw std::runtime_error("CpuModel.run: expected either a table or states");
-    if (stride % 64 != 0 || stride < this->workspace()) throw std::runtime_error("CpuModel.run: workspace too small");
+    if (stride % 64 != 0 || stride < level_.workspace(shape)) throw std::runtime_error("CpuModel.run: workspace too small");
     const Call call{{at<float>(table), at<std::int32_t>(pick), at<std::int32_t>(absent_row), groups, queries,
                      at<float>(states)},
                     at<float>(base),
@@ -95,10 +97,27 @@ class CpuModel {
                     at<double>(head_bias),
                     reinterpret_cast<double*>(logits),
                     coalitions};
-    cpu::run(level_, {shape_, layers_.data()}, call, threads, reinterpret_cast<char*>(workspace), stride);
+    // Signals, Ctrl-C among them, are Python's: it looks at them when it is asked to, on its main thread.
+    cpu::run(level_, {shape, layers_.data()}, call, threads, reinterpret_cast<char*>(workspace), stride, [] {
+      py::gil_scoped_acquire held;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      return false;
+    });
   }
 
  private:
+  // The shape of this model with a sample's part in it.
+  Shape sample(int length, int modalities, int classes) const {
+    for (const int size : {length, modalities, classes}) {
+      if (size < 1) throw std::runtime_error("CpuModel: every size must be positive");
+    }
+    Shape shape = shape_;
+    shape.length = length;
+    shape.modalities = modalities;
+    shape.classes = classes;
+    return shape;
+  }
+
   float* memory(std::size_t floats) {
     auto* p = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
     if (p == nullptr) throw std::bad_alloc();
@@ -167,20 +186,19 @@ void bind(py::module_& m) {
   m.def("cpu_elementwise", &elementwise, release(), py::arg("level"), py::arg("function"), py::arg("x"), py::arg("y"),
         py::arg("count"));
   py::class_<CpuModel>(m, "CpuModel")
-      .def(py::init<const std::string&, int, int, int, int, int, int, int, int, bool, int, int, bool, int>(), py::arg("level"),
-           py::arg("experts"), py::arg("layers"), py::arg("length"), py::arg("hidden"), py::arg("heads"),
-           py::arg("wide"), py::arg("classes"), py::arg("modalities"), py::arg("residual"), py::arg("networks") = 0,
-           py::arg("slots") = 0, py::arg("among_all") = false, py::arg("ends") = 1)
+      .def(py::init<const std::string&, int, int, int, int, int, bool, int, int, bool, int>(), py::arg("level"),
+           py::arg("experts"), py::arg("layers"), py::arg("hidden"), py::arg("heads"), py::arg("wide"),
+           py::arg("residual"), py::arg("networks") = 0, py::arg("slots") = 0, py::arg("among_all") = false, py::arg("ends") = 1)
       .def("set_layer", &CpuModel::set_layer, release(), py::arg("layer"), py::arg("qkv"), py::arg("qkv_bias"),
            py::arg("out"), py::arg("out_bias"), py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
       .def("set_networks", &CpuModel::set_networks, release(), py::arg("layer"), py::arg("gate"), py::arg("gate_bias"),
            py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
-      .def_property_readonly("workspace", &CpuModel::workspace)
+      .def("workspace", &CpuModel::workspace, py::arg("length"), py::arg("modalities"))
       .def_property_readonly("head_width", &CpuModel::head_width)
       .def("run", &CpuModel::run, release(), py::arg("table"), py::arg("pick"), py::arg("absent_row"),
            py::arg("groups"), py::arg("queries"), py::arg("states"), py::arg("base"),
            py::arg("present"), py::arg("modality"), py::arg("room"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),
-           py::arg("coalitions"), py::arg("threads"), py::arg("workspace"), py::arg("stride"));
+           py::arg("coalitions"), py::arg("length"), py::arg("modalities"), py::arg("classes"), py::arg("threads"), py::arg("workspace"), py::arg("stride"));
 }
 
 }  // namespace flmoe::cpu

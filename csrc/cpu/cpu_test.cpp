@@ -1,18 +1,38 @@
 // The CPU engine's levels against plain double arithmetic, under AddressSanitizer and UBSan: every array is an exact-size
 // heap block, so a vector that reads past its matrix is an error and not luck.
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "../testing.h"
 #include "dispatch.h"
+
+namespace {
+std::atomic<int> granted{1 << 30};  // threads that the system still grants
+}
+
+// In place of the system's: refuses threads when no more are granted.
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*), void* argument) {
+  using Create = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
+  static const Create create = reinterpret_cast<Create>(dlsym(RTLD_NEXT, "pthread_create"));
+  return granted-- > 0 ? create(thread, attributes, start, argument) : EAGAIN;
+}
 
 namespace {
 
@@ -490,10 +510,75 @@ void test_dispatch() {
   CHECK(refused, "an unknown level");
 }
 
+// A level whose units only say that they ran, and on which thread.
+struct Roll {
+  std::atomic<int> units{0};
+  std::mutex lock;
+  std::set<std::thread::id> threads;
+} roll;
+
+const Level counting{"counting",
+                     "none",
+                     nullptr,
+                     nullptr,
+                     [](const Model&, const Call&, int, std::int64_t, int count, char*) {
+                       roll.units += count;
+                       std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                       const std::lock_guard<std::mutex> held(roll.lock);
+                       roll.threads.insert(std::this_thread::get_id());
+                     },
+                     [] { return 0u; },
+                     [](unsigned) {},
+                     nullptr,
+                     nullptr,
+                     nullptr};
+
+// Units of one coalition each, on up to `threads` threads of which the system grants so many beside the calling one.
+bool roll_call(std::int64_t coalitions, int threads, int of_system, const std::function<bool()>& stop = {}) {
+  struct Settle {
+    ~Settle() { granted = 1 << 30; }
+  } settle;
+  roll.units = 0;
+  roll.threads.clear();
+  granted = of_system;
+  const Shape shape{1, 1, kStackRows, 32, 1, 32, 1, 1, true};
+  Call call{};
+  call.coalitions = coalitions;
+  return run(counting, {shape, nullptr}, call, threads, nullptr, 0, stop);
+}
+
+// Whatever the system grants, every coalition is evaluated, and threads that started are waited for.
+void test_threads_that_do_not_start() {
+  for (const int of_system : {0, 1, 2, 9}) {
+    CHECK(roll_call(40, 4, of_system), "%d of 3 threads granted", of_system);
+    const int most = 1 + std::min(of_system, 3), seen = static_cast<int>(roll.threads.size());
+    CHECK(roll.units == 40, "%d of 40 units with %d of 3 threads", roll.units.load(), of_system);
+    CHECK(seen <= most && (of_system == 0 || seen > 1), "%d threads at work, %d granted", seen, of_system);
+  }
+}
+
+// Asked to stop, or thrown out, no thread takes another unit and all are waited for.
+void test_stopping() {
+  int asked = 0;
+  CHECK(!roll_call(100000, 3, 9, [&] { return ++asked == 2; }), "stopped");
+  CHECK(asked == 2 && roll.units > 2 && roll.units < 10000, "%d units after %d questions", roll.units.load(), asked);
+  bool thrown = false;
+  try {
+    roll_call(100000, 3, 9, []() -> bool { throw std::runtime_error("enough"); });
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  const int units = roll.units;
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(thrown && roll.units == units && units < 10000, "%d units, then %d", units, roll.units.load());
+}
+
 }  // namespace
 
 int main() {
   test_dispatch();
+  test_threads_that_do_not_start();
+  test_stopping();
   for (const Support& support : levels()) {
     if (!support.missing.empty()) continue;
     test_functions(*support.level);

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -115,25 +117,66 @@ const Level& level(const std::string& name) {
   throw std::runtime_error("level '" + name + "' cannot run: this machine and build have " + here);
 }
 
-void run(const Level& level, const Model& model, const Call& call, int threads, char* workspace, std::size_t stride) {
+namespace {
+
+// How long the calling thread computes before it looks whether it should go on.
+constexpr std::chrono::milliseconds kPatience{50};
+
+// Threads that take no more units once this is left, however it is left, and are waited for.
+struct Crew {
+  std::atomic<bool> stopped{false};
+  std::vector<std::thread> members;
+
+  ~Crew() {
+    stopped = true;
+    for (std::thread& member : members) member.join();
+  }
+};
+
+}  // namespace
+
+bool run(const Level& level, const Model& model, const Call& call, int threads, char* workspace, std::size_t stride,
+         const std::function<bool()>& stop) {
   const std::int64_t stack = model.shape.stack(), stacks = (call.coalitions + stack - 1) / stack;
   const std::int64_t units = stacks * model.shape.experts;
   std::atomic<std::int64_t> next{0};
   // Expert by expert, so that threads at work at the same time read the same weights.
+  const auto compute = [&](int thread, std::int64_t unit) {
+    const std::int64_t first = unit % stacks * stack;
+    level.unit(model, call, static_cast<int>(unit / stacks), first,
+               static_cast<int>(std::min(stack, call.coalitions - first)), workspace + thread * stride);
+  };
+
+  Crew others;
   const auto work = [&](int thread) {
     const unsigned state = level.begin();
-    for (std::int64_t unit = next++; unit < units; unit = next++) {
-      const std::int64_t first = unit % stacks * stack;
-      level.unit(model, call, static_cast<int>(unit / stacks), first,
-                 static_cast<int>(std::min(stack, call.coalitions - first)), workspace + thread * stride);
+    while (!others.stopped) {
+      const std::int64_t unit = next++;
+      if (unit >= units) break;
+      compute(thread, unit);
     }
     level.end(state);
   };
-  std::vector<std::thread> others;
   const int count = static_cast<int>(std::min<std::int64_t>(threads, units));
-  for (int t = 1; t < count; ++t) others.emplace_back(work, t);
-  work(0);
-  for (std::thread& other : others) other.join();
+  others.members.reserve(static_cast<std::size_t>(count));
+  try {
+    for (int t = 1; t < count; ++t) others.members.emplace_back(work, t);
+  } catch (const std::system_error&) {
+    // The system grants no more threads: those there are share the units.
+  }
+
+  unsigned state = level.begin();
+  auto asked = std::chrono::steady_clock::now();
+  for (std::int64_t unit = next++; unit < units; unit = next++) {
+    compute(0, unit);
+    if (!stop || std::chrono::steady_clock::now() - asked < kPatience) continue;
+    level.end(state);  // what is asked is not ours, and finds the processor as it was
+    if (stop()) return false;
+    state = level.begin();
+    asked = std::chrono::steady_clock::now();
+  }
+  level.end(state);
+  return true;
 }
 
 }  // namespace flmoe::cpu

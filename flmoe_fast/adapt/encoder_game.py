@@ -11,7 +11,6 @@ from torch import nn
 
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import Score, doubled, floating, name_players
-from flmoe_fast.adapt.native_stack import NativeStackEngine
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
@@ -125,7 +124,7 @@ class EncoderGame(Game):
             "dtype": str(self.dtype).removeprefix("torch."),
             "places": [list(place) for place in self.places],
             "path": f"engine: {len(engine.layers)} layers of {self.tower.stack.name}, {engine.length} tokens",
-            **arithmetic(self.tower),
+            **engine.about(),
         }
 
     def _make_tower(self, **known: object) -> None:
@@ -136,17 +135,9 @@ class EncoderGame(Game):
         self._values = Remembered(lambda coalitions: self.score.values(tower.encode(coalitions)))
 
 
-def arithmetic(tower: Tower) -> dict[str, str]:
-    """What multiplies, where it is the native engine."""
-    engine = tower.engine
-    return {"level": engine.level, "arithmetic": engine.arithmetic} if isinstance(engine, NativeStackEngine) else {}
-
-
 def more_exact(*towers: Tower) -> str:
     """How to get less rounding, for a person to read."""
-    if all(arithmetic(tower).get("arithmetic", "fp32") == "fp32" for tower in towers):
-        return "dtype=torch.float64"
-    return "backend='torch', or dtype=torch.float64"
+    return max((tower.engine.more_exact for tower in towers), key=len)
 
 
 def in_dtype(

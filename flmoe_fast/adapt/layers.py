@@ -8,7 +8,7 @@ has been read is compared with what the layer computes before it is used (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.stack import Layer, Norm, Stack
 
 # What each part is called. A layer is read when exactly one name of every role exists in it.
 _QUERY = (
@@ -199,14 +200,52 @@ def _scaled(part: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor) -> tu
     return part[0] * factor[:, None], part[1] * factor
 
 
+def fold(parts: Sequence[LayerParts]) -> Stack:
+    """Layers as one stack, for the engines."""
+    first = parts[0]
+    probe = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    with torch.no_grad():
+        exact = torch.equal(first.activation(probe), F.gelu(probe))
+    layers = tuple(_folded(part) for part in parts)
+    return Stack(layers, first.heads, pre=first.pre, activation=None if exact else first.activation)
+
+
+def _folded(parts: LayerParts) -> Layer:
+    def exact(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device="cpu", dtype=torch.float64)
+
+    (q, q_bias), (k, _), (v, v_bias) = ((exact(w), exact(b)) for w, b in parts.qkv)
+    scale = (len(q) // parts.heads) ** -0.5
+    q, q_bias = q * scale, q_bias * scale
+    out, out_bias = (exact(t) for t in parts.out)
+    up, up_bias = (exact(t) for t in parts.up)
+    (gain1, shift1), (gain2, shift2) = ((exact(gain), exact(shift)) for gain, shift, _ in (parts.norm1, parts.norm2))
+    norms = [
+        Norm(norm[2]) if parts.pre else Norm(norm[2], gain[None, None], shift[None, None])
+        for norm, gain, shift in ((parts.norm1, gain1, shift1), (parts.norm2, gain2, shift2))
+    ]
+    if parts.pre:
+        q_bias, v_bias = q_bias + q @ shift1, v_bias + v @ shift1
+        q, k, v = q * gain1, k * gain1, v * gain1
+        up_bias = up_bias + up @ shift2
+        up = up * gain2
+    return Layer(
+        qkv=torch.cat([q, k, v]).T[None].contiguous(),
+        q_bias=q_bias[None, None],
+        out=out.T[None].contiguous(),
+        out_bias=(out_bias + out @ v_bias)[None, None],
+        up=up.T[None].contiguous(),
+        up_bias=up_bias[None, None],
+        down=exact(parts.down[0]).T[None].contiguous(),
+        down_bias=exact(parts.down[1])[None, None],
+        norm1=norms[0],
+        norm2=norms[1],
+    )
+
+
 @dataclass(frozen=True)
 class PackedEncoderLayer:
-    """One layer as the engine uses it; every matrix is stored input-major, ready for ``x @ w``.
-
-    All of it is exact algebra, done in float64: 1/sqrt(d) goes into Q; a constant added to all keys is not seen by a
-    softmax, so K has no bias; attention weights sum to one, so V's bias goes through the output projection. Where
-    LayerNorms come first, their gain and shift go into the projections that follow them.
-    """
+    """One layer of a folded stack in one dtype on one device; every matrix is input-major, ready for ``x @ w``."""
 
     heads: int
     pre: bool
@@ -225,54 +264,37 @@ class PackedEncoderLayer:
     activation: Callable[[torch.Tensor], torch.Tensor]
 
     @staticmethod
-    def of(parts: LayerParts, dtype: torch.dtype, device: torch.device) -> PackedEncoderLayer:
-        """Pack one layer."""
-
-        def exact(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device="cpu", dtype=torch.float64)
+    def of(stack: Stack, index: int, dtype: torch.dtype, device: torch.device) -> PackedEncoderLayer:
+        """Lay out one layer."""
+        layer = stack.layers[index]
 
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device=device, dtype=dtype).contiguous()
 
-        (q, q_bias), (k, _), (v, v_bias) = ((exact(w), exact(b)) for w, b in parts.qkv)
-        scale = (len(q) // parts.heads) ** -0.5
-        q, q_bias = q * scale, q_bias * scale
-        out, out_bias = (exact(t) for t in parts.out)
-        up, up_bias = (exact(t) for t in parts.up)
-        norms = []
-        for gain, shift, _ in (parts.norm1, parts.norm2):
-            norms.append((exact(gain), exact(shift)))
-        if parts.pre:
-            (gain1, shift1), (gain2, shift2) = norms
-            q_bias, v_bias = q_bias + q @ shift1, v_bias + v @ shift1
-            q, k, v = q * gain1, k * gain1, v * gain1
-            up_bias = up_bias + up @ shift2
-            up = up * gain2
-        return PackedEncoderLayer(
-            heads=parts.heads,
-            pre=parts.pre,
-            qkv=cast(torch.cat([q, k, v]).T),
-            qkv_bias=cast(torch.cat([q_bias, torch.zeros_like(q_bias), torch.zeros_like(q_bias)])),
-            out=cast(out.T),
-            out_bias=cast(out_bias + out @ v_bias),
-            norm1=None if parts.pre else tuple(cast(t) for t in norms[0]),
-            eps1=parts.norm1[2],
-            up=cast(up.T),
-            up_bias=cast(up_bias),
-            down=cast(exact(parts.down[0]).T),
-            down_bias=cast(exact(parts.down[1])),
-            norm2=None if parts.pre else tuple(cast(t) for t in norms[1]),
-            eps2=parts.norm2[2],
-            activation=PackedEncoderLayer.activation_of(parts),
-        )
+        def gain_and_shift(norm: Norm) -> tuple[torch.Tensor, torch.Tensor] | None:
+            if norm.gain is None or norm.shift is None:
+                return None
+            return cast(norm.gain[0, 0]), cast(norm.shift[0, 0])
 
-    @staticmethod
-    def activation_of(parts: LayerParts) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The layer's own activation function, or the same done in place where it is the exact GELU."""
-        probe = torch.linspace(-8, 8, 257, dtype=torch.float64)
-        with torch.no_grad():
-            exact = torch.equal(parts.activation(probe), F.gelu(probe))
-        return torch.ops.aten.gelu_ if exact else parts.activation
+        qkv, qkv_bias = layer.projections()
+        return PackedEncoderLayer(
+            heads=stack.heads,
+            pre=stack.pre,
+            qkv=cast(qkv[0]),
+            qkv_bias=cast(qkv_bias[0, 0]),
+            out=cast(layer.out[0]),
+            out_bias=cast(layer.out_bias[0, 0]),
+            norm1=gain_and_shift(layer.norm1),
+            eps1=layer.norm1.epsilon,
+            up=cast(layer.up[0]),
+            up_bias=cast(layer.up_bias[0, 0]),
+            down=cast(layer.down[0]),
+            down_bias=cast(layer.down_bias[0, 0]),
+            norm2=gain_and_shift(layer.norm2),
+            eps2=layer.norm2.epsilon,
+            # The exact GELU is done in place.
+            activation=torch.ops.aten.gelu_ if stack.activation is None else stack.activation,
+        )
 
     @property
     def width(self) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from flmoe_fast.adapt.layers import PackedEncoderLayer
+from flmoe_fast.checks import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,22 @@ class StackEngine:
         # A removed token can be left out unless the head looks at it.
         self.packed = not bool((self.removed & (self.owner >= 0))[self.reads].any())
         self.states = None if problem.mixed is not None else self._two_states()
+
+    @property
+    def two_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stream (2, L', H) and first-layer queries, keys, values (2, L', 3 D) of tokens that have two states."""
+        if self.states is None:
+            raise ArgumentError("problem", "tokens of more than two states", "two states a token")
+        return self.states
+
+    @property
+    def more_exact(self) -> str:
+        """How to get less rounding, for a person to read."""
+        return "dtype=torch.float64"
+
+    def about(self) -> dict[str, str]:
+        """What a result should remember about the engine."""
+        return {}
 
     @property
     def length(self) -> int:
@@ -156,7 +173,7 @@ class StackEngine:
 
     def _first(self, coalitions: torch.Tensor, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Stream (C, S, H) and queries, keys, values (C, S, 3 D) of the first layer."""
-        if self.states is None:
+        if self.problem.mixed is not None:
             stream = self.problem.mixed(coalitions).to(device=self.device, dtype=self.dtype)[:, self.kept]
             return stream, self.layers[0].project(stream)
         if tokens is None:
@@ -164,7 +181,7 @@ class StackEngine:
         # A hidden token that is not left out keeps its own state; nobody attends to it.
         state = (self._present(coalitions) | self.removed).long().gather(1, tokens)
         at = state * self.length + tokens
-        stream, qkv = (part.flatten(0, 1)[at] for part in self.states)
+        stream, qkv = (part.flatten(0, 1)[at] for part in self.two_states)
         return stream, qkv
 
     def _mask(self, coalitions: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:

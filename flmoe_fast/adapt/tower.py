@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,12 +18,15 @@ from torch import nn
 
 from flmoe_fast.adapt import native_stack
 from flmoe_fast.adapt.around import eager, instead, visible_keys
-from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, read_layer
+from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, fold, read_layer
 from flmoe_fast.adapt.native_stack import NativeStackEngine
 from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
 from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
 from flmoe_fast.adapt.steady import steady
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines import stack as engine_stack
+from flmoe_fast.engines.cpu_model import NativeModel
+from flmoe_fast.engines.levels import usable_level
 
 #: Largest relative difference between a layer and what was read of it, both in float64. Anything a layer does beside
 #: what a plain one does is far larger; some models take the softmax in float32 whatever the rest is in.
@@ -46,12 +50,25 @@ class Stack:
     parts: list[LayerParts] = field(default_factory=list)
     compared: bool = False
     _packed: dict[tuple, tuple[PackedEncoderLayer, ...]] = field(default_factory=dict)
+    _native: dict[str, NativeModel] = field(default_factory=dict)
+
+    @functools.cached_property
+    def folded(self) -> engine_stack.Stack:
+        """The layers as engines describe them."""
+        return fold(self.parts)
+
+    def native(self) -> NativeModel:
+        """The layers packed for the native engine."""
+        level = usable_level()
+        if level not in self._native:
+            self._native[level] = NativeModel(self.folded, level)
+        return self._native[level]
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> tuple[PackedEncoderLayer, ...]:
         """The layers for the engine."""
         if (dtype, device) not in self._packed:
-            layers = tuple(PackedEncoderLayer.of(parts, dtype, device) for parts in self.parts)
-            self._packed[dtype, device] = layers
+            count = range(len(self.parts))
+            self._packed[dtype, device] = tuple(PackedEncoderLayer.of(self.folded, i, dtype, device) for i in count)
         return self._packed[dtype, device]
 
 
@@ -164,13 +181,13 @@ class Tower:
             self.problem = replace(like.problem, present=states, absent=absent, mixed=mixed)
         device = next(model.parameters()).device
         layers = self.stack.packed(dtype, device)
-        reason = native_stack.why_not(self.problem, self.stack.parts, dtype, device)
+        reason = native_stack.why_not(self.problem, self.stack.folded, dtype, device)
         if backend == "cpu" and reason:
             raise ArgumentError("backend", f"'cpu', but {reason}", "'torch', or 'auto' to use what there is")
         if backend == "torch" or reason:
             self.engine = StackEngine(self.problem, layers, memory)
         else:
-            self.engine = NativeStackEngine(self.problem, layers, memory, self.stack.parts)
+            self.engine = NativeStackEngine(self.problem, layers, memory, self.stack.native())
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
@@ -372,7 +389,7 @@ class Tower:
         everyone = torch.arange(before.shape[1])
         nobody = torch.full_like(everyone, NOBODY)
         problem = StackProblem(before[0], before[0], nobody, nobody >= 0, allowed, everyone)
-        packed = PackedEncoderLayer.of(self.stack.parts[index], double, before.device)
+        packed = PackedEncoderLayer.of(self.stack.folded, index, double, before.device)
         ours = StackEngine(problem, (packed,), 1 << 30).evaluate(torch.ones(1, 1, dtype=torch.bool))
         # Nobody ever sees what a model makes of padding.
         seen = slice(None) if allowed is None else allowed.any(0).to(before.device)

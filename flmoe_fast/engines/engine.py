@@ -8,10 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
+import flmoe_fast.engines.forks  # noqa: F401 - what engines need in forked processes
+from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 #: Tokens worth evaluating per call: enough to keep the machine busy, few enough for a moving progress bar.
 BLOCK_TOKENS = 1 << 16
+#: Bytes of activations to hold at a time unless told otherwise; the GPU engines have their own.
+DEFAULT_MEMORY = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,13 @@ class Request:
     backend: str = "auto"
     precision: str = "auto"
     memory: int | None = None
+
+    @property
+    def known_problem(self) -> TokenProblem:
+        """The problem, where the request is of a game."""
+        if self.problem is None:
+            raise ArgumentError("problem", None, "a TokenProblem")
+        return self.problem
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,12 @@ class Engine(ABC):
     ----------
     name : str
         The backend it is asked for by.
-    more_exact : str
-        How to get the same game with less rounding, for a person to read.
     reduces : bool
         Whether :meth:`reduce_corners` is there.
     """
 
     name: ClassVar[str]
     block_tokens: ClassVar[int] = BLOCK_TOKENS
-    more_exact: str = "dtype=torch.float64"
     reduces: ClassVar[bool] = False
     problem: TokenProblem
 
@@ -135,6 +143,11 @@ class Engine(ABC):
     def about(self) -> dict[str, Any]:
         """What a result should remember about the engine; JSON types only."""
         return {}
+
+    @property
+    def more_exact(self) -> str:
+        """How to get the same game with less rounding, for a person to read."""
+        return "dtype=torch.float64"
 
     @property
     def block(self) -> int:

@@ -47,14 +47,26 @@ class PreparedModel:
         head, self.head_bias = weights.pair(name)
         self.head = head.mT.unflatten(1, (len(config.modalities), -1)).contiguous()
         linears = range(0, 3 * config.reweight_layers, 3)
+        names = [f"reweight.mlp.network.{i}" for i in linears]
+        # Everything else is stacked, and thereby a copy; these may be the model's own parameters.
         self.routing = tuple(
-            (weights.state[f"reweight.mlp.network.{i}.weight"].T, weights.state[f"reweight.mlp.network.{i}.bias"])
-            for i in linears
+            (weights.state[f"{name}.weight"].T.clone(), weights.state[f"{name}.bias"].clone()) for name in names
         )
         self.temperature = float(config.temperature)
         self._learned = weights("pos_embed")[:, 0] if config.generation == "original" else None
+        self._keep()
+
+    def _keep(self) -> None:
         self._kept: dict[Hashable, Any] = {}
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what engines laid out, which they do again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep()
 
     def positions(self, length: int) -> torch.Tensor:
         """What is added to each of ``length`` positions: (1, length, H), or learned per expert (E, length, H)."""

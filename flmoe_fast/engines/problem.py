@@ -55,6 +55,12 @@ class TokenProblem:
         """Number of valid tokens L."""
         return int(self.valid.numel())
 
+    def presence(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Presence of every valid token (C, L) bool in coalitions (C, n); tokens that are not players are present."""
+        tokens = torch.ones(len(coalitions), self.length, dtype=torch.bool, device=coalitions.device)
+        tokens[:, self.players.to(coalitions.device)] = coalitions
+        return tokens
+
 
 @dataclass(frozen=True)
 class Logits:

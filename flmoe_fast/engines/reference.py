@@ -6,10 +6,11 @@ import copy
 
 import torch
 
+from flmoe_fast.engines.engine import Engine, Request
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """Replaces absent tokens by their fills and runs the whole model once per coalition.
 
     Nothing is shared, batched, dropped or reordered; positions, key masks and padding are those of the full input.
@@ -25,16 +26,27 @@ class ReferenceEngine:
         self.device = torch.device(device)
         self.model = copy.deepcopy(problem.model).eval().to(device=self.device, dtype=dtype)
 
+    @classmethod
+    def missing(cls, request: Request) -> str:
+        """Nothing: PyTorch is always there."""
+        return ""
+
+    @classmethod
+    def unfit(cls, request: Request) -> str:
+        """Nothing: it runs the model as it is."""
+        return ""
+
+    @classmethod
+    def make(cls, request: Request) -> ReferenceEngine:
+        """The engine of a request."""
+        return cls(request.known_problem, dtype=request.dtype, device=request.device)
+
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of coalitions ``(C, n)`` bool."""
         outputs = [self._forward(coalition) for coalition in coalitions]
         return Logits(
             torch.cat([o.expert_logits for o in outputs]).double(), torch.cat([o.weights for o in outputs]).double()
         )
-
-    def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
-        """Logits and routing of ``contexts[k] ^ toggled[g]``, in the order (k, g)."""
-        return self.evaluate((contexts[:, None] ^ toggled).flatten(0, 1))
 
     @torch.no_grad()
     def _forward(self, coalition: torch.Tensor):

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
@@ -68,11 +69,24 @@ class Layer:
     norm1: Norm = Norm()
     norm2: Norm = Norm()
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layer:
+        """The layer with every tensor replaced by what ``change`` makes of it."""
+        return _mapped(self, change)
+
     def projections(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Q, K and V as columns (E, H, 3 D) and their bias (E, 1, 3 D), scores times ``scale``."""
         q, k, v = self.qkv.chunk(3, dim=2)
         zeros = torch.zeros_like(self.q_bias)
         return torch.cat([q * scale, k, v], dim=2), torch.cat([self.q_bias * scale, zeros, zeros], dim=2)
+
+
+def _mapped(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A dataclass of tensors, numbers and dataclasses with every tensor replaced."""
+    if isinstance(part, torch.Tensor):
+        return change(part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    return replace(part, **{field.name: _mapped(getattr(part, field.name), change) for field in fields(part)})
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Game:
         """Second differences and gaps (K, P, O) of a corner grid, and where a ratio is defined (else None).
 
         None where the game leaves it to the caller to reduce :meth:`corner_values`. See
-        :meth:`~flmoe_fast.engines.gpu.triton.TritonEngine.reduce_corners` for the arguments.
+        :meth:`flmoe_fast.engines.engine.Engine.reduce_corners` for the arguments.
         """
         return None
 

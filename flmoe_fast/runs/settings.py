@@ -20,7 +20,7 @@ from flmoe_fast.data.mmhs150k import read_mmhs150k
 from flmoe_fast.data.mmimdb import read_mmimdb
 from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
-from flmoe_fast.games.token_game import BACKENDS
+from flmoe_fast.engines.choose import BACKENDS
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.training.fit import ABLATIONS
 from flmoe_fast.model.training.losses import REGULARIZERS

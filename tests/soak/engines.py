@@ -9,7 +9,7 @@ import torch
 from edge_shapes import Edge
 from parity import allowed, flat, toggles
 
-from flmoe_fast.coalitions import extension
+from flmoe_fast.native import extension
 
 #: How much more than the reference's own rounding in an arithmetic (see ``parity``) an engine may show. Over thousands
 #: of small cases the reference is lucky in some; a wrong term is larger by many orders.

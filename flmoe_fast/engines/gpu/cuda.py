@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.gpu.weights import SLAB
+from flmoe_fast.native import extension
 
 #: Arithmetics of the fused kernels.
 FUSED_PRECISIONS = ("fp16x2", "mixed", "fp16")

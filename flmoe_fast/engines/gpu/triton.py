@@ -26,13 +26,13 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import pack
-from flmoe_fast.engines import torch_engine
 from flmoe_fast.engines.engine import Corners, Engine, Request
 from flmoe_fast.engines.gpu.chunk import layout
 from flmoe_fast.engines.gpu.kernels.configs import arch_of
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.gpu.plan import Plan, most_contexts, outputs
 from flmoe_fast.engines.gpu.weights import lay_out
+from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.prepared import PreparedSample
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
@@ -157,7 +157,7 @@ class TritonEngine(Engine):
         if problem is None:
             return ""
         config = problem.model.config
-        reason = torch_engine.why_not(problem)
+        reason = TorchEngine.unfit(request)
         if reason:
             return reason
         limits = (

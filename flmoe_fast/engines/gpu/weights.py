@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.coalitions import extension
 from flmoe_fast.engines.gpu.chunk import SCORE_COLUMNS, Chunk, Layer, Spec
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
 from flmoe_fast.engines.stack import LOG2E
+from flmoe_fast.native import extension
 
 #: Room of a network without capacity.
 UNLIMITED = 2**31 - 1

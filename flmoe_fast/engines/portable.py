@@ -1,15 +1,11 @@
 """The portable engine: coalitions in PyTorch, on CPU or GPU, batched, with everything shared that is exact to share.
 
-What coalitions of one sample have in common, and where it is used:
+Beside what :mod:`flmoe_fast.engines.first_layer` computes once per sample:
 
-* A token has two possible inputs (its features or its fill), so layer-1 LayerNorm, Q, K and V are ``2 L`` rows.
-  (:class:`TwoStates`)
-* Layer-1 attention is a ratio of sums over keys. With the score maximum fixed per query over *all* states, numerator
-  and denominator are sums of one term per key, and a key's term has two possible values. Tokens that do not vary give
-  a constant; the ones that vary are selected by a 0/1 matrix, so the layer-1 attention of all coalitions is one matrix
-  product, and its denominators only have positive terms: nothing cancels. (:class:`SharedAttention`)
+* Numerator and denominator of layer-1 attention are sums of one term per key. Tokens that do not vary give a constant;
+  the ones that vary are selected by a 0/1 matrix, so the layer-1 attention of all coalitions is one matrix product, and
+  its denominators only have positive terms: nothing cancels. (:class:`SharedAttention`)
 * The last layer's down-projection is linear, so it is applied after the mean over tokens, on M rows instead of L.
-* Routing reads mean features, which are affine in the coalition.
 * Padding is never attended to nor pooled, so it is left out and no mask remains in any attention.
 * A sparse feed-forward block is as linear in its down-projections as a dense one: in the last layer they too are
   applied after pooling, once per network, modality and coalition instead of once per token.
@@ -24,41 +20,36 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.checks import ArgumentError
-from flmoe_fast.engines.dispatch import Dispatch, choose, combine, dispatch, grouped_matmul, pool
-from flmoe_fast.engines.packed import PackedLayer, PackedModel, PackedNetworks
+from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
+from flmoe_fast.engines.first_layer import Routing, TwoStates
+from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.scratch import Scratch
-from flmoe_fast.model.sparse import slots_per_network
+from flmoe_fast.engines.sparse_rows import Dispatch, choose, combine, dispatch, grouped_matmul, pool
+from flmoe_fast.engines.stack import Layer, Networks
 
 #: Largest number of bytes the table of per-key attention terms may take before coalitions are attended one by one.
 SHARED_TABLE_BYTES = 1 << 28
-#: exp(-limit) is still a normal number with full relative precision. Beyond it, fixed maxima could underflow.
-SCORE_SPREAD = {torch.float32: 60.0, torch.float64: 500.0}
 
 
 @dataclass(frozen=True)
-class TwoStates:
-    """Layer-1 quantities of both states of every valid token; state 1 is the token itself, state 0 its fill."""
+class LaidOut:
+    """A prepared model in one dtype on one device."""
 
-    residual: torch.Tensor  # (E, 2, L, H) what the attention's projection is added to, its bias included
-    q: torch.Tensor  # (E, h, 2, L, d)
-    k: torch.Tensor  # (E, h, 2, L, d)
-    v: torch.Tensor  # (E, h, 2, L, d)
+    layers: tuple[Layer, ...]
+    head: torch.Tensor  # (E, M*H, K)
+    head_bias: torch.Tensor  # (E, 1, K)
 
+    @staticmethod
+    def of(model: PreparedModel, dtype: torch.dtype, device: torch.device) -> LaidOut:
+        """Every number rounded once."""
 
-@dataclass(frozen=True)
-class FirstWeights:
-    """Layer-1 attention weights of J varying and L - J other tokens as keys, not divided by their sum.
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, dtype=dtype).contiguous()
 
-    The Q = L + J query rows are every token in its base state, the varying ones present, then the varying tokens once
-    more as they ask when absent. Keys and values of the varying tokens are first all absent, then all present.
-    """
-
-    rest: torch.Tensor  # (E, h, Q, L - J)
-    vary: torch.Tensor  # (E, h, Q, 2J)
-    values_rest: torch.Tensor  # (E, h, L - J, d)
-    values_vary: torch.Tensor  # (E, h, 2J, d)
+        layers = tuple(layer.map(cast) for layer in model.stack.layers)
+        return LaidOut(layers, cast(model.head.flatten(1, 2)), cast(model.head_bias[:, None]))
 
 
 @dataclass(frozen=True)
@@ -73,12 +64,9 @@ class SharedAttention:
     varying: torch.Tensor  # (J,) index into valid
 
 
-def why_not(problem: TokenProblem) -> str:
-    """What keeps this engine from evaluating a problem exactly; empty if nothing does."""
-    config = problem.model.config
-    if config.fusion == "interpretcc":
-        return "InterpretCC has no token sequence"
-    if not config.slots_limit:
+def misplaced_padding(problem: TokenProblem) -> str:
+    """What keeps the engines that leave padding out from a problem; empty if nothing does."""
+    if not problem.model.config.slots_limit:
         return ""
     # Padding behind a modality's last valid token only counts; before one it would take that token's place.
     start = 0
@@ -89,7 +77,7 @@ def why_not(problem: TokenProblem) -> str:
     return ""
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Evaluates coalitions of one :class:`TokenProblem` in chunks of bounded memory.
 
     Parameters
@@ -105,7 +93,7 @@ class TorchEngine:
     Raises
     ------
     ArgumentError
-        The problem is one that :func:`why_not` names.
+        The problem is one that :meth:`unfit` names.
     """
 
     name = "torch"
@@ -116,21 +104,44 @@ class TorchEngine:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        memory: int = 1 << 27,
+        memory: int = DEFAULT_MEMORY,
     ):
-        reason = why_not(problem)
+        self.device = torch.device(device)
+        reason = self.unfit(Request(dtype, self.device, problem))
         if reason:
             raise ArgumentError("backend", f"{self.name!r}, but {reason}", "backend='auto' or 'reference'")
         self.problem = problem
-        self.config = problem.model.config  # as it is now: FLI2MoE.set_capacity gives a model another one
         self.dtype = dtype
-        self.device = torch.device(device)
-        self.memory = memory
-        self.packed = PackedModel.of(problem.model, problem.padded_lengths, dtype, self.device)
+        self.memory = integer("memory", memory, least=1)
+        self.sample = PreparedSample(problem)
+        self.stack = self.sample.model.stack
+        self.packed = self.sample.model.kept(
+            (LaidOut, dtype, str(self.device)), lambda: LaidOut.of(self.sample.model, dtype, self.device)
+        )
+        self.states = TwoStates.of(self.sample, dtype, self.device)
+        self.routing = Routing.of(self.sample, self.device)
         self.players = problem.players.to(self.device)
         self._scratch = Scratch()
-        self.states = self._two_states()
-        self._routing_base, self._routing_step = self._routing_terms()
+
+    @classmethod
+    def missing(cls, request: Request) -> str:
+        """Nothing: PyTorch is always there."""
+        return ""
+
+    @classmethod
+    def unfit(cls, request: Request) -> str:
+        """InterpretCC, and limited capacity with padding before valid tokens."""
+        if request.problem is None:
+            return ""
+        if request.problem.model.config.fusion == "interpretcc":
+            return "InterpretCC has no token sequence"
+        return misplaced_padding(request.problem)
+
+    @classmethod
+    def make(cls, request: Request) -> TorchEngine:
+        """The engine of a request."""
+        memory = DEFAULT_MEMORY if request.memory is None else request.memory
+        return cls(request.known_problem, dtype=request.dtype, device=request.device, memory=memory)
 
     # ---- public: two ways to name coalitions ------------------------------------------------------------------
 
@@ -142,7 +153,7 @@ class TorchEngine:
             nothing = torch.zeros(0, experts, classes, dtype=torch.float64, device=self.device)
             return Logits(nothing, nothing.sum(-1))
         varies = coalitions.any(0) & ~coalitions.all(0)
-        base = self._tokens(coalitions[:1])[0]
+        base = self.problem.presence(coalitions[:1])[0]
         return self._evaluate_sharing(base, self.players[varies], coalitions)
 
     def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
@@ -158,86 +169,24 @@ class TorchEngine:
             return self.evaluate(everything.flatten(0, 1))
         few = self.players[toggled.any(0)]
         parts = [
-            self._evaluate_sharing(self._tokens(context[None])[0], few, coalitions)
+            self._evaluate_sharing(self.problem.presence(context[None])[0], few, coalitions)
             for context, coalitions in zip(contexts, everything)
         ]
         return Logits(torch.cat([p.experts for p in parts]), torch.cat([p.weights for p in parts]))
-
-    # ---- what is computed once per sample ---------------------------------------------------------------------
-
-    def _two_states(self) -> TwoStates:
-        problem, packed = self.problem, self.packed
-        both = torch.stack([problem.fills, problem.features])[:, problem.valid].to(self.device, self.dtype)
-        positions = packed.positions[:, problem.valid.to(self.device)]
-        x = both[None] + positions[:, None]  # (1 or E, 2, L, H)
-        layer = packed.layers[0]
-        rows = F.layer_norm(x, x.shape[-1:]).flatten(1, 2).expand(layer.out.shape[0], -1, -1)
-        q, k, v = (torch.matmul(rows[:, None], weight) for weight in layer.qkv)  # (E, h, 2L, d)
-        q, k, v = (part.unflatten(2, (2, -1)) for part in (q + layer.q_bias, k, v))
-        residual = x if packed.residual else torch.zeros_like(x)
-        return TwoStates(residual + layer.out_bias[:, None], q, k, v)
-
-    def _routing_terms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean features with every player absent (M, H), and what each player's presence adds (n, M, H); float64."""
-        problem = self.problem
-        features = problem.features[problem.valid].to(self.device, torch.float64)
-        fills = problem.fills[problem.valid].to(self.device, torch.float64)
-        pool = self._pooling().to(torch.float64)  # (M, L)
-        absent = features.clone()
-        absent[self.players] = fills[self.players]
-        step = features[self.players] - fills[self.players]  # (n, H)
-        return pool @ absent, torch.einsum("mn,nh->nmh", pool[:, self.players], step)
-
-    def _pooling(self) -> torch.Tensor:
-        """Mean over each modality's valid tokens as a matrix (M, L); a modality without tokens pools to zero."""
-        pool = torch.zeros(len(self.problem.segments), self.problem.length, device=self.device, dtype=self.dtype)
-        for modality, (start, stop) in enumerate(self.problem.segments):
-            pool[modality, start:stop] = 1.0 / max(stop - start, 1)
-        return pool
 
     # ---- layer-1 attention --------------------------------------------------------------------------------------
 
     def _table_bytes(self, varying: int) -> int:
         experts, _, _, length, _ = self.states.q.shape
-        columns = (length + varying) * (self.problem.features.shape[-1] + self.packed.heads)
+        columns = (length + varying) * (self.stack.attended + self.stack.heads)
         return experts * (1 + 2 * varying) * columns * self.states.q.element_size()
-
-    def _first_weights(self, base: torch.Tensor, varying: torch.Tensor) -> FirstWeights | None:
-        """Unnormalised layer-1 attention weights for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
-
-        None when some query's scores spread so far that a coalition's largest score could underflow against the
-        fixed maximum.
-        """
-        states = self.states
-        length = states.q.shape[3]
-        rest = torch.ones(length, dtype=torch.bool, device=self.device)
-        rest[varying] = False
-        rest = rest.nonzero()[:, 0]
-        # Index pairs (state, token) of the query and key rows.
-        state = base.long()
-        state[varying] = 1
-        queries = torch.cat(
-            [states.q[:, :, state, torch.arange(length, device=self.device)], states.q[:, :, 0, varying]], dim=2
-        )  # (E, h, Q, d)
-        key_vary = torch.cat([states.k[:, :, 0, varying], states.k[:, :, 1, varying]], dim=2)  # (E, h, 2J, d)
-        value_vary = torch.cat([states.v[:, :, 0, varying], states.v[:, :, 1, varying]], dim=2)
-        score_rest = queries @ states.k[:, :, state[rest], rest].transpose(-1, -2)  # (E, h, Q, L - J)
-        score_vary = queries @ key_vary.transpose(-1, -2)  # (E, h, Q, 2J)
-        top = torch.cat([score_rest, score_vary], dim=-1).amax(-1, keepdim=True)
-        # The smallest "largest score" any coalition can have: constant keys, and each varying key in its worse state.
-        surely = torch.cat([score_rest, torch.minimum(*score_vary.chunk(2, dim=-1))], dim=-1).amax(-1, keepdim=True)
-        if float((top - surely).max()) > SCORE_SPREAD[self.dtype]:
-            return None
-        return FirstWeights(
-            score_rest.sub_(top).exp_(), score_vary.sub_(top).exp_(), states.v[:, :, state[rest], rest], value_vary
-        )
 
     def _shared_attention(self, base: torch.Tensor, varying: torch.Tensor) -> SharedAttention | None:
         """Terms of layer-1 attention for coalitions equal to ``base`` (L,) bool outside ``varying`` (J,).
 
-        None where :meth:`_first_weights` has none; such samples are attended one coalition at a time.
+        None where :meth:`TwoStates.weights` has none; such samples are attended one coalition at a time.
         """
-        weights = self._first_weights(base, varying)
+        weights = self.states.weights(base, varying)
         if weights is None:
             return None
         experts, heads, rows, _ = weights.rest.shape
@@ -289,10 +238,10 @@ class TorchEngine:
         if self._table_bytes(varying.numel()) <= SHARED_TABLE_BYTES:
             shared = self._shared_attention(base, varying)
         experts = []
-        for chunk in self._tokens(coalitions).split(self.chunk):
+        for chunk in self.problem.presence(coalitions).split(self.chunk):
             attended = self._attend_directly(chunk) if shared is None else self._attend_shared(shared, chunk)
             experts.append(self._after_first_attention(chunk, attended))
-        return Logits(torch.cat(experts), self._route(coalitions))
+        return Logits(torch.cat(experts), self.routing.weights(coalitions))
 
     @property
     def chunk(self) -> int:
@@ -301,15 +250,9 @@ class TorchEngine:
         per_token = 4 * hidden + max(2 * wide, 4 * hidden)
         networks = self.packed.layers[0].networks
         if networks is not None:  # every slot has its own row, hidden activations and result
-            wide, choices = networks.up.shape[2], self.config.ffn_experts
-            per_token = max(per_token, 5 * hidden + self.packed.slots * (2 * hidden + wide) + 4 * choices)
+            wide, choices = networks.up.shape[2], self.stack.networks
+            per_token = max(per_token, 5 * hidden + self.stack.slots * (2 * hidden + wide) + 4 * choices)
         return max(1, self.memory // (experts * self.problem.length * per_token * self.states.q.element_size()))
-
-    def _tokens(self, coalitions: torch.Tensor) -> torch.Tensor:
-        """Presence of every valid token (C, L) bool; tokens that are not players are present."""
-        tokens = torch.ones(coalitions.shape[0], self.problem.length, dtype=torch.bool, device=self.device)
-        tokens[:, self.players] = coalitions
-        return tokens
 
     def _after_first_attention(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Expert logits (C, E, K) in float64 from the first layer's attention output (E, C, L, H)."""
@@ -325,7 +268,7 @@ class TorchEngine:
             self._attend(stream, following, count)
         return self._pool_and_classify(stream, count)
 
-    def _feed_forward(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> None:
+    def _feed_forward(self, stream: torch.Tensor, layer: Layer, count: int) -> None:
         """Feed-forward sub-block of any layer but the last, in place on ``stream`` (E, C L, H)."""
         if layer.networks is None:
             stream.baddbmm_(self._expand(stream, layer), layer.down)
@@ -338,30 +281,29 @@ class TorchEngine:
         stream += combine(rows, sent, scores).view_as(stream)
 
     def _expand_sparse(
-        self, stream: torch.Tensor, networks: PackedNetworks, count: int
+        self, stream: torch.Tensor, networks: Networks, count: int
     ) -> tuple[Dispatch, torch.Tensor, torch.Tensor]:
         """Where the tokens of ``stream`` (E, C L, H) go, scores (E, C L, k), and hidden activations (A, F)."""
-        config, segments = self.config, self.problem.segments
+        segments = self.problem.segments
         normalised = F.layer_norm(stream, stream.shape[-1:])
         logits = torch.baddbmm(networks.gate_bias, normalised, networks.gate)
-        chosen, scores = choose(logits, config.gate, self.packed.slots)
+        chosen, scores = choose(logits, self.stack.gate or "", self.stack.slots)
         modality = torch.repeat_interleave(
             torch.arange(len(segments), device=self.device),
             torch.tensor([stop - start for start, stop in segments], device=self.device),
         )
         block = torch.arange(count, device=self.device)[:, None] * len(segments) + modality
         room = None
-        if config.slots_limit:
-            room = [slots_per_network(config.gate, t, config.ffn_experts, False) for t in self.problem.padded_lengths]
-            room = torch.tensor(room, device=self.device).repeat(count)
-        sent = dispatch(chosen, config.ffn_experts, block.flatten(), count * len(segments), room)
+        if self.sample.room is not None:
+            room = torch.tensor(self.sample.room, device=self.device).repeat(count)
+        sent = dispatch(chosen, self.stack.networks, block.flatten(), count * len(segments), room)
         rows = self._buffer("rows", len(sent.slot), stream.shape[2])
-        torch.index_select(normalised.flatten(0, 1), 0, sent.slot // self.packed.slots, out=rows)
+        torch.index_select(normalised.flatten(0, 1), 0, sent.slot // self.stack.slots, out=rows)
         wide = self._buffer("wide", len(rows), networks.up.shape[2])
         grouped_matmul(rows, networks.up, networks.up_bias, sent.bounds, wide)
         return sent, scores, torch.ops.aten.gelu_(wide)
 
-    def _expand(self, stream: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
+    def _expand(self, stream: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Hidden activations (E, C L, F) of the feed-forward block."""
         wide = self._buffer("wide", *stream.shape[:2], layer.up.shape[2])
         for rows, weight, out in zip(stream, layer.up, wide):
@@ -369,19 +311,21 @@ class TorchEngine:
         wide += layer.up_bias
         return torch.ops.aten.gelu_(wide)
 
-    def _attend(self, stream: torch.Tensor, layer: PackedLayer, count: int) -> None:
+    def _attend(self, stream: torch.Tensor, layer: Layer, count: int) -> None:
         """Attention sub-block of any later layer, in place on ``stream`` (E, C L, H)."""
-        heads, _, depth = layer.qkv.shape[2:]
+        weights = layer.qkv.unflatten(2, (3, self.stack.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, E, h, H, d)
+        bias = layer.q_bias.unflatten(2, (self.stack.heads, -1)).transpose(1, 2)  # (E, h, 1, d)
+        heads, _, depth = weights.shape[2:]
         qkv = self._buffer("qkv", 3, heads, stream.shape[1], depth)
         # One expert at a time: each head's rows then lie together, which attention reads fastest.
         for expert, rows in enumerate(stream):
             normalised = F.layer_norm(rows, rows.shape[-1:])
-            for part, weight in zip(qkv, layer.qkv[:, expert]):
+            for part, weight in zip(qkv, weights[:, expert]):
                 torch.matmul(normalised, weight, out=part)
-            qkv[0] += layer.q_bias[expert]
+            qkv[0] += bias[expert]
             q, k, v = qkv.unflatten(2, (count, -1)).transpose(1, 2).unbind(0)  # (C, h, L, d)
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(rows.shape)
-            if self.packed.residual:
+            if self.stack.residual:
                 rows += layer.out_bias[expert]
             else:
                 rows.copy_(layer.out_bias[expert].expand_as(rows))
@@ -403,7 +347,7 @@ class TorchEngine:
         logits = torch.baddbmm(packed.head_bias, latents, packed.head)
         return logits.transpose(0, 1).to(torch.float64)
 
-    def _pooled_sparse(self, stream: torch.Tensor, networks: PackedNetworks, count: int) -> torch.Tensor:
+    def _pooled_sparse(self, stream: torch.Tensor, networks: Networks, count: int) -> torch.Tensor:
         """A sparse block's mean output (E, C M, H) over each modality's tokens."""
         sent, scores, wide = self._expand_sparse(stream, networks, count)
         sums, totals = pool(wide, sent, scores)
@@ -423,13 +367,3 @@ class TorchEngine:
 
     def _buffer(self, name: str, *shape: int) -> torch.Tensor:
         return self._scratch.tensor(name, *shape, dtype=self.dtype, device=self.device)
-
-    def _route(self, coalitions: torch.Tensor) -> torch.Tensor:
-        """Routing weights (C, E), float64."""
-        pooled = self._routing_base + torch.einsum("cn,nmh->cmh", coalitions.to(torch.float64), self._routing_step)
-        if self.problem.masked:
-            pooled = F.normalize(pooled, dim=-1, eps=1e-12)
-        hidden = pooled.flatten(1)
-        for depth, (weight, bias) in enumerate(self.packed.routing):
-            hidden = (F.relu(hidden) if depth else hidden) @ weight + bias
-        return torch.softmax(hidden / self.packed.temperature, dim=-1)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 
-class GatedEngine:
+class GatedEngine(Engine):
     """Evaluates coalitions of a :class:`TokenProblem` whose experts are InterpretCC.
 
     Parameters
@@ -34,12 +35,13 @@ class GatedEngine:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        memory: int = 1 << 27,
+        memory: int = DEFAULT_MEMORY,
     ):
         model = problem.model
         config = model.config
-        if config.fusion != "interpretcc":
-            raise ArgumentError("model", f"fusion {config.fusion!r}", "fusion 'interpretcc'")
+        reason = self.unfit(Request(dtype, torch.device(device), problem))
+        if reason:
+            raise ArgumentError("model", reason, "fusion 'interpretcc'")
         self.problem = problem
         self.dtype = dtype
         self.device = torch.device(device)
@@ -64,12 +66,30 @@ class GatedEngine:
         self.classifier = [tuple(part.to(dtype) for part in stack(f"classifier.{i}")) for i in (0, 2)]
         linears = range(0, 3 * config.reweight_layers, 3)
         self.routing = [
-            (state[f"reweight.mlp.network.{i}.weight"].mT, state[f"reweight.mlp.network.{i}.bias"]) for i in linears
+            (state[f"reweight.mlp.network.{i}.weight"].mT.clone(), state[f"reweight.mlp.network.{i}.bias"].clone())
+            for i in linears
         ]
         self.inputs = both
         self.players = problem.players.to(self.device)
         per_coalition = config.experts * 4 * config.hidden + 8 * self.count * config.hidden
         self.chunk = max(1, memory // (per_coalition * self.table.element_size()))
+
+    @classmethod
+    def missing(cls, request: Request) -> str:
+        """Nothing: PyTorch is always there."""
+        return ""
+
+    @classmethod
+    def unfit(cls, request: Request) -> str:
+        """Every fusion but InterpretCC."""
+        fusion = None if request.problem is None else request.problem.model.config.fusion
+        return "" if fusion in (None, "interpretcc") else f"fusion {fusion!r}"
+
+    @classmethod
+    def make(cls, request: Request) -> GatedEngine:
+        """The engine of a request."""
+        memory = DEFAULT_MEMORY if request.memory is None else request.memory
+        return cls(request.known_problem, dtype=request.dtype, device=request.device, memory=memory)
 
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of arbitrary coalitions ``(C, n)`` bool."""
@@ -77,10 +97,6 @@ class GatedEngine:
         tokens[:, self.players] = coalitions.to(self.device)
         parts = [self._run(part.long()) for part in tokens.split(self.chunk)]
         return Logits(*(torch.cat(kind) for kind in zip(*parts)))
-
-    def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
-        """Logits and routing of ``contexts[k] ^ toggled[g]`` for all k, g, in the order (k, g)."""
-        return self.evaluate((contexts[:, None] ^ toggled).flatten(0, 1))
 
     def _run(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert logits (C, E, K) and routing weights (C, E), float64, of token states (C, M)."""

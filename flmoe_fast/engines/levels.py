@@ -1,0 +1,53 @@
+"""Instruction levels of the native CPU engine, and which of them runs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.native import extension
+
+#: Forces an instruction level: amx, avx512, avx2 or portable.
+LEVEL_VARIABLE = "FLMOE_CPU_LEVEL"
+
+
+def levels() -> dict[str, tuple[str, str]]:
+    """Instruction levels, best first: name to (arithmetic, what is missing or nothing)."""
+    module, _ = extension()
+    if module is None:
+        return {}
+    return {name: (arithmetic, missing) for name, arithmetic, missing in module.cpu_levels()}
+
+
+def usable_level(name: str | None = None) -> str:
+    """The level that runs: the one asked for, else ``FLMOE_CPU_LEVEL``, else the best this machine has.
+
+    Raises
+    ------
+    ArgumentError
+        The level asked for is not one of this machine.
+    """
+    known = levels()
+    usable = [level for level, (_, missing) in known.items() if not missing]
+    argument = "level" if name is not None else LEVEL_VARIABLE
+    name = os.environ.get(LEVEL_VARIABLE, "").strip().lower() if name is None else name
+    if not name:
+        return usable[0]
+    if name not in usable:
+        reason = f" ({known[name][1]})" if name in known else ""
+        raise ArgumentError(argument, repr(name) + reason, "a level of this machine: " + ", ".join(usable))
+    return name
+
+
+def missing(dtype: torch.dtype, device: torch.device) -> str:
+    """What keeps the native engine from that dtype and device here; empty if nothing does."""
+    module, why = extension()
+    if module is None:
+        return why
+    if device.type != "cpu":
+        return f"the device is {device}"
+    if dtype != torch.float32:
+        return f"the dtype is {dtype}, and the engine computes in float32"
+    return ""
