@@ -9,7 +9,8 @@
   folder from models trained here; published game tables do as well. All pairs are asked for, or those in ``pairs``.
 - ``--kinds``: groups of :mod:`bench.kinds`, a game a seed. Without an argument: all of them.
 - ``--methods``: ours; "default" is the call without a method.
-- ``--python``: an interpreter with shapiq (of any version, 1.8 needs Python 3.12), for shapiq's estimators.
+- ``--python``: an interpreter with shapiq (of any version, 1.8 needs Python 3.12), for shapiq's estimators; those that
+  were strong in an earlier run, or those named, or all with ``--estimators`` alone.
 
 Every group, estimator and budget is a row of bench/results/peers.jsonl, or of the file named by ``--into``, appended as
 it comes with its machine; what is there is not measured again. nMSE is the sum of squared errors over the pairs of a
@@ -216,14 +217,16 @@ def main() -> None:
     """Measure what is missing and append it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=Path, nargs="+", default=[])
-    parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], default=None)
+    parser.add_argument("--kinds", nargs="*", choices=[*kinds.KINDS, *kinds.CONTROLS], metavar="KIND")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="*", choices=["default", *METHODS], default=["default"])
     parser.add_argument(
         "--gaps", nargs="+", choices=GAPS, default=GAPS, help="a call each; their intervals are checked"
     )
     parser.add_argument("--python", help="an interpreter with shapiq")
-    parser.add_argument("--estimators", nargs="+", choices=shapiq_peers.ESTIMATORS, default=shapiq_peers.STRONG)
+    parser.add_argument(
+        "--estimators", nargs="*", metavar="NAME", choices=shapiq_peers.ESTIMATORS, default=list(shapiq_peers.STRONG)
+    )
     parser.add_argument("--games", type=int, default=4, help="games of a kind")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--into", default="peers", help="name of the results file")
@@ -233,7 +236,9 @@ def main() -> None:
     if before is None:
         write(options.into, [])
     done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
-    every = estimators(options.methods, options.gaps, options.python, options.estimators)
+    every = estimators(
+        options.methods, options.gaps, options.python, options.estimators or list(shapiq_peers.ESTIMATORS)
+    )
 
     def measure(group: str, games: list[Probed]) -> None:
         for budget in options.budgets:

@@ -13,13 +13,28 @@ import re
 import sys
 from pathlib import Path
 
-from bench import adapt, contexts, cpu, digits, explainers, gpu, hdxor, headline, memory, mixes, peers_tables, pipeline
+from bench import (
+    adapt,
+    contexts,
+    cpu,
+    digits,
+    explainers,
+    gpu,
+    hdxor,
+    headline,
+    memory,
+    mixes,
+    peers_tables,
+    pipeline,
+    zoo,
+)
 from bench.cells import markdown
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("measured", "accuracy", "precision")))
-BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
+TABLED = ("measured", "accuracy", "precision", "models")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in TABLED))
+BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables, zoo)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

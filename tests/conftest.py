@@ -41,3 +41,9 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value)  # noqa: NPY002 - the legacy state is what libraries still read
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def engines_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Games take the engine where they can: at the sizes of tests its speed says nothing, and changes with the load."""
+    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.0)

@@ -29,6 +29,7 @@ from parity import (
     two_terms,
 )
 from test_engine import IN_THE_ENGINE, IN_THE_MODEL
+from test_sparse_engine import unpadded_room
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
@@ -36,7 +37,7 @@ from flmoe_fast.engines import cpu
 from flmoe_fast.engines.backends import backends
 from flmoe_fast.engines.cpu import CpuEngine
 from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
-from flmoe_fast.engines.prepared import PreparedModel, PreparedSample, prepared
+from flmoe_fast.engines.prepared import PreparedModel, prepared
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.model import sparse as sparse_blocks
 from flmoe_fast.native import extension
@@ -244,8 +245,7 @@ def forget_room(engine: CpuEngine) -> None:
 
 def forget_padding(engine: CpuEngine) -> None:
     """Capacity from the valid tokens only."""
-    lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.sample.room = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths)).room
+    engine.sample.room = unpadded_room(engine)
 
 
 SPARSE_IN_THE_MODEL = (swap_networks, forget_gate_bias, mistake_scores)

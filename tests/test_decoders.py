@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -269,6 +271,15 @@ def test_names_and_places():
     assert merged.n == 4 and merged.places[-1] == (0, 2, 2, 3, 4)
     sentences = text_players(prompt(0, 4), by=torch.tensor([-1, 7, 7, 7, 2, 2, 2, -1]))
     assert sentences.n == 2 and sentences.owner.tolist() == [-1, 0, 0, 0, 1, 1, 1, -1]
+
+
+def test_games_are_sent_to_other_processes():
+    ids = prompt(0, 8)
+    z = coalitions(8)
+    for make in (DecoderGame, decoder_module_game):
+        game = make(TEXTS["Llama"](), {"input_ids": ids}, words(ids), question=answer_logprob(ANSWER))
+        for copied in (pickle.loads(pickle.dumps(game)), copy.deepcopy(game)):
+            assert torch.equal(copied(z), game(z))
 
 
 def test_other_peoples_explainers_and_threads():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from edge_shapes import EDGES, SPARSE_EDGES, Edge
 from parity import flat, relative, truth
+from transformers import ViTConfig, ViTForImageClassification
 
-from flmoe_fast import native
+from flmoe_fast import accelerate, image_players, native
 from flmoe_fast.engines.prepared import forget, prepared
 
 EDGE = EDGES[2]
@@ -102,9 +103,11 @@ def test_what_is_kept_goes_with_the_model():
     assert kept() is None
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda game: pickle.loads(pickle.dumps(game))], ids=["copy", "pickle"]
-)
+def pickled(game):
+    return pickle.loads(pickle.dumps(game))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_games_copy_and_pickle(copied, backend: str, dtype: torch.dtype):
     """A copy gives the same bits, before and after it was used."""
@@ -119,7 +122,7 @@ def test_games_copy_and_pickle(copied, backend: str, dtype: torch.dtype):
 def test_gated_games_copy_and_pickle():
     game = GATED.game()
     coalitions = GATED.coalitions(game.n, 4)
-    for twin in (copy.deepcopy(game), pickle.loads(pickle.dumps(game))):
+    for twin in (copy.deepcopy(game), pickled(game)):
         assert torch.equal(twin(coalitions), game(coalitions))
 
 
@@ -129,3 +132,21 @@ def test_the_prepared_sample_is_the_reference_routing():
     found = EDGE.game(dtype=torch.float32, backend="torch").engine.evaluate(samples)
     assert relative(found.weights, expected.weights[: len(samples)]) <= 1e-12
     assert flat(found).dtype == torch.float64
+
+
+def test_games_of_transformers_copy_and_pickle():
+    """On the native engine where there is one: what it holds is built anew."""
+    config = ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    model, pixels = ViTForImageClassification(config).eval(), torch.randn(1, 3, 16, 16)
+    game = accelerate(model).game({"pixel_values": pixels}, image_players(pixels, patch=8))
+    coalitions = torch.rand(6, game.n) < 0.5
+    values = game(coalitions)
+    for twin in (copy.deepcopy(game), pickled(game)):
+        assert twin.about() == game.about() and torch.equal(twin(coalitions), values)

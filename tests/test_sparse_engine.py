@@ -11,8 +11,8 @@ from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
 from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.engines import portable, sparse_rows
-from flmoe_fast.engines.prepared import PreparedSample
 from flmoe_fast.engines.sparse_rows import choose, combine, pool
+from flmoe_fast.model.sparse import slots_per_network
 from flmoe_fast.pipeline.importance.tokens import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
@@ -82,10 +82,15 @@ def share_room(monkeypatch, engine):
     monkeypatch.setattr(portable, "dispatch", merged)
 
 
+def unpadded_room(engine) -> tuple[int, ...]:
+    """Slots of each modality that a network would take if padding did not count."""
+    config, lengths = engine.problem.model.config, [stop - start for start, stop in engine.problem.segments]
+    return tuple(slots_per_network(config.gate, tokens, config.ffn_experts, False) for tokens in lengths)
+
+
 def forget_padding(monkeypatch, engine):
     """Capacity from the valid tokens only."""
-    lengths = tuple(stop - start for start, stop in engine.problem.segments)
-    engine.sample = PreparedSample(dataclasses.replace(engine.problem, padded_lengths=lengths))
+    engine.sample.room = unpadded_room(engine)
 
 
 def last_come(monkeypatch, engine):

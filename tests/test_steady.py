@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from flmoe_fast import ArgumentError, FLI2MoEConfig, accelerate, exact_interactions, interactions, text_players
 from flmoe_fast.adapt.module_game import ModuleGame
+from flmoe_fast.pipeline.importance.scores import player_scores
 
 FP64 = 1e-10
 TEXT = torch.tensor([[5, 9, 11, 7, 30]])
@@ -159,6 +162,38 @@ def test_one_at_a_time_where_a_batch_would_change_values(model, inputs, why):
     alone = torch.cat([game(row[None]) for row in z])
     again = ModuleGame(model, {"input_ids": TEXT, **inputs}, text_players(TEXT, absent=0), value="logit", target=1)
     assert torch.equal(again(z), alone) and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_faster_path_is_taken(monkeypatch):
+    """Times are made up: of the engine, of the module for one coalition, and of both for the same coalitions."""
+    asked = []
+
+    def seconds(game, coalitions):
+        asked.append((type(game).__name__, len(coalitions)))
+        return speeds[type(game).__name__] * len(coalitions)
+
+    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.02)
+    monkeypatch.setattr("flmoe_fast.adapt.choice._seconds", seconds)
+    speeds = {"EncoderGame": 2e-3, "ModuleGame": 1e-3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        game = accelerate(bert()).game(text_inputs(), words())
+    assert isinstance(game, ModuleGame) and "faster here, 1 ms a coalition against 2" in game.about()["path"]
+    assert set(player_scores(game)) == {"model"}  # read off the attention maps of the engine all the same
+    assert type(accelerate(bert()).game(text_inputs(), words(), path="engine")).__name__ == "EncoderGame"
+    speeds["EncoderGame"] = 0.9e-3
+    assert type(accelerate(bert()).game(text_inputs(), words())).__name__ == "EncoderGame"
+    speeds = {"EncoderGame": 1.0, "ModuleGame": 0.5}  # nothing is tried that takes long
+    asked.clear()
+    assert type(accelerate(bert()).game(text_inputs(), words())).__name__ == "EncoderGame"
+    assert asked == [("ModuleGame", 1)]
+
+
+def test_copies_of_games():
+    z = torch.rand(6, 4) < 0.5
+    game = accelerate(bert()).game(text_inputs(), words(), path="module")
+    for copied in (pickle.loads(pickle.dumps(game)), copy.deepcopy(game)):
+        assert torch.equal(copied(z), game(z)) and copied.about() == game.about()
 
 
 def test_dropped_tokens_are_spoken_of():

@@ -6,16 +6,18 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from flmoe_fast.adapt.causal.game import DecoderGame, decoder_module_game, is_decoder
 from flmoe_fast.adapt.causal.questions import Question, next_token, own_answer
+from flmoe_fast.adapt.choice import slower_than
 from flmoe_fast.adapt.dual_game import DualEncoderGame, is_dual_encoder
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
-from flmoe_fast.adapt.module_game import ModuleGame
+from flmoe_fast.adapt.module_game import ModuleGame, floating
 from flmoe_fast.adapt.players import Players
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE, accelerate_module, is_reference_layout
 from flmoe_fast.adapt.tower import Stack, find_stacks
@@ -132,7 +134,8 @@ class AcceleratedModel:
             :func:`answer_logprob`, :func:`next_token` and :func:`contrast`, or a token as target; by default how
             likely its own answer is.
         path : "auto", "engine" or "module"
-            "auto" takes the engine where it can, else the module in batches, and then warns and says why.
+            "auto" takes the engine where it can, else the module in batches, and then warns and says why. Where a
+            forward pass takes next to no time both are tried, and the faster one is taken; "engine" does not try.
         backend, dtype, memory
             Of the engine, see :class:`EncoderGame`.
         batch : int
@@ -149,52 +152,61 @@ class AcceleratedModel:
         """
         one_of("path", path, PATHS)
         if is_decoder(self.model) and (value is None or isinstance(value, Question)):
-            if value is None:
-                value = own_answer(self.model, inputs) if target is None else next_token(target)
-            elif target is not None:
-                raise ArgumentError("target", target, "None, since the question says what is asked")
-            return self._decoder_game(inputs, players, value, path, dtype, memory, batch)
+            question = self._question(inputs, value, target)
+            return self._chosen(
+                path,
+                lambda: DecoderGame(self.model, inputs, players, question=question, dtype=dtype, memory=memory),
+                lambda why: decoder_module_game(self.model, inputs, players, question, batch=batch, why=why),
+            )
         dual = is_dual_encoder(self.model) and not callable(value)
-        why = "it was asked for"
-        if path != "module":
-            try:
-                self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
-                options = {"backend": backend, "dtype": dtype, "memory": memory, "stacks": self._stacks}
-                if dual:
-                    scored = {"target": target or 0, "value": value or "logit"}
-                    return DualEncoderGame(self.model, inputs, players, **scored, **options)
-                scored = {"target": target, "value": value or "prob", "heads": heads}
-                return EncoderGame(self.model, inputs, players, **scored, **options)
-            except Exception as problem:
-                # What is wrong with the arguments is wrong on either path; whatever else a model raises when it is
-                # taken apart (its own errors above all) says nothing about a plain forward pass.
-                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
-                    raise
-                why = _reason(problem)
-            warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=2)
-        value = value or ("logit" if dual else "prob")
-        return ModuleGame(self.model, inputs, players, target=target, value=value, heads=heads, batch=batch, why=why)
 
-    def _decoder_game(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        players: Players | Sequence[Players],
-        question: Question,
-        path: str,
-        dtype: torch.dtype | None,
-        memory: int,
-        batch: int,
-    ) -> DecoderGame | ModuleGame:
-        why = "it was asked for"
-        if path != "module":
-            try:
-                return DecoderGame(self.model, inputs, players, question=question, dtype=dtype, memory=memory)
-            except Exception as problem:
-                if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
-                    raise
-                why = _reason(problem)
+        def on_engine() -> Game:
+            self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
+            options: dict[str, Any] = {"backend": backend, "dtype": dtype, "memory": memory, "stacks": self._stacks}
+            if dual:
+                scored = {"target": target or 0, "value": value or "logit"}
+                return DualEncoderGame(self.model, inputs, players, **scored, **options)
+            return EncoderGame(
+                self.model, inputs, players, target=target, value=value or "prob", heads=heads, **options
+            )
+
+        def in_batches(why: str) -> ModuleGame:
+            scored: dict[str, Any] = {"target": target, "value": value or ("logit" if dual else "prob"), "heads": heads}
+            return ModuleGame(self.model, inputs, players, batch=batch, why=why, **scored)
+
+        measured = backend == "auto" and (dtype is None or dtype == floating(self.model))
+        return self._chosen(path, on_engine, in_batches, measured=measured)
+
+    def _question(self, inputs: Mapping[str, torch.Tensor], value: Question | None, target: int | None) -> Question:
+        if value is None:
+            return own_answer(self.model, inputs) if target is None else next_token(target)
+        if target is not None:
+            raise ArgumentError("target", target, "None, since the question says what is asked")
+        return value
+
+    def _chosen(
+        self, path: str, on_engine: Callable[[], Game], in_batches: Callable[[str], ModuleGame], measured: bool = True
+    ) -> Game:
+        """The game on the engine where that can be and is no slower, else the module's."""
+        if path == "module":
+            return in_batches("it was asked for")
+        try:
+            game = on_engine()
+        except Exception as problem:
+            # What is wrong with the arguments is wrong on either path; whatever else a model raises when it is taken
+            # apart (its own errors above all) says nothing about a plain forward pass.
+            if path == "engine" or (isinstance(problem, ArgumentError) and not isinstance(problem, Unsupported)):
+                raise
+            why = _reason(problem)
             warnings.warn(f"slow path: a forward pass for every coalition, because {why}", stacklevel=3)
-        return decoder_module_game(self.model, inputs, players, question, batch=batch, why=why)
+            return in_batches(why)
+        if path == "engine" or not measured:
+            return game
+        other, why = slower_than(game, lambda: in_batches(""))
+        if other is None:
+            return game
+        other.slower, other.why = game, why
+        return other
 
 
 def _reason(problem: Exception) -> str:

@@ -128,11 +128,14 @@ class EncoderGame(Game):
         }
 
     def _make_tower(self, **known: object) -> None:
-        run, read = self.model.__call__, self.score.read
+        run, read = self.model, self.score.read
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower
         self.more_exact = more_exact(tower)
-        self._values = Remembered(lambda coalitions: self.score.values(tower.encode(coalitions)))
+        self._values = Remembered(self._compute)
+
+    def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
+        return self.score.values(self.tower.encode(coalitions))
 
 
 def more_exact(*towers: Tower) -> str:

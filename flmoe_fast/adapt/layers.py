@@ -134,8 +134,9 @@ def read_layer(layer: nn.Module, name: str) -> LayerParts:
         weight = module.weight.detach()
         return weight, torch.zeros_like(weight) if module.bias is None else module.bias.detach(), float(module.eps)
 
-    if isinstance(getattr(layer, "self_attn", None), nn.MultiheadAttention):
-        attention, qkv = layer.self_attn, _stacked(layer.self_attn, what)
+    attention: object = getattr(layer, "self_attn", None)
+    if isinstance(attention, nn.MultiheadAttention):
+        qkv = _stacked(attention, what)
         used.update({"self_attn.in_proj_weight", "self_attn.in_proj_bias"})
         if not attention.batch_first:
             raise Unsupported("model", f"{what} with batch_first=False", "batch_first=True")
@@ -152,10 +153,10 @@ def read_layer(layer: nn.Module, name: str) -> LayerParts:
         raise Unsupported("model", f"{what} without a number of attention heads", f"one of {_HEADS}")
     first, second, pre = _norms(layer, what)
     out, up, down = (linear(find(role, names)) for role, names in (("output projection", _OUT), *_FEED_FORWARD))
-    for paths in _SCALES:
-        if all(path in parameters for path in paths):
-            out, down = (_scaled(part, parameters[path].detach()) for part, path in zip((out, down), paths))
-            used.update(paths)
+    for scales in _SCALES:
+        if all(path in parameters for path in scales):
+            out, down = (_scaled(part, parameters[path].detach()) for part, path in zip((out, down), scales))
+            used.update(scales)
     activation = _at(layer, find("activation", _ACTIVATION))
     norm1, norm2 = norm(first), norm(second)
     others = sorted(set(parameters) - used)
@@ -171,20 +172,18 @@ _FEED_FORWARD = (("first feed-forward projection", _UP), ("second feed-forward p
 
 
 def _at(module: nn.Module, path: str) -> object | None:
+    found: object | None = module
     for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            return None
-    return module
+        found = getattr(found, name, None)
+    return found
 
 
 def _stacked(attention: nn.MultiheadAttention, what: str) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """Query, key and value of PyTorch's own attention module."""
     if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         raise Unsupported("model", f"{what} with an attention of another kind", "one width and no extra keys")
-    weight = attention.in_proj_weight.detach()
-    bias = attention.in_proj_bias
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    weight, given = attention.in_proj_weight.detach(), attention.in_proj_bias
+    bias = weight.new_zeros(len(weight)) if given is None else given.detach()
     return tuple(zip(weight.chunk(3), bias.chunk(3)))
 
 
@@ -243,6 +242,11 @@ def _folded(parts: LayerParts) -> Layer:
     )
 
 
+def gelu_in_place(x: torch.Tensor) -> torch.Tensor:
+    """The exact GELU of x, which is overwritten."""
+    return torch.ops.aten.gelu_(x)
+
+
 @dataclass(frozen=True)
 class PackedEncoderLayer:
     """One layer of a folded stack in one dtype on one device; every matrix is input-major, ready for ``x @ w``."""
@@ -253,13 +257,13 @@ class PackedEncoderLayer:
     qkv_bias: torch.Tensor  # (3 D,) of Q, then zeros
     out: torch.Tensor  # (D, H)
     out_bias: torch.Tensor  # (H,)
-    norm1: tuple[torch.Tensor, torch.Tensor] | None  # gain and shift where they could not be folded
+    norm1: tuple[torch.Tensor | None, torch.Tensor | None]  # gain and shift where they could not be folded
     eps1: float
     up: torch.Tensor  # (H, F)
     up_bias: torch.Tensor  # (F,)
     down: torch.Tensor  # (F, H)
     down_bias: torch.Tensor  # (H,)
-    norm2: tuple[torch.Tensor, torch.Tensor] | None
+    norm2: tuple[torch.Tensor | None, torch.Tensor | None]
     eps2: float
     activation: Callable[[torch.Tensor], torch.Tensor]
 
@@ -271,9 +275,9 @@ class PackedEncoderLayer:
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device=device, dtype=dtype).contiguous()
 
-        def gain_and_shift(norm: Norm) -> tuple[torch.Tensor, torch.Tensor] | None:
+        def gain_and_shift(norm: Norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
             if norm.gain is None or norm.shift is None:
-                return None
+                return None, None
             return cast(norm.gain[0, 0]), cast(norm.shift[0, 0])
 
         qkv, qkv_bias = layer.projections()
@@ -293,7 +297,7 @@ class PackedEncoderLayer:
             norm2=gain_and_shift(layer.norm2),
             eps2=layer.norm2.epsilon,
             # The exact GELU is done in place.
-            activation=torch.ops.aten.gelu_ if stack.activation is None else stack.activation,
+            activation=gelu_in_place if stack.activation is None else stack.activation,
         )
 
     @property
@@ -314,9 +318,9 @@ class PackedEncoderLayer:
         x += self.out_bias
         x.addmm_(attended, self.out)
         if not self.pre:
-            x = F.layer_norm(x, x.shape[-1:], *self.norm1, eps=self.eps1)
+            x = F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps1)
         rows = F.layer_norm(x, x.shape[-1:], eps=self.eps2) if self.pre else x
         wide = self.activation(torch.addmm(self.up_bias, rows, self.up))
         x += self.down_bias
         x.addmm_(wide, self.down)
-        return x if self.pre else F.layer_norm(x, x.shape[-1:], *self.norm2, eps=self.eps2)
+        return x if self.pre else F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps2)

@@ -45,6 +45,11 @@ class ModuleGame(Game):
         inputs that do not go together in a batch; :meth:`about` says so.
     why : str
         Why nothing faster is used, for a person to read.
+
+    Attributes
+    ----------
+    slower : Game or None
+        The game of the same values on an engine, where one was measured to be slower: it still shows the model's parts.
     """
 
     backend = "module (slow path)"
@@ -68,6 +73,7 @@ class ModuleGame(Game):
         self.players = PlayerMap(players, self.inputs)
         self.batch, self.why = integer("batch", batch, least=1), why
         self._alone = ""
+        self.slower: Game | None = None
         name_players(self, self.players)
         self.block = max(self.batch, 256)
         self.score = Score(module, target, value, heads)
@@ -112,9 +118,14 @@ class ModuleGame(Game):
         return {
             **self.score.about(),
             "places": [list(place) for place in self.places],
-            "path": "slow: a forward pass for every coalition" + (f", because {self.why}" if self.why else ""),
+            "path": self._path(),
             **({"batch": f"1, because {self._alone}"} if self._alone else {}),
         }
+
+    def _path(self) -> str:
+        if self.slower is not None:
+            return f"module in batches: faster here, {self.why}"
+        return "slow: a forward pass for every coalition" + (f", because {self.why}" if self.why else "")
 
     def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
         return self.score.values(torch.cat([self._outputs(rows) for rows in coalitions.split(self.batch)]))

@@ -184,7 +184,8 @@ def forget(model: FLI2MoE) -> None:
 @torch.no_grad()
 def _mark(model: FLI2MoE) -> tuple:
     """What is compared to see whether a model is still the one that was prepared."""
-    tensors = [*model.parameters(), *model.buffers()]
+    held = (group for module in model.modules() for group in (module._parameters, module._buffers))
+    tensors = [tensor for group in held for tensor in group.values() if tensor is not None]
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     sums = tuple(torch.stack([t.sum().double() for t in tensors]).tolist())
     # The capacity is a sample's matter: it is not folded into anything.

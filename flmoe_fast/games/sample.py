@@ -150,10 +150,13 @@ def _players(
         return chosen
     chosen = []
     for m, positions in enumerate(_per_modality("players", players, names)):
-        seen = [integer(f"players[{m}]", int(p), least=0, most=len(valid[m]) - 1) for p in positions]
+        seen = [int(p) for p in positions]
+        for position in (min(seen), max(seen)) if seen else ():
+            integer(f"players[{m}]", position, least=0, most=len(valid[m]) - 1)
         if len(set(seen)) < len(seen):
             raise ArgumentError(f"players[{m}]", "a position twice", "distinct positions")
-        padding = [p for p in seen if not bool(valid[m][p])]
+        is_valid = valid[m].tolist()
+        padding = [p for p in seen if not is_valid[p]]
         if padding:
             raise ArgumentError(f"players[{m}]", f"position {padding[0]}, which is padding", "valid tokens")
         chosen.append(torch.tensor(sorted(seen), dtype=torch.long))
@@ -164,12 +167,12 @@ def name_players(problem: TokenProblem) -> tuple[tuple, tuple[str, ...], tuple[t
     """Groups of players by modality, a name for each player, and each player's (modality, position)."""
     starts = [sum(problem.padded_lengths[:m]) for m in range(len(problem.padded_lengths))]
     groups, names, places = [], [], []
-    players = problem.players.tolist()
+    players, valid = problem.players.tolist(), problem.valid.tolist()
     for m, (modality, (start, stop)) in enumerate(zip(problem.model.config.modalities, problem.segments)):
         members = tuple(i for i, token in enumerate(players) if start <= token < stop)
         groups.append((modality, members))
         for i in members:
-            position = int(problem.valid[players[i]]) - starts[m]
+            position = valid[players[i]] - starts[m]
             names.append(f"{modality} {position}")
             places.append((m, position))
     return tuple(groups), tuple(names), tuple(places)

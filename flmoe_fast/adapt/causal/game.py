@@ -293,9 +293,13 @@ def read_with_answer(
 def placed(model: nn.Module, reading: Reading, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Inputs with the positions of the full sample, where the model would work others out from a mask."""
     takes = "position_ids" in inspect.signature(model.forward).parameters
-    if reading.positions is None or not takes or "position_ids" in inputs:
+    if not takes or "position_ids" in inputs:
         return dict(inputs)
-    return {**inputs, "position_ids": reading.positions}
+    if reading.positions is not None:
+        return {**inputs, "position_ids": reading.positions}
+    if bool(inputs.get(MASK, torch.ones(1)).all()):  # some count what a mask shows, which here is everything
+        return {**inputs, "position_ids": torch.arange(len(reading.states), device=reading.states.device)[None]}
+    return dict(inputs)
 
 
 def prompt_of(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -58,14 +59,8 @@ def answer_logprob(tokens: int | Sequence[int] | torch.Tensor, *, each: bool = F
         One value for every token of the answer, rather than their sum.
     """
     answer = _ids("tokens", tokens)
-
-    def score(logits: torch.Tensor) -> torch.Tensor:
-        wanted = torch.tensor(answer, device=logits.device).expand(len(logits), -1)
-        _within(answer, logits)
-        found = logits.log_softmax(-1).gather(2, wanted[..., None])[..., 0]
-        return found if each else found.sum(1)
-
     heads = tuple(f"answer {i}: token {token}" for i, token in enumerate(answer)) if each else None
+    score = partial(_answer, answer, each)
     return Question(f"log-probability of the answer {list(answer)}", answer[:-1], score, heads)
 
 
@@ -79,17 +74,8 @@ def next_token(tokens: int | Sequence[int] | torch.Tensor, *, kind: str = "logit
     """
     wanted = _ids("tokens", tokens)
     one_of("kind", kind, KINDS)
-
-    def score(logits: torch.Tensor) -> torch.Tensor:
-        _within(wanted, logits)
-        last = logits[:, -1]
-        if kind != "logit":
-            last = last.log_softmax(-1) if kind == "logprob" else last.softmax(-1)
-        found = last[:, list(wanted)]
-        return found if len(wanted) > 1 else found[:, 0]
-
     heads = tuple(f"token {token}" for token in wanted) if len(wanted) > 1 else None
-    return Question(f"{kind} of the next token {list(wanted)}", (), score, heads)
+    return Question(f"{kind} of the next token {list(wanted)}", (), partial(_next, wanted, kind), heads)
 
 
 def contrast(token: int, other: int) -> Question:
@@ -97,12 +83,7 @@ def contrast(token: int, other: int) -> Question:
     a, b = _ids("token", token) + _ids("other", other)
     if a == b:
         raise ArgumentError("other", b, "another token than the first")
-
-    def score(logits: torch.Tensor) -> torch.Tensor:
-        _within((a, b), logits)
-        return logits[:, -1, a] - logits[:, -1, b]
-
-    return Question(f"logit of token {a} less that of token {b}", (), score)
+    return Question(f"logit of token {a} less that of token {b}", (), partial(_difference, (a, b)))
 
 
 def own_answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], most: int = ANSWER_TOKENS) -> Question:
@@ -115,6 +96,30 @@ def own_answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], most: int =
     while len(answer) > 1 and answer[-1] in ends:
         answer.pop()
     return answer_logprob(answer)
+
+
+# Scores are functions of the module rather than of a call, so that games can be sent to other processes.
+
+
+def _answer(answer: tuple[int, ...], each: bool, logits: torch.Tensor) -> torch.Tensor:
+    _within(answer, logits)
+    wanted = torch.tensor(answer, device=logits.device).expand(len(logits), -1)
+    found = logits.log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+    return found if each else found.sum(1)
+
+
+def _next(wanted: tuple[int, ...], kind: str, logits: torch.Tensor) -> torch.Tensor:
+    _within(wanted, logits)
+    last = logits[:, -1]
+    if kind != "logit":
+        last = last.log_softmax(-1) if kind == "logprob" else last.softmax(-1)
+    found = last[:, list(wanted)]
+    return found if len(wanted) > 1 else found[:, 0]
+
+
+def _difference(pair: tuple[int, int], logits: torch.Tensor) -> torch.Tensor:
+    _within(pair, logits)
+    return logits[:, -1, pair[0]] - logits[:, -1, pair[1]]
 
 
 def logits_of(output: object) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flmoe_fast.adapt.dual_game import DualEncoderGame
 from flmoe_fast.adapt.encoder_game import EncoderGame
+from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game
@@ -54,6 +55,8 @@ def player_importance(game: Game, *, method: str = "attnXgrad", ig_steps: int = 
 
 def readable_towers(game: Game) -> list[tuple[Tensor, Tower, Callable[[Tensor], Tensor]]]:
     """The towers of a game whose attention can be read, or :class:`ArgumentError`."""
+    if isinstance(game, ModuleGame) and game.slower is not None:
+        game = game.slower
     if not isinstance(game, (EncoderGame, DualEncoderGame)):
         raise ArgumentError("game", type(game).__name__, "a game on an encoder engine, as accelerate(model).game makes")
     towers = game.towers()

@@ -1,0 +1,53 @@
+"""Which of two games of the same values is faster here: measured, where one forward pass is short enough to try."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from flmoe_fast.adapt.module_game import ModuleGame
+from flmoe_fast.adapt.remember import forget
+from flmoe_fast.games.game import Game
+from flmoe_fast.probes.grid import CornerGrid
+
+#: Seconds of a forward pass from which on calls cost nothing beside arithmetic: then less arithmetic is faster. Zero
+#: tries nothing.
+QUICK = 0.02
+#: Pairs across and contexts of the corner grids that are tried, and how often.
+SIDE, CONTEXTS, ROUNDS = 3, 3, 3
+
+
+def slower_than(game: Game, module: Callable[[], ModuleGame]) -> tuple[ModuleGame | None, str]:
+    """The module in batches where ``game`` is slower than that, and by how much; None where it is not.
+
+    Both evaluate the same corner grids, in turns; the fastest time of each counts.
+    """
+    if not QUICK:
+        return None, ""
+    other = module()
+    # Making a game evaluated the module already, so nothing is paid for the first time here.
+    if _seconds(other, torch.ones(1, game.n, dtype=torch.bool)) > QUICK:
+        return None, ""
+    side = min(SIDE, game.n // 2)
+    pairs = torch.cartesian_prod(torch.arange(side), torch.arange(game.n - side, game.n))
+    grid = CornerGrid.of(pairs, game.n)
+    contexts = torch.rand(CONTEXTS, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
+    z = (contexts[:, None] ^ grid.toggled).flatten(0, 1)
+    ours, theirs = (min(times) for times in zip(*[(_seconds(game, z), _seconds(other, z)) for _ in range(ROUNDS)]))
+    if ours <= theirs:
+        return None, ""
+    return (
+        other,
+        f"{1000 * theirs / len(z):.2g} ms a coalition against {1000 * ours / len(z):.2g} by the {game.backend}",
+    )
+
+
+def _seconds(game: Game, coalitions: torch.Tensor) -> float:
+    forget(game)
+    started = time.perf_counter()
+    game(coalitions)
+    seconds = time.perf_counter() - started
+    forget(game)
+    return seconds
