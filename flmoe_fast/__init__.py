@@ -9,7 +9,7 @@ explain: one call from a model and a sample to ranked pairs, and its steps one b
     candidate_players, cross_pairs
 
 ask: what the value of a decoder's prompt is.
-    answer_logprob, next_token, contrast, Question
+    answer_logprob, next_token, contrast, Question; PromptGame for a model that is served
 
 adapt: models: those one already has, and FL-I2MoE.
     accelerate, AcceleratedModel, AcceleratedMoE, FLI2MoE, FLI2MoEConfig, TokenGame, load_checkpoint,
@@ -63,6 +63,7 @@ GROUPS = {
         "next_token": "flmoe_fast.adapt.causal.questions",
         "contrast": "flmoe_fast.adapt.causal.questions",
         "Question": "flmoe_fast.adapt.causal.questions",
+        "PromptGame": "flmoe_fast.adapt.served",
     },
     "adapt": {
         "accelerate": "flmoe_fast.adapt.accelerate",
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from flmoe_fast.adapt.players import image_players as image_players
     from flmoe_fast.adapt.players import text_players as text_players
     from flmoe_fast.adapt.reference_layout import AcceleratedMoE as AcceleratedMoE
+    from flmoe_fast.adapt.served import PromptGame as PromptGame
     from flmoe_fast.checks import ArgumentError as ArgumentError
     from flmoe_fast.data.sample import load_sample as load_sample
     from flmoe_fast.engines.backends import backends as backends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -36,6 +37,15 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
+def device(name: str, value: str) -> torch.device:
+    """The device called ``value``, if torch can use it here; else :class:`ArgumentError`."""
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError) as problem:
+        got = f"{value!r} ({str(problem).splitlines()[0]})"
+        raise ArgumentError(name, got, "a device that torch can use here") from None
+
+
 def shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """Check a tensor's shape; ``None`` matches any size. ``meaning`` spells the axes, e.g. ``(T, H)``."""
     fits = tensor.dim() == len(expected) and all(e is None or e == s for e, s in zip(expected, tensor.shape))
@@ -44,10 +54,18 @@ def shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], mea
         raise ArgumentError(name, f"shape {tuple(tensor.shape)}", f"{meaning} = ({sizes})")
 
 
-def finite(name: str, tensor: torch.Tensor) -> None:
-    """Check that a float tensor has no NaN and no infinity; the message says where the first one is."""
-    wrong = ~torch.isfinite(tensor)
+#: Features have to be smaller: the squares of larger ones are infinite in float32, and a LayerNorm of them is zero.
+LARGEST_FEATURE = 1e18
+
+
+def finite(name: str, tensor: torch.Tensor, below: float = math.inf) -> None:
+    """Check that a float tensor has no NaN, no infinity, and nothing of a size that a computation cannot bear.
+
+    The message says where the first such value is.
+    """
+    wrong = ~(tensor.abs() < below)
     if bool(wrong.any()):
         first = tuple(int(i) for i in wrong.nonzero()[0])
         value = float(tensor[first])
-        raise ArgumentError(name, f"{value} at index {first} ({int(wrong.sum())} such values)", "finite numbers")
+        expected = "finite numbers" + ("" if math.isinf(below) else f" below {below:g}")
+        raise ArgumentError(name, f"{value} at index {first} ({int(wrong.sum())} such values)", expected)

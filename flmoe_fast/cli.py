@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from flmoe_fast.checks import ArgumentError
+from flmoe_fast.checks import ArgumentError, device
 from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
 from flmoe_fast.engines.backends import backends, doctor
@@ -39,7 +39,7 @@ Answer = tuple[str, Any]
 _EXPLAIN: dict[str, Any] = {
     **dict.fromkeys(("sample", "out", "contexts", "budget", "target", "dtype", "device")),
     "candidates": DEFAULT_CANDIDATES,
-    "method": "grid",
+    "method": "auto",
     "also": (),
     "seed": 0,
     "gap": DEFAULT_GAP,
@@ -246,7 +246,7 @@ def _explain(given: argparse.Namespace) -> Answer:
         fill=arguments.fill,
         backend=arguments.backend,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
-        device=_device(arguments.device),
+        device=None if arguments.device is None else device("device", arguments.device),
     )
     out = Path(arguments.out)
     found.save(out)
@@ -256,16 +256,6 @@ def _explain(given: argparse.Namespace) -> Answer:
     files = "report.txt, heatmap.png, interactions.csv, interactions.npz, importance.csv"
     written = f"Written to {out}: {files}{', indices.csv' if arguments.also else ''}"
     return f"{text}\n\n{written}", {"out": out, **found.prediction, "result": json.loads(found.interactions.to_json())}
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as problem:
-        got = f"{name!r} ({str(problem).splitlines()[0]})"
-        raise ArgumentError("device", got, "a device that torch can use here") from None
 
 
 def _heat_maps(found: Explanation, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Shared by all tests: every test has its own reproducible seed, and one thread."""
+"""Shared by all tests: every test has its own reproducible seed, and one thread; arrays of GPU engines start as NaN."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import sys
@@ -41,6 +42,57 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value)  # noqa: NPY002 - the legacy state is what libraries still read
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter():
+    """Spare the interpreter looking through all of triton.language again at every call of a kernel's helper.
+
+    It replaces the language's functions at every such call, nested ones too, where nothing is left to replace.
+    """
+    import triton
+
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    search = getattr(interpreter, "_patch_builtin", None)  # not a public name: without it the tests are only slower
+    is_builtin = triton.language.core.is_builtin
+    replaceable: dict[object, list[str]] = {}
+
+    def search_once(package, *arguments):
+        if package not in replaceable:
+            replaceable[package] = [name for name in dir(package) if is_builtin(getattr(package, name, None))]
+        names = replaceable[package]
+        if names and is_builtin(getattr(package, names[0])):
+            search(package, *arguments)
+
+    if search is not None:
+        interpreter._patch_builtin = search_once
+    yield
+    if search is not None:
+        interpreter._patch_builtin = search
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Every array the engine allocates starts as NaN (all bits set), so that reading what nobody wrote is seen."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.view(torch.uint8).fill_(255).view(made.dtype)
+
+    for name in ("triton", "chunk", "plan", "weights"):
+        module = importlib.import_module(f"flmoe_fast.engines.gpu.{name}")
+        monkeypatch.setattr(module, "torch", _Torch(poisoned))
+
+
+class _Torch:
+    """torch, but for ``empty``."""
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,17 @@ several times more exact than a matrix product can be.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from edge_shapes import Edge
+from edge_shapes import BACKEND_EDGES, EDGES, SPARSE_EDGES, Edge
 from torch.overrides import TorchFunctionMode
 
-from flmoe_fast.engines.problem import Logits
+from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.model import sparse as sparse_blocks
 
 CONTEXTS = [0, 5, 11]
 #: Relative error of one product of two operands split into two bfloat16 terms (8 bits each): what the second terms miss
@@ -177,3 +181,63 @@ def tolerance(edge: Edge, arithmetic: str) -> float:
     coalitions, exact = truth(edge)
     corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
     return allowed(edge, arithmetic, torch.cat([coalitions, corners]), flat(exact))
+
+
+def named(name: str) -> Edge:
+    return next(edge for edge in (*EDGES, *SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
+
+
+def problem_of(edge: Edge) -> TokenProblem:
+    """The sample of an edge as engines take it."""
+    return edge.game(backend="torch").problem
+
+
+@functools.cache
+def coalitions_of(edge: Edge) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two contexts and what is toggled in them; the empty and the full coalition are among the corners."""
+    n = problem_of(edge).n
+    contexts = edge.coalitions(n, 3)[[0, 1]]
+    toggled = toggles(n)[[0, 1, 3]]
+    toggled[2] = ~contexts[1] ^ (torch.arange(n) % 2 == 0) if n > 4 else True
+    return contexts, toggled
+
+
+def corners_of(edge: Edge) -> torch.Tensor:
+    """The corners of :func:`coalitions_of`."""
+    contexts, toggled = coalitions_of(edge)
+    return (contexts[:, None] ^ toggled).flatten(0, 1)
+
+
+def all_of(edge: Edge) -> torch.Tensor:
+    """The coalitions of :func:`truth`, and the corners of some contexts."""
+    coalitions = edge.coalitions(problem_of(edge).n)
+    corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
+    return torch.cat([coalitions, corners])
+
+
+@functools.cache
+def routed(
+    edge: Edge, arithmetic: str | None, which: Callable[[Edge], torch.Tensor] = corners_of
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's values (C, ...) on some coalitions, and logits (N, X) of every gate and token.
+
+    In float64, or in float32 of an arithmetic.
+    """
+    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
+    seen = [torch.zeros(0, edge.ffn_experts)]
+    real = sparse_blocks.largest
+
+    def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # A switch gate compares probabilities; their logarithms differ as the logits do.
+        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
+        return real(values, count)
+
+    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
+    with patch.object(sparse_blocks, "largest", spy), products:
+        values = flat(reference.engine.evaluate(which(edge)))
+    return values, torch.cat(seen)
+
+
+def sparse_limit(edge: Edge, arithmetic: str, which: Callable[[Edge], torch.Tensor] = corners_of) -> float:
+    """What an arithmetic is allowed on these coalitions of a sparse model."""
+    return bound(routed(edge, arithmetic, which)[0], routed(edge, None, which)[0], arithmetic)

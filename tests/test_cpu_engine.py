@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from breaks import (
+    IN_THE_ENGINE,
+    IN_THE_MODEL,
+    SPARSE_IN_THE_MODEL,
+    give_room,
+    mistake_scores,
+    room_of_valid_tokens,
+    swap_down,
+)
 from edge_shapes import EDGES, SPARSE_EDGES, Edge, sparse
 from parity import (
-    ARITHMETIC,
     CONTEXTS,
     SPLIT_ROUNDING,
     SplitProducts,
+    all_of,
     allowed,
-    bound,
     flat,
+    routed,
+    sparse_limit,
     toggles,
     tolerance,
     truth,
     two_terms,
 )
-from test_engine import IN_THE_ENGINE, IN_THE_MODEL
-from test_sparse_engine import unpadded_room
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError
@@ -37,9 +42,8 @@ from flmoe_fast.engines import cpu
 from flmoe_fast.engines.backends import backends
 from flmoe_fast.engines.cpu import CpuEngine
 from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
-from flmoe_fast.engines.prepared import PreparedModel, prepared
+from flmoe_fast.engines.prepared import prepared
 from flmoe_fast.engines.problem import TokenProblem
-from flmoe_fast.model import sparse as sparse_blocks
 from flmoe_fast.native import extension
 
 EXTENSION, MISSING = extension()
@@ -157,38 +161,11 @@ def mistaken(edge: Edge, level: str, mistake, in_the_model: bool) -> CpuEngine:
     return found
 
 
-@functools.cache
-def routed(edge: Edge, arithmetic: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's values (C, ...) on all coalitions of :func:`both`, and logits (N, X) of every gate and token.
-
-    In float64, or in float32 of an arithmetic.
-    """
-    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
-    coalitions = edge.coalitions(reference.n)
-    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
-    seen = []
-    real = sparse_blocks.largest
-
-    def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # A switch gate compares probabilities; their logarithms differ as the logits do.
-        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
-        return real(values, count)
-
-    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
-    with patch.object(sparse_blocks, "largest", spy), products:
-        values = flat(reference.engine.evaluate(torch.cat([coalitions, corners])))
-    return values, torch.cat(seen)
-
-
 def both(ours: CpuEngine, edge: Edge) -> torch.Tensor:
     """Plain coalitions, and the corners of some contexts."""
     coalitions = edge.coalitions(ours.problem.n)
     corners = ours.evaluate_toggles(coalitions[CONTEXTS], toggles(ours.problem.n))
     return torch.cat([flat(ours.evaluate(coalitions)), flat(corners)])
-
-
-def sparse_limit(edge: Edge, arithmetic: str) -> float:
-    return bound(routed(edge, arithmetic)[0], routed(edge, None)[0], arithmetic)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -199,58 +176,25 @@ def test_sparse_values_equal_the_reference(edge: Edge, level: str, monkeypatch):
     for size, keys in PATHS.values():
         monkeypatch.setattr(cpu, "SHARED_TABLE_BYTES", size)
         monkeypatch.setattr(cpu, "KEYS_PER_GROUP", keys)
-        error = (both(ours, edge) - routed(edge, None)[0]).abs().max()
-        assert float(error) <= sparse_limit(edge, levels()[level][0])
+        error = (both(ours, edge) - routed(edge, None, all_of)[0]).abs().max()
+        assert float(error) <= sparse_limit(edge, levels()[level][0], all_of)
 
 
 @pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
 def test_no_choice_hangs_on_rounding(edge: Edge):
     """Otherwise a value could jump, and its error would say nothing about the engine."""
-    exact = routed(edge, None)[1]
+    exact = routed(edge, None, all_of)[1]
     slots, networks = edge.model().config.top_k, exact.shape[1]
     ordered = exact.sort(-1, descending=True)[0]
     gap = ordered[:, slots - 1] - ordered[:, slots] if slots < networks else torch.tensor(math.inf)
     for arithmetic in {levels()[level][0] for level in LEVELS}:
-        error = (routed(edge, arithmetic)[1] - exact).abs().amax(-1)
+        error = (routed(edge, arithmetic, all_of)[1] - exact).abs().amax(-1)
         # Two logits can come closer by twice the error, and tolerances allow twice the error of the reference.
         assert bool((gap > 4 * error).all())
 
 
-def swap_networks(model: PreparedModel) -> None:
-    """The second matrices of two networks of the last sparse layer are confused."""
-    layers = list(model.stack.layers)
-    at = max(i for i, layer in enumerate(layers) if layer.networks is not None)
-    down = layers[at].networks.down.clone()
-    down[:2] = down[:2].flip(0)
-    layers[at] = dataclasses.replace(layers[at], networks=dataclasses.replace(layers[at].networks, down=down))
-    model.stack = dataclasses.replace(model.stack, layers=tuple(layers))
-
-
-def forget_gate_bias(model: PreparedModel) -> None:
-    """The first layer's gates have no bias."""
-    first, *others = model.stack.layers
-    networks = dataclasses.replace(first.networks, gate_bias=torch.zeros_like(first.networks.gate_bias))
-    model.stack = dataclasses.replace(model.stack, layers=(dataclasses.replace(first, networks=networks), *others))
-
-
-def mistake_scores(model: PreparedModel) -> None:
-    """A switch gate's scores are all 1, another's are probabilities among all networks."""
-    model.stack = dataclasses.replace(model.stack, gate="naive" if model.stack.gate == "switch" else "switch")
-
-
-def forget_room(engine: CpuEngine) -> None:
-    """No capacity."""
-    engine.sample.room = None
-
-
-def forget_padding(engine: CpuEngine) -> None:
-    """Capacity from the valid tokens only."""
-    engine.sample.room = unpadded_room(engine)
-
-
-SPARSE_IN_THE_MODEL = (swap_networks, forget_gate_bias, mistake_scores)
-SPARSE_MISTAKES = [(SWITCH, m) for m in (*SPARSE_IN_THE_MODEL, forget_room, forget_padding)]
-SPARSE_MISTAKES += [(DEEP, m) for m in (swap_networks, mistake_scores, forget_room)]
+SPARSE_MISTAKES = [(SWITCH, m) for m in (*SPARSE_IN_THE_MODEL, give_room, room_of_valid_tokens)]
+SPARSE_MISTAKES += [(DEEP, m) for m in (swap_down, mistake_scores, give_room)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -258,8 +202,8 @@ SPARSE_MISTAKES += [(DEEP, m) for m in (swap_networks, mistake_scores, forget_ro
 def test_a_mistake_in_sparse_blocks_is_seen(edge: Edge, mistake, level: str):
     """Negative control, as above."""
     broken = mistaken(edge, level, mistake, mistake in SPARSE_IN_THE_MODEL)
-    error = (both(broken, edge) - routed(edge, None)[0]).abs().max()
-    assert float(error) > 3 * sparse_limit(edge, "bf16x3")
+    error = (both(broken, edge) - routed(edge, None, all_of)[0]).abs().max()
+    assert float(error) > 3 * sparse_limit(edge, "bf16x3", all_of)
 
 
 @pytest.mark.parametrize("edge", EDGES[:3], ids=lambda e: e.name)
@@ -461,6 +405,16 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, "tests")
 import torch
+from breaks import (
+    IN_THE_ENGINE,
+    IN_THE_MODEL,
+    SPARSE_IN_THE_MODEL,
+    forget_gate_bias,
+    give_room,
+    mistake_scores,
+    room_of_valid_tokens,
+    swap_down,
+)
 from edge_shapes import EDGES
 from flmoe_fast.engines.backends import backends
 print(EDGES[0].game(dtype=torch.float32).backend, backends()["cpu"].available, bool(backends()["cpu"].reason))

@@ -10,16 +10,11 @@ from edge_shapes import Edge, sparse
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
-from test_triton_engine import (  # noqa: E402
-    DEVICE,
-    GPU,
-    coalitions_of,
-    error_of,
-    limit,
-    poison,  # noqa: F401
-    problem_of,
-    quick_interpreter,  # noqa: F401
-)
+from breaks import FAULTS  # noqa: E402
+from gpu_cases import DEVICE, EXTENSION, GPU, SMALL, error_of, limit, runs_fused  # noqa: E402
+from gpu_cases import FUSED_SHAPES as SHAPES  # noqa: E402
+from gpu_cases import fused_engine as engine  # noqa: E402
+from parity import coalitions_of, problem_of  # noqa: E402
 
 from flmoe_fast.checks import ArgumentError  # noqa: E402
 from flmoe_fast.engines.engine import Request  # noqa: E402
@@ -28,47 +23,10 @@ from flmoe_fast.engines.gpu import cuda_chunk, fastest  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda import CudaEngine  # noqa: E402
 from flmoe_fast.engines.gpu.cuda_chunk import ONE_GROUP, TWO_GROUPS, Emulation  # noqa: E402
-from flmoe_fast.native import extension  # noqa: E402
 
-EXTENSION, MISSING = extension()
-pytestmark = [
-    pytest.mark.skipif(EXTENSION is None, reason=f"no extension: {MISSING}"),
-    pytest.mark.skipif(
-        not (GPU or triton_engine.interpreted()),
-        reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started",
-    ),
-]
-SMALL = {"hidden": 64, "heads": 2}
+pytestmark = [*runs_fused, pytest.mark.usefixtures("poison", "quick_interpreter")]
 TINY = Edge("tiny", (3, 2), (3, 1), **SMALL)
-#: One token each; tiles of rows, queries and keys that are not full, or more than one; every number of heads; the
-#: stages of the last kernel; one head of 256; three and four modalities, and one that is absent; both generations.
-SHAPES = [
-    Edge("one token each", (1, 1), (1, 1), **SMALL),
-    Edge("no masks, one head", (4, 5), None, hidden=64, heads=1),
-    Edge("two query tiles", (40, 31), (37, 29), **SMALL),
-    Edge("many key tiles", (19, 20), (18, 17), hidden=64, heads=1),
-    Edge("four heads", (6, 7), (3, 5), hidden=128, heads=4),
-    Edge("one head of 256", (3, 2), (3, 2), hidden=256, heads=1),
-    Edge("absent modality", (4, 3, 6), (4, 0, 2), **SMALL),
-    Edge("four modalities", (2, 3, 1, 4), (2, 3, 1, 2), **SMALL),
-    Edge("one layer", (4, 3), (4, 2), layers=1, **SMALL),
-    Edge("three layers", (4, 3), (4, 2), layers=3, **SMALL),
-    Edge("original", (4, 4), None, generation="original", **SMALL),
-    Edge("original, one layer", (4, 4, 4), None, generation="original", layers=1, **SMALL),
-]
-#: Planted mistakes (csrc/fused/emulator.h), and how each shows: as an error, or as numbers out of bounds.
-FAULTS = {
-    "consumers wait for no copy": (1, "an arrival too many"),
-    "copies wait for no consumer": (2, "an arrival too many"),
-    "consumers keep their stages": (3, "nobody can go on: .*warp 8 waits for barrier"),
-    "products are not waited for": (4, None),
-    "swizzle": (5, None),
-}
 on_cpu = pytest.mark.skipif(GPU, reason="the emulator is for CPUs; a GPU has no planted mistakes")
-
-
-def engine(edge: Edge, precision: str = "fp16x2", **options) -> CudaEngine:
-    return CudaEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
 
 
 @pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)

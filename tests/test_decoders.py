@@ -262,6 +262,17 @@ def test_a_model_in_training_mode():
         assert relative(again(z), model.eval()(ids).logits[0, -1, 4][None]) <= FP64
 
 
+def test_rounding_is_measured():
+    """Of a mixture in float32: its float64 twin agrees, and the share of rounding is small."""
+    ids = prompt(0, 8)
+    game = DecoderGame(TEXTS["Mixtral"]().float(), {"input_ids": ids}, words(ids), question=next_token(4))
+    twin = game.precise()
+    z = coalitions(8)
+    assert twin.precise() is None and 0 < relative(game(z), twin(z)) < 1e-4
+    found = interactions(game, contexts=4, progress=False)
+    assert float(found.noise_share) < 0.01 and found.check_evaluations
+
+
 def test_names_and_places():
     ids = prompt(4)
     several = image_token_players(torch.cat([ids, ids], 1), IMAGE)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from breaks import IN_THE_ENGINE, IN_THE_MODEL
 from edge_shapes import EDGES, Edge
 from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
 
 from flmoe_fast.engines import portable
-from flmoe_fast.engines.prepared import PreparedModel, prepared
+from flmoe_fast.engines.prepared import prepared
 from flmoe_fast.engines.problem import Logits
 from flmoe_fast.games.heads import Heads
 
@@ -69,54 +68,6 @@ def test_full_coalition_is_the_model_itself():
     logits = edge.game(model).engine.evaluate(torch.ones(1, sum(edge.valid), dtype=torch.bool))
     assert relative(logits.experts, output.expert_logits) <= FP64
     assert relative(logits.weights, output.weights) <= FP64
-
-
-def break_gain(model: PreparedModel) -> None:
-    """One expert's folded LayerNorm gain is forgotten."""
-    first, *others = model.stack.layers
-    up = first.up.clone()
-    up[1] *= 1.001
-    model.stack = dataclasses.replace(model.stack, layers=(dataclasses.replace(first, up=up), *others))
-
-
-def break_scale(model: PreparedModel) -> None:
-    """The second layer's scores are not divided by the root of the head width."""
-    first, second, *others = model.stack.layers
-    width = model.stack.attended
-    qkv = second.qkv.clone()
-    qkv[:, :, :width] *= (width // model.stack.heads) ** 0.5
-    model.stack = dataclasses.replace(model.stack, layers=(first, dataclasses.replace(second, qkv=qkv), *others))
-
-
-def break_states(engine):
-    """Keys of present and absent tokens are confused."""
-    engine.states = dataclasses.replace(engine.states, k=engine.states.k.flip(2))
-
-
-def break_values(engine):
-    """Values of one token are confused."""
-    v = engine.states.v.clone()
-    v[:, :, :, 0] = v[:, :, :, 0].flip(2)
-    engine.states = dataclasses.replace(engine.states, v=v)
-
-
-def break_queries(engine):
-    """Absent tokens ask with the query of their present state."""
-    q = engine.states.q.clone()
-    q[:, :, 0] = q[:, :, 1]
-    engine.states = dataclasses.replace(engine.states, q=q)
-
-
-def break_routing(engine):
-    """A player's absence does not reach the routing."""
-    step = engine.routing.step.clone()
-    step[0] = 0
-    engine.routing = dataclasses.replace(engine.routing, step=step)
-
-
-#: Planted in a prepared model, before an engine is made of it; and in an engine.
-IN_THE_MODEL = (break_gain, break_scale)
-IN_THE_ENGINE = (break_states, break_values, break_queries, break_routing)
 
 
 @pytest.mark.parametrize("mistake", [*IN_THE_MODEL, *IN_THE_ENGINE])

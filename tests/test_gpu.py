@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 from edge_shapes import Edge, sparse
-from test_triton_engine import rounded_problem
 
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+
+from gpu_cases import rounded_problem
 
 from flmoe_fast import interactions
 from flmoe_fast.checks import ArgumentError

@@ -38,7 +38,7 @@ def rough() -> torch.Tensor:
 
 
 def run(game, **options) -> InteractionResult:
-    return interactions(game, **{"progress": False, "n": N, "pairs": PAIRS, **options})
+    return interactions(game, **{"progress": False, "n": N, "pairs": PAIRS, "method": "grid", **options})
 
 
 # ---- the grid
@@ -182,8 +182,8 @@ def test_adaptive_spends_on_what_varies():
         return values[(z[:, [0, 1, 6, 7]].long() << torch.arange(4)).sum(1)] * 10 + z[:, 2] * z[:, 3]
 
     pairs = list(itertools.product(range(4), range(4, 8)))
-    even = interactions(game, n=8, pairs=pairs, budget=1500, adaptive=False, progress=False)
-    chosen = interactions(game, n=8, pairs=pairs, budget=1500, progress=False)
+    even = interactions(game, n=8, pairs=pairs, budget=1500, method="grid", adaptive=False, progress=False)
+    chosen = interactions(game, n=8, pairs=pairs, budget=1500, method="grid", progress=False)
     noisy = [p in {(0, 6), (0, 7), (1, 6), (1, 7)} for p in pairs]
     assert chosen.contexts[noisy].min() > 1.5 * even.contexts[0]
     assert chosen.contexts[np.invert(noisy)].max() < even.contexts[0]
@@ -257,7 +257,7 @@ def test_token_game_end_to_end(edge_game):
     truth = exact_interactions(
         next(e for e in EDGES if e.name == "three modalities").game(backend="reference"), progress=False
     )
-    result = interactions(edge_game, contexts=200, progress=False)
+    result = interactions(edge_game, contexts=200, method="grid", progress=False)
     assert result.heads == edge_game.heads and result.sii.shape == (len(result.pairs), 11)
     score = np.abs(result.sii - truth.sii) / np.maximum(result.sii_stderr, 1e-6)
     assert np.median(score) < 1.5 and np.quantile(score, 0.99) < 5
@@ -266,7 +266,7 @@ def test_token_game_end_to_end(edge_game):
 
 
 def test_cross_modal_pairs_are_the_default(edge_game):
-    result = interactions(edge_game, contexts=4, progress=False)
+    result = interactions(edge_game, contexts=4, method="grid", progress=False)
     sizes = [len(players) for _, players in edge_game.groups]
     assert len(result.pairs) == sum(a * b for a, b in itertools.combinations(sizes, 2))
     group = {p: m for m, (_, players) in enumerate(edge_game.groups) for p in players}
@@ -278,7 +278,7 @@ def test_a_token_equal_to_its_fill_is_a_dummy():
     features, masks, fills = edge.sample()
     features[1][2] = fills[1]
     game = TokenGame(edge.model(), features, masks=masks, fill=fills, target=1)
-    result = interactions(game, contexts=8, progress=False)
+    result = interactions(game, contexts=8, method="grid", progress=False)
     dummy = game.positions.index((1, 2))
     with_dummy = (result.pairs == dummy).any(1)
     assert np.abs(result.sii[with_dummy]).max() <= 1e-12 < 1e-4 < np.abs(result.sii[~with_dummy]).min(0).max()
@@ -286,7 +286,7 @@ def test_a_token_equal_to_its_fill_is_a_dummy():
 
 def test_weighted_logit_heads_sum_to_the_mixture():
     game = EDGES[0].game(value="logit")
-    result = interactions(game, contexts=6, progress=False)
+    result = interactions(game, contexts=6, method="grid", progress=False)
     experts = len(game.problem.model.config.expert_names)
     assert np.allclose(result.sii[:, 1 + experts :].sum(1), result.sii[:, 0], rtol=0, atol=1e-10)
 

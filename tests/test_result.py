@@ -21,7 +21,7 @@ def result() -> InteractionResult:
     def game(z):
         return torch.einsum("ci,oij,cj->co", z.double(), weights, z.double()) + z[:, :3].all(1)[:, None]
 
-    return interactions(game, n=6, pairs=[(0, 3), (1, 4), (2, 5), (0, 1)], contexts=12, progress=False)
+    return interactions(game, n=6, pairs=[(0, 3), (1, 4), (2, 5), (0, 1)], contexts=12, method="grid", progress=False)
 
 
 def test_ranking(result):
@@ -59,7 +59,7 @@ def test_names_given_to_a_probe():
     def game(z):
         return z[:, 0] * z[:, 1] * 1.0
 
-    found = interactions(game, n=3, names=["a", "b", "c"], contexts=4, progress=False)
+    found = interactions(game, n=3, names=["a", "b", "c"], contexts=4, method="grid", progress=False)
     assert found["a", "b"].sii == 1.0 and found.about["method"] == "grid"
     exact = exact_interactions(game, n=3, names=["a", "b", "c"], progress=False)
     assert exact["b", "a"].sii == pytest.approx(1.0) and exact.about["method"] == "enumeration"

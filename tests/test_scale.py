@@ -114,7 +114,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(format, alone, tmp_path)
     done = fill(tmp_path, size + size // 4, format, 3)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "the disk is full. 1 shards are complete; make room and run again" in line
-    assert line.startswith("flmoe_fast.scale.dataset.StorageError")
+    assert line.startswith("flmoe_fast.files.StorageError")
     assert sorted(ExplanationSet(tmp_path, format).samples()) == [0] and not list(tmp_path.glob(UNFINISHED))
     again = fill(tmp_path, 0, format, 3)
     assert again.returncode == 0, again.stderr[-1000:]
@@ -189,3 +189,17 @@ def test_bad_input(tmp_path, alone):
         tmp_path.chmod(0o500)
         with pytest.raises(StorageError, match="was not written"):
             store.add({5: alone.result(5)})
+
+
+def test_a_folder_keeps_to_its_settings(tmp_path):
+    def some(count: int, settings: dict | None) -> list[int]:
+        store = explain_many(
+            range(count), explain_one, tmp_path, format="safetensors", settings=settings, progress=False
+        )
+        return sorted(store.samples())
+
+    assert some(2, {"contexts": 4}) == [0, 1] and some(3, {"contexts": 4}) == [0, 1, 2]
+    for other in ({"contexts": 5}, None, {}):
+        with pytest.raises(ArgumentError, match="settings: got another"):
+            some(4, other)
+    assert sorted(ExplanationSet(tmp_path, "safetensors").samples()) == [0, 1, 2]

@@ -6,20 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from breaks import PORTABLE_SPARSE
 from edge_shapes import BACKEND_EDGES, SPARSE_EDGES, Edge
-from parity import CONTEXTS, flat, relative, toggles, tolerance, truth
+from parity import CONTEXTS, flat, named, relative, toggles, tolerance, truth
 
 from flmoe_fast import ArgumentError, TokenGame, exact_interactions, explain, interactions
 from flmoe_fast.engines import portable, sparse_rows
-from flmoe_fast.engines.sparse_rows import choose, combine, pool
-from flmoe_fast.model.sparse import slots_per_network
+from flmoe_fast.engines.sparse_rows import combine, pool
 from flmoe_fast.pipeline.importance.tokens import batch_importance
 
 FP64 = 1e-10  # promised relative difference of values in float64
-
-
-def named(name: str) -> Edge:
-    return next(edge for edge in (*SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
 
 
 SWITCH = named("padded, switch of 12, capacity reference")
@@ -66,72 +62,7 @@ def test_the_capacity_of_these_shapes_binds(edge: Edge):
     assert relative(flat(truth(edge)[1]), flat(truth(free)[1])) > 1e-3
 
 
-def forget_room(monkeypatch, engine):
-    """No capacity."""
-    free = sparse_rows.dispatch
-    monkeypatch.setattr(portable, "dispatch", lambda c, x, block, blocks, room: free(c, x, block, blocks, None))
-
-
-def share_room(monkeypatch, engine):
-    """Modalities compete for the same slots."""
-    real = sparse_rows.dispatch
-
-    def merged(chosen, networks, block, blocks, room):
-        return real(chosen, networks, block // 2, blocks // 2, room[::2])
-
-    monkeypatch.setattr(portable, "dispatch", merged)
-
-
-def unpadded_room(engine) -> tuple[int, ...]:
-    """Slots of each modality that a network would take if padding did not count."""
-    config, lengths = engine.problem.model.config, [stop - start for start, stop in engine.problem.segments]
-    return tuple(slots_per_network(config.gate, tokens, config.ffn_experts, False) for tokens in lengths)
-
-
-def forget_padding(monkeypatch, engine):
-    """Capacity from the valid tokens only."""
-    engine.sample.room = unpadded_room(engine)
-
-
-def last_come(monkeypatch, engine):
-    """Later tokens win."""
-    real = sparse_rows.dispatch
-
-    def backwards(chosen, networks, block, blocks, room):
-        sent = real(chosen.flip(1), networks, block.flip(0), blocks, room)
-        rows = chosen.shape[1] * chosen.shape[2]
-        row, slot = (sent.slot % rows) // chosen.shape[2], sent.slot % chosen.shape[2]
-        turned = (chosen.shape[1] - 1 - row) * chosen.shape[2] + slot
-        return dataclasses.replace(sent, slot=sent.slot - sent.slot % rows + turned)
-
-    monkeypatch.setattr(portable, "dispatch", backwards)
-
-
-def rescale(monkeypatch, engine):
-    """Scores of a switch gate sum to one."""
-    monkeypatch.setattr(
-        portable, "choose", lambda logits, gate, k: (choose(logits, gate, k)[0], torch.ones_like(logits[..., :k]))
-    )
-
-
-def swap_networks(monkeypatch, engine):
-    """Networks are confused."""
-    first = engine.packed.layers[0]
-    first = dataclasses.replace(first, networks=dataclasses.replace(first.networks, up=first.networks.up.roll(1, 0)))
-    engine.packed = dataclasses.replace(engine.packed, layers=(first, *engine.packed.layers[1:]))
-
-
-def forget_bias(monkeypatch, engine):
-    """Gates have no bias."""
-    first = engine.packed.layers[0]
-    networks = dataclasses.replace(first.networks, gate_bias=torch.zeros_like(first.networks.gate_bias))
-    first = dataclasses.replace(first, networks=networks)
-    engine.packed = dataclasses.replace(engine.packed, layers=(first, *engine.packed.layers[1:]))
-
-
-@pytest.mark.parametrize(
-    "mistake", (forget_room, share_room, forget_padding, last_come, rescale, swap_networks, forget_bias)
-)
+@pytest.mark.parametrize("mistake", PORTABLE_SPARSE)
 def test_a_mistake_is_seen(mistake, monkeypatch):
     """Negative control: each planted mistake moves values far beyond the tolerance."""
     engine = SWITCH.game().engine

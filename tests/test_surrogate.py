@@ -1,4 +1,4 @@
-"""The surrogate: closed forms against enumeration, intervals that cover, a choice of method that follows evidence."""
+"""The surrogate: closed forms against enumeration, and intervals that cover."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_closed_forms_are_those_of_the_surrogates_values(process, name):
         members = PAIRS if order == 2 else torch.arange(N)[:, None]
         matrix = contrast_matrix(name, members)
         between = kernel(signs(ALL), process.x, process.rate)
-        column = functionals(process, members, rule(name, order, N))
+        column = functionals(process.x, process.rate, members, rule(name, order, N))
         assert torch.allclose(column, matrix @ between, rtol=0, atol=1e-12)
         whole = kernel(signs(ALL), signs(ALL), process.rate)
         variance = prior_variance(process.rate, members, rule(name, order, N))
@@ -77,7 +77,7 @@ def test_closed_form_of_many_players():
     x = signs(torch.rand(2, n, generator=generator) < 0.4)
     rate = 0.2 * torch.rand(n, dtype=torch.float64, generator=generator)
     process = Process(x, torch.tensor([0.0, 1.0], dtype=torch.float64), Scales(rate, 1e-6))
-    column = functionals(process, torch.tensor([[3, 250]]), rule("SII", 2, n))[0]
+    column = functionals(process.x, process.rate, torch.tensor([[3, 250]]), rule("SII", 2, n))[0]
     for row, have in enumerate((x > 0).numpy()):
         low = torch.exp(-rate).numpy()
         others = np.delete(np.arange(n), [3, 250])
@@ -165,53 +165,8 @@ def test_intervals_cover():
         assert 0.85 <= np.mean(gaps)
 
 
-def test_auto_follows_the_evidence():
-    """A surrogate for a smooth game; a grid where values follow no pattern but those of two pairs matter."""
-    rough = torch.randn(2**10, dtype=torch.float64)
-
-    def pattern(z: torch.Tensor) -> torch.Tensor:  # what is left of additivity is rare and large
-        weight = torch.linspace(1, 2, 14, dtype=torch.float64)
-        return z[:, 10:].double() @ weight + (z[:, 0] & z[:, 1] & z[:, 2]).double()
-
-    idle = lambda z: smooth(z[:, :N])  # noqa: E731
-    found = interactions(idle, n=12, rows=[0, 1], cols=[3, 4], budget=400, method="auto", progress=False)
-    assert found.about["method"] == "surrogate" and found.about["surrogate_over_grid"][0] < 1
-    noise = lambda z: rough[(z[:, :10].long() << torch.arange(10)).sum(1)]  # noqa: E731
-    found = interactions(noise, n=10, rows=[0, 1], cols=[3, 4], budget=800, method="auto", progress=False)
-    truth = exact_interactions(noise, n=10, pairs=found.pairs, progress=False)
-    assert np.abs((found.sii - truth.sii) / found.sii_stderr).max() < 4.5
-    found = interactions(pattern, n=24, rows=[0, 3], cols=[1, 4], budget=600, method="auto", progress=False)
-    assert found.about["method"].startswith("grid") and found.about["surrogate_over_grid"][0] > 1
-    assert abs(found.sii[0] - 0.5) <= 4.5 * found.sii_stderr[0]
-
-
-def test_residual_correction_is_unbiased():
-    """More evaluations than a surrogate takes are spent on a grid, with it as a control variate."""
-    from flmoe_fast.probes import by_surrogate
-
-    rough = 0.2 * torch.randn(2**N, dtype=torch.float64)
-    game = lambda z: smooth(z) + rough[(z.long() << torch.arange(N)).sum(1)]  # noqa: E731
-    truth = exact_interactions(game, n=N, pairs=PAIRS[:6], progress=False)
-    original = by_surrogate.MOST_POINTS
-    by_surrogate.MOST_POINTS = 40
-    try:
-        options = {"n": N, "pairs": PAIRS[:6], "budget": 500, "method": "auto", "progress": False}
-        runs = [interactions(game, seed=seed, **options) for seed in range(30)]
-    finally:
-        by_surrogate.MOST_POINTS = original
-    assert {r.about["method"] for r in runs} <= {"grid", "grid residual"}
-    assert sum(r.about["method"] == "grid residual" for r in runs) > 15
-    for of in ("sii", "gap"):
-        found = np.stack([getattr(r, of) for r in runs])
-        score = np.abs(found.mean(0) - getattr(truth, of)) / (found.std(0, ddof=1) / len(runs) ** 0.5)
-        assert score.max() < 4.5
-    inside = [(low <= truth.sii) & (truth.sii <= high) for low, high in (r.interval() for r in runs)]
-    assert 0.88 <= np.mean(inside)
-
-
-@pytest.mark.parametrize("method", ["surrogate", "auto"])
 @pytest.mark.parametrize("budget", [32, 75, 128, 300])
-def test_budget_is_never_exceeded_and_counted_exactly(method, budget):
+def test_budget_is_never_exceeded_and_counted_exactly(budget):
     asked = []
 
     def counting(z: torch.Tensor) -> torch.Tensor:
@@ -219,7 +174,7 @@ def test_budget_is_never_exceeded_and_counted_exactly(method, budget):
         return torch.stack([smooth(z), likely(z)], 1)
 
     options = {"rows": [0, 1], "cols": [2, 3], "also": "SV", "progress": False}
-    found = interactions(counting, n=N, budget=budget, method=method, **options)
+    found = interactions(counting, n=N, budget=budget, method="surrogate", **options)
     assert found.evaluations == sum(asked) <= budget
     assert found.sii.shape == found.also["SV", 1].values.shape == (4, 2) and np.isfinite(found.sii_stderr).all()
     assert found.evaluations > 0.6 * min(budget, 2**N)
@@ -259,8 +214,7 @@ def test_seeds_and_rounding():
     [
         ({"method": "magic"}, "method: got 'magic'"),
         ({"method": "surrogate", "budget": 9000}, "budget: got 9000, expected an integer >= 32 and <= 8192"),
-        ({"method": "auto", "budget": 3}, "budget: got 3, expected an integer >= 32"),
-        ({"method": "auto", "budget": 100, "contexts": 3}, "budget: got a budget together with contexts"),
+        ({"method": "surrogate", "budget": 3}, "budget: got 3, expected an integer >= 32"),
         ({"also": ("SV", "magic")}, "also: got 'magic'"),
         ({"also": ("SV", "SV")}, "also: got .*distinct"),
     ],

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.util
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from edge_shapes import BACKEND_EDGES, EDGES, SPARSE_EDGES, Edge, sparse
-from parity import Mixed, allowed, flat, toggles
+from edge_shapes import EDGES, Edge, sparse
+from parity import coalitions_of, flat, named, problem_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
+from breaks import KERNELS, break_kernels  # noqa: E402
+from gpu_cases import DEVICE, GPU, TINY, engine, error_of, limit, rounded_problem, runs_triton, truth  # noqa: E402
+
 from flmoe_fast import interactions  # noqa: E402
 from flmoe_fast.checks import ArgumentError  # noqa: E402
 from flmoe_fast.engines.backends import backends  # noqa: E402
-from flmoe_fast.engines.gpu import chunk as gpu_chunk  # noqa: E402
-from flmoe_fast.engines.gpu import plan as gpu_plan  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
-from flmoe_fast.engines.gpu import weights as gpu_weights  # noqa: E402
 from flmoe_fast.engines.gpu.chunk import Chunk, Part, layout, steps  # noqa: E402
 from flmoe_fast.engines.gpu.kernels import (  # noqa: E402
     attention,
     choice,
     combine,
-    corners,
     grouped,
     head,
     linear,
@@ -38,23 +33,14 @@ from flmoe_fast.engines.gpu.kernels import (  # noqa: E402
 )
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS  # noqa: E402
 from flmoe_fast.engines.gpu.triton import TritonEngine  # noqa: E402
-from flmoe_fast.engines.portable import TorchEngine  # noqa: E402
-from flmoe_fast.engines.problem import Logits  # noqa: E402
-from flmoe_fast.engines.stack import LOG2E  # noqa: E402
 from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST, redundancy_gap  # noqa: E402
 from flmoe_fast.probes.grid import CornerGrid  # noqa: E402
 from flmoe_fast.probes.moments import unit_means  # noqa: E402
 from flmoe_fast.probes.run import Run, corner_values  # noqa: E402
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-pytestmark = pytest.mark.skipif(
-    not (GPU or triton_engine.interpreted()), reason="needs a GPU, or TRITON_INTERPRET=1 set before the tests started"
-)
+pytestmark = [runs_triton, pytest.mark.usefixtures("poison", "quick_interpreter")]
 MODULES = (linear, attention, head, routing, choice, order, grouped, combine)
 BANDS = 4096
-#: The interpreter takes milliseconds per program: where the shape is not the point, it is as small as it gets.
-TINY = Edge("tiny", (2, 2), (2, 1), hidden=16, heads=1)
 #: What the interpreter has time for; a GPU runs every precision on every one of these shapes.
 CORNERS = {
     "padded": ("fp32", "tf32", "fp16x2", "mixed", "fp16"),
@@ -65,129 +51,6 @@ CORNERS = {
 
 #: Sparse blocks both before another layer and at the end, and room that does not suffice.
 TINY_SPARSE = sparse(Edge("tiny", (3, 2), (3, 2), hidden=16, heads=1, layers=3), "gshard", 6, "reference")
-
-
-def named(name: str) -> Edge:
-    return next(edge for edge in (*EDGES, *SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
-
-
-def problem_of(edge: Edge):
-    return edge.game(backend="torch").problem
-
-
-def engine(edge: Edge, precision: str = "fp32", **options) -> TritonEngine:
-    return TritonEngine(problem_of(edge), device=DEVICE, precision=precision, **options)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """Spare the interpreter looking through all of triton.language again at every call of a kernel's helper.
-
-    It replaces the language's functions at every such call, nested ones too, where nothing is left to replace.
-    """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    search = getattr(interpreter, "_patch_builtin", None)  # not a public name: without it the tests are only slower
-    is_builtin = triton.language.core.is_builtin
-    replaceable: dict[object, list[str]] = {}
-
-    def search_once(package, *arguments):
-        if package not in replaceable:
-            replaceable[package] = [name for name in dir(package) if is_builtin(getattr(package, name, None))]
-        names = replaceable[package]
-        if names and is_builtin(getattr(package, names[0])):
-            search(package, *arguments)
-
-    if search is not None:
-        interpreter._patch_builtin = search_once
-    yield
-    if search is not None:
-        interpreter._patch_builtin = search
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Every array the engine allocates starts as NaN (all bits set), so that reading what nobody wrote is seen."""
-    empty = torch.empty
-
-    def poisoned(*shape, **options):
-        made = empty(*shape, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made.view(torch.uint8).fill_(255).view(made.dtype)
-
-    for module in (triton_engine, gpu_chunk, gpu_plan, gpu_weights):
-        monkeypatch.setattr(module, "torch", _Torch(poisoned))
-
-
-class _Torch:
-    """torch, but for ``empty``."""
-
-    def __init__(self, empty):
-        self.empty = empty
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-def rounded_problem(problem, operand: torch.dtype, device: str = "cpu") -> TorchEngine:
-    """The float64 torch engine of the model whose matrices were rounded to ``operand`` as the kernels' are."""
-    made = TorchEngine(problem, dtype=torch.float64, device=device)
-    scale = torch.tensor([LOG2E, 1.0, 1.0], dtype=torch.float64, device=device)
-    scale = scale[:, None, None, None, None]
-
-    def cast(x: torch.Tensor) -> torch.Tensor:
-        return x.to(operand).double()
-
-    def block(layer, last: bool) -> dict[str, torch.Tensor]:
-        # The last down-projection is multiplied with the classifier first, and never rounded.
-        return {"up": cast(layer.up), "down": layer.down if last else cast(layer.down)}
-
-    layers = []
-    for layer in made.packed.layers:
-        last = layer is made.packed.layers[-1]
-        networks = layer.networks and dataclasses.replace(layer.networks, **block(layer.networks, last))
-        qkv, out = cast(layer.qkv * scale) / scale, cast(layer.out)
-        layers.append(dataclasses.replace(layer, qkv=qkv, out=out, networks=networks, **block(layer, last)))
-    made.packed = dataclasses.replace(made.packed, layers=tuple(layers))
-    made.states = made._two_states()
-    return made
-
-
-@functools.cache
-def coalitions_of(edge: Edge) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two contexts and what is toggled in them; the empty and the full coalition are among the corners."""
-    n = problem_of(edge).n
-    contexts = edge.coalitions(n, 3)[[0, 1]]
-    toggled = toggles(n)[[0, 1, 3]]
-    toggled[2] = ~contexts[1] ^ (torch.arange(n) % 2 == 0) if n > 4 else True
-    return contexts, toggled
-
-
-@functools.cache
-def truth(edge: Edge, precision: str) -> torch.Tensor:
-    """Logits and routing of the edge's corners in float64, by the model that ``precision`` makes of its weights."""
-    contexts, toggled = coalitions_of(edge)
-    kind = PRECISIONS[precision]
-    if kind.operand == torch.float32:
-        return flat(edge.game(backend="reference").engine.evaluate_toggles(contexts, toggled))
-    return flat(rounded_problem(problem_of(edge), kind.operand).evaluate_toggles(contexts, toggled))
-
-
-@functools.cache
-def limit(edge: Edge, precision: str) -> float:
-    """What the arithmetic is allowed on these corners; the interpreter multiplies TF32 operands in float32."""
-    contexts, toggled = coalitions_of(edge)
-    corners = (contexts[:, None] ^ toggled).flatten(0, 1)
-    exact = flat(edge.game(backend="reference").engine.evaluate(corners))
-    if precision == "mixed":
-        with mock.patch.object(Mixed, "scale"):
-            found = []
-            for Mixed.scale in (1.0, 1.1, 1.2, 1.3, 1.4):
-                found.append(allowed(edge, "mixed", corners, exact))
-        return max(found)
-    return allowed(edge, "fp32" if precision == "tf32" and not GPU else precision, corners, exact)
-
-
-def error_of(ours: Logits, edge: Edge, precision: str) -> float:
-    return float((flat(ours).cpu() - truth(edge, precision)).abs().max())
 
 
 @pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
@@ -228,41 +91,10 @@ def test_one_term_of_queries_and_weights_is_seen():
     assert limit(edge, "mixed") < limit(edge, "fp16")
 
 
-def break_kernels(module, right: str, wrong: str, monkeypatch, tmp_path: Path) -> None:
-    """Put kernels into ``module`` whose source says ``wrong`` where it said ``right``."""
-    source = Path(module.__file__).read_text()
-    assert right in source
-    file = tmp_path / f"broken_{module.__name__.rsplit('.', 1)[1]}.py"
-    file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    broken = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, broken)
-    spec.loader.exec_module(broken)
-    for name in dir(broken):
-        if name.endswith("_kernel") or name in ("_pooled_product", "_largest"):
-            monkeypatch.setattr(module, name, getattr(broken, name))
-
-
-BREAKS = {
-    "sign of the corner update": (attention, "exp2(top - higher)", "exp2(higher - top)"),
-    "mask of the keys": (attention, 'tl.where(m_n[None, :], score, float("-inf"))', "score"),
-    "state of a query": (attention, "present(words_ptr, batch, words, o_m, m_m)", "(1 + 0 * o_m)"),
-    "state of a key": (attention, "present(words_ptr, member, words, token, m_n)", "(1 + 0 * token)"),
-    "context of a coalition": (attention, "context = (batch + offset) // group", "context = 0 * batch"),
-    "mask of the pool": (linear, "(token >= start) & (token < stop)", "token < stop"),
-    "statistics": (linear, "squares += share[None, :] * apart * apart", "squares += 0.0 * apart"),
-    "state of the residual": (linear, "(expert * 2 + state)", "(expert * 2 + 1 + 0 * state)"),
-    "residual": (linear, 'if RESIDUAL == "stream":', 'if RESIDUAL == "nothing":'),
-    "small terms": (linear, "low = tl.load(p_a + a_plane, mask=m_a, other=0.0)", "low = a"),
-    "bits of the routing": (routing, "bits.to(tl.float32), step", "(1 - bits).to(tl.float32), step"),
-    "tiles of the pool": (head, "range(0, tiles)", "range(1, tiles + 1)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BREAKS)
+@pytest.mark.parametrize("what", KERNELS)
 def test_a_broken_kernel_is_seen(what: str, monkeypatch, tmp_path: Path):
     """Negative control: each kernel source, broken in one place, leaves the tolerance."""
-    break_kernels(*BREAKS[what], monkeypatch, tmp_path)
+    break_kernels(*KERNELS[what], monkeypatch, tmp_path)
     # The statistics are of several blocks only where a row is wider than a block.
     wide = Edge("wide", (3, 2), (3, 2), hidden=136, heads=1, layers=1)
     edge = {"statistics": wide, "context of a coalition": named("padded")}.get(what, TINY)
@@ -526,7 +358,7 @@ def test_probes_reduce_on_the_device(kind: str, monkeypatch):
 )  # fmt: skip
 def test_a_broken_corner_reduction_is_seen(right: str, wrong: str, grid, monkeypatch, tmp_path: Path):
     contexts, values = grid[1:]
-    break_kernels(corners, right, wrong, monkeypatch, tmp_path)
+    break_kernels("corners", right, wrong, monkeypatch, tmp_path)
     v = grid[0].corners(contexts, values)
     assert float((reduced(*grid).second.cpu() - (v[0] - v[1] - v[2] + v[3])).abs().max()) > 0.1
 

@@ -2,95 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from edge_shapes import Edge, sparse
-from parity import ARITHMETIC, bound, flat
-from test_triton_engine import (
-    DEVICE,
-    break_kernels,
-    coalitions_of,
-    engine,
-    named,
-    poison,  # noqa: F401 - a fixture
-    problem_of,
-    pytestmark,  # noqa: F401 - the same condition
-    quick_interpreter,  # noqa: F401 - a fixture
-    rounded_problem,
-)
+from parity import coalitions_of, corners_of, flat, problem_of, routed, sparse_limit
+
+pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
+
+from breaks import SPARSE_KERNELS, break_kernels
+from gpu_cases import DEEP, DEVICE, LAST, SPARSE_SHAPES, SWITCH, engine, rounded_problem, runs_triton
 
 from flmoe_fast import interactions
 from flmoe_fast.engines import portable, sparse_rows
-from flmoe_fast.engines.gpu.kernels import choice, combine, grouped, order
+from flmoe_fast.engines.gpu.kernels import choice, grouped, order
 from flmoe_fast.engines.gpu.kernels.configs import find
-from flmoe_fast.engines.problem import Logits
-from flmoe_fast.model import sparse as sparse_blocks
 
-SWITCH, LAST, DEEP = (
-    sparse(Edge("tiny", (5, 3), (4, 3), hidden=16, heads=1, layers=layers), gate, networks, "reference")
-    for gate, networks, layers in (("switch", 6, 2), ("gshard", 6, 1), ("gshard", 6, 3))
-)
-#: Every gate, with a capacity that binds and without one, in first, middle and last layers.
-SHAPES = [
-    SWITCH,
-    DEEP,
-    named("absent modality, switch of 12, capacity reference"),
-    named("one layer, naive of 4, capacity none"),
-    named("original, noisy of 3, capacity none"),
-    sparse(Edge("no room", (2, 2), (2, 2), hidden=16, heads=1), "gshard", 12, "reference"),
-    sparse(Edge("many networks", (2, 2), (2, 1), hidden=20, heads=1, layers=1), "switch", 20, "none"),
-    # Every network has more slots than a tile has rows.
-    Edge("both used", (9, 5), (8, 5), hidden=16, heads=1, layers=1, gate="naive", ffn_experts=2),
-    named("MoE++"),
-]
+pytestmark = [runs_triton, pytest.mark.usefixtures("poison", "quick_interpreter")]
 
 
-def corners_of(edge: Edge) -> torch.Tensor:
-    contexts, toggled = coalitions_of(edge)
-    return (contexts[:, None] ^ toggled).flatten(0, 1)
-
-
-@functools.cache
-def routed(edge: Edge, arithmetic: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's values (C, ...) on the edge's corners, and logits (N, X) of every gate and token.
-
-    In float64, or in float32 of an arithmetic.
-    """
-    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
-    seen = [torch.zeros(0, edge.ffn_experts)]
-    real = sparse_blocks.largest
-
-    def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # A switch gate compares probabilities; their logarithms differ as the logits do.
-        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
-        return real(values, count)
-
-    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
-    with patch.object(sparse_blocks, "largest", spy), products:
-        values = flat(reference.engine.evaluate(corners_of(edge)))
-    return values, torch.cat(seen)
-
-
-def limit(edge: Edge, arithmetic: str) -> float:
-    """What the arithmetic is allowed on these corners."""
-    return bound(routed(edge, arithmetic)[0], routed(edge, None)[0], arithmetic)
-
-
-def error_of(found: Logits, edge: Edge) -> float:
-    return float((flat(found).cpu() - routed(edge, None)[0]).abs().max())
-
-
-@pytest.mark.parametrize("edge", SHAPES, ids=lambda e: e.name)
+@pytest.mark.parametrize("edge", SPARSE_SHAPES, ids=lambda e: e.name)
 def test_values_equal_the_reference(edge: Edge):
     """Contexts and toggles; the mixture is that of the experts."""
     found = engine(edge).evaluate_toggles(*coalitions_of(edge))
-    assert error_of(found, edge) <= limit(edge, "fp32")
+    assert float((flat(found).cpu() - routed(edge, None)[0]).abs().max()) <= sparse_limit(edge, "fp32")
     mixed = (found.weights[:, :, None] * found.experts).sum(1)
     size = (found.weights[:, :, None] * found.experts.abs()).sum(1)
     assert bool(((found.mixture - mixed).abs() <= len(found.weights[0]) * torch.finfo(torch.float64).eps * size).all())
@@ -103,7 +41,7 @@ def gaps(logits: torch.Tensor, slots: int) -> torch.Tensor:
     return ordered[:, slots - 1] - beyond
 
 
-@pytest.mark.parametrize("edge", [e for e in SHAPES if e.gate], ids=lambda e: e.name)
+@pytest.mark.parametrize("edge", [e for e in SPARSE_SHAPES if e.gate], ids=lambda e: e.name)
 def test_no_choice_hangs_on_rounding(edge: Edge):
     """Otherwise a value could jump, and its error would say nothing about the engine."""
     exact, found = routed(edge, None)[1], routed(edge, "fp32")[1]
@@ -126,48 +64,29 @@ def test_split_operands_equal_the_reference(edge: Edge):
     error = (routed(edge, "fp16x2")[1] - routed(edge, None)[1]).abs().max()
     assert float(gaps(torch.cat(seen), edge.model().config.top_k).min()) > 4 * float(error)
     found = flat(engine(edge, "fp16x2").evaluate_toggles(*coalitions_of(edge))).cpu()
-    assert float((found - truth).abs().max()) <= limit(edge, "fp16x2")
-    assert float((found - routed(edge, None)[0]).abs().max()) > 3 * limit(edge, "fp16x2")  # a rounded weight is seen
+    assert float((found - truth).abs().max()) <= sparse_limit(edge, "fp16x2")
+    assert float((found - routed(edge, None)[0]).abs().max()) > 3 * sparse_limit(
+        edge, "fp16x2"
+    )  # a rounded weight is seen
 
 
 @pytest.mark.parametrize("edge", (SWITCH, LAST, DEEP), ids=lambda e: e.name)
 def test_the_capacity_of_these_shapes_binds(edge: Edge):
     """Otherwise the mistakes below could not be seen."""
     free = sparse(edge, edge.gate, edge.ffn_experts, "none")
-    assert float((routed(edge, None)[0] - routed(free, None)[0]).abs().max()) > 100 * limit(edge, "fp32")
+    assert float((routed(edge, None)[0] - routed(free, None)[0]).abs().max()) > 100 * sparse_limit(edge, "fp32")
 
 
-MISTAKES = {
-    "a queue one too long": (SWITCH, order, "kept = m_s & (queue < room)", "kept = m_s & (queue <= room)"),
-    "no capacity": (SWITCH, order, "kept = m_s & (queue < room)", "kept = m_s"),
-    "counts without capacity": (LAST, choice, "tl.minimum(count, tl.load(room_ptr + modality))", "count"),
-    "the modality's first token": (SWITCH, order, "* length * SLOTS + o_s", "* length * SLOTS + o_s - start"),
-    "all runs at the start": (SWITCH, order, "total + tl.cumsum(count, 0) - count,", "0 * count,"),
-    "all networks at the start": (SWITCH, order, "tl.cumsum(totals, 0) - totals", "0 * totals"),
-    "tile map off by one": (SWITCH, grouped, "(tl.cumsum(needed, 0) <= tile)", "(tl.cumsum(needed, 0) < tile)"),
-    "matrix of another network": (SWITCH, grouped, "expert * networks + network", "expert * networks + 0 * network"),
-    "rows not gathered": (SWITCH, grouped, "tl.load(order_ptr + place, mask=m_m, other=0) // SLOTS", "within"),
-    "dropped slots read": (SWITCH, combine, "mask=there[:, None] & m_x", "mask=m_x"),
-    "slots not added up": (DEEP, combine, "x += score[:, None]", "x = score[:, None]"),
-    "scores of other networks": (SWITCH, choice, "if AMONG_ALL:", "if not AMONG_ALL:"),
-    "gate without bias": (SWITCH, choice, "logits + bias[None, :]", "logits"),
-    "gate of rows not normalised": (LAST, choice, "a = (a - mean[:, None]) * scale[:, None]", "a = a + 0.0"),
-    "statistics not renewed": (SWITCH, combine, "tl.store(p_s, mean, mask=m_m)", "pass"),
-    "pool without scores": (LAST, combine, "tl.sum(score[:, None] * rows, 0)", "tl.sum(rows, 0)"),
-    "pool of another run": (LAST, combine, "+ tl.load(starts_ptr + run)", "+ 0 * tl.load(starts_ptr + run)"),
-    "no down-projection's bias": (LAST, combine, "tl.where(o_e == 0, weight, 0.0)", "tl.where(o_e < 0, weight, 0.0)"),
-}
-
-
-@pytest.mark.parametrize("what", MISTAKES)
+@pytest.mark.parametrize("what", SPARSE_KERNELS)
 def test_a_mistake_is_seen(what: str, monkeypatch, tmp_path: Path):
     """Negative control: each kernel source, broken in one place, leaves the tolerance."""
-    edge, *change = MISTAKES[what]
+    shape, *change = SPARSE_KERNELS[what]
+    edge = {"SWITCH": SWITCH, "LAST": LAST, "DEEP": DEEP}[shape]
     break_kernels(*change, monkeypatch, tmp_path)
     some, ours = [0, 4], engine(edge)
     found = ours.plan(*ours.coalition_words(corners_of(edge)[some]), group=2).run()
     error = (flat(found).cpu() - routed(edge, None)[0][some]).abs().max()
-    assert not float(error) <= 3 * limit(edge, "fp32")  # a NaN is seen as well
+    assert not float(error) <= 3 * sparse_limit(edge, "fp32")  # a NaN is seen as well
 
 
 def chosen_by_kernel(stream: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
@@ -220,7 +139,7 @@ def test_the_wrong_order_of_ties_is_seen(monkeypatch, tmp_path: Path):
     """Negative control: the higher index first."""
     right = "tl.min(tl.where(left == value[:, None], o_x[None, :], networks - 1), 1)"
     wrong = "tl.max(tl.where(left == value[:, None], o_x[None, :], 0), 1)"
-    break_kernels(choice, right, wrong, monkeypatch, tmp_path)
+    break_kernels("choice", right, wrong, monkeypatch, tmp_path)
     stream, weight = ties()
     expected, _ = sparse_rows.choose(torch.layer_norm(stream.double(), (16,)) @ weight.double(), "naive", 3)
     assert not torch.equal(chosen_by_kernel(stream, weight, 3)[0].long(), expected)
@@ -293,7 +212,7 @@ def test_slots_are_sorted_as_defined(room: tuple[int, int]):
 
 def test_a_forgotten_block_of_slots_is_seen(monkeypatch, tmp_path: Path):
     """Negative control: a queue that starts again with every block."""
-    break_kernels(order, "came += tl.sum(hot, 0)", "came += 0 * tl.sum(hot, 0)", monkeypatch, tmp_path)
+    break_kernels("order", "came += tl.sum(hot, 0)", "came += 0 * tl.sum(hot, 0)", monkeypatch, tmp_path)
     chosen, room = queues(), (40, 3)
     expected = sorted_plainly(chosen, room)
     into, _, _ = sorted_by_kernel(chosen, room)
@@ -337,5 +256,5 @@ def test_a_probe_runs_on_the_engine():
     expected = interactions(edge.game(heads=("mixture",)), pairs=[(0, 5)], contexts=2, progress=False)
     assert result.backend == "triton"
     # Of four probabilities each, of a mixture whose weights and logits are off by no more than the limit.
-    most = 4 * limit(edge, "fp32") * (1 + 4 * float(routed(edge, None)[0][:, :-4].abs().max()))
+    most = 4 * sparse_limit(edge, "fp32") * (1 + 4 * float(routed(edge, None)[0][:, :-4].abs().max()))
     assert float(abs(result.sii - expected.sii).max()) <= most

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,7 +74,7 @@ def _experts_in_double(model: nn.Module) -> Iterator[None]:
     if parameter is None or parameter.dtype != torch.float64:
         yield
         return
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     chosen = [(c, getattr(c, "_experts_implementation_internal", None)) for c in configs.values()]
     chosen = [(config, name) for config, name in chosen if name == _GROUPED]
     try:

@@ -16,6 +16,7 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.data.errors import DataError, Problems, problem
 from flmoe_fast.data.splits import PARTS
+from flmoe_fast.model.backbones import open_image
 
 KINDS = ("text", "image", "table", "sequence")
 
@@ -81,8 +82,10 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError([problem(path, error.lineno, error.msg, "JSON")]) from error
-    except UnicodeDecodeError as error:
-        raise DataError([problem(path, None, str(error), "UTF-8 text")]) from error
+    except RecursionError as error:
+        raise DataError([problem(path, None, "lists in lists without end", "JSON of a data set")]) from error
+    except ValueError as error:
+        raise DataError([problem(path, None, str(error), "JSON in UTF-8")]) from error
 
 
 def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -101,6 +104,9 @@ def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[tuple
             if missing:
                 expected = f"a header with {', '.join(columns)}"
                 raise DataError([problem(path, 1, f"no column {missing[0]!r} in {header}", expected)])
+            twice = [name for name in columns or header if header.count(name) > 1]
+            if twice:
+                raise DataError([problem(path, 1, f"two columns {twice[0]!r}", "one column of each name")])
             for row in reader:
                 if not row:
                     continue
@@ -120,12 +126,26 @@ def existing(path: str | os.PathLike) -> Path:
 
 
 def usable_image(path: Path, problems: Problems, source: Path, line: int | None) -> bool:
-    """Whether an image file is there and not empty; noted where it is not."""
-    if path.is_file() and path.stat().st_size > 0:
-        return True
-    what = "an empty image" if path.is_file() else "no image"
+    """Whether an image file is there and not empty; noted where it is not.
+
+    Where broken samples are to be dropped it is decoded too, since nothing can be dropped later.
+    """
+    what = "no image"
+    if path.is_file():
+        if path.stat().st_size == 0:
+            what = "an empty image"
+        elif problems.broken == "raise" or not (what := _unreadable(path)):
+            return True
     problems.add(source, line, f"{what} {path}", "an image file")
     return False
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        open_image(path)
+    except ArgumentError as error:
+        return f"no readable image ({error})"
+    return ""
 
 
 def number(text: str) -> float | None:

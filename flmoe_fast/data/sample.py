@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import safetensors.numpy
 import torch
 
 from flmoe_fast.checks import ArgumentError, finite
+from flmoe_fast.files import read_arrays
 from flmoe_fast.model.network import FLI2MoE
 
 SUFFIXES = (".npz", ".safetensors")
@@ -112,9 +112,8 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         if suffix == ".safetensors":
             return safetensors.numpy.load_file(path)
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
+        return read_arrays(path)
+    except (OSError, ValueError, MemoryError, safetensors.SafetensorError) as problem:
         raise ArgumentError("sample", f"{path} ({problem})", f"a readable {suffix} file of plain arrays") from problem
 
 

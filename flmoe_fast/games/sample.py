@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flmoe_fast.checks import ArgumentError, finite, integer, one_of, shape
+from flmoe_fast.checks import LARGEST_FEATURE, ArgumentError, finite, integer, one_of, shape
 from flmoe_fast.engines.problem import TokenProblem
 from flmoe_fast.model.config import TEXT_MODALITIES
 from flmoe_fast.model.network import FLI2MoE
@@ -45,7 +45,7 @@ def lay_out(
         raise ArgumentError("masks", "masks", "None: generation 'original' has no key masks")
     valid = _valid_tokens(masks, lengths, names)
     for m, tokens in enumerate(features):
-        finite(f"features[{m}]", tokens[valid[m]])
+        finite(f"features[{m}]", tokens[valid[m]], LARGEST_FEATURE)
     fills = _fills(fill, model, lengths, names)
 
     def padded_concatenation(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -131,7 +131,7 @@ def _fills(
             shape(f"fill[{m}]", vector, (hidden,), "(H,)")
             vector = vector.expand(lengths[m], hidden)
         shape(f"fill[{m}]", vector, (lengths[m], hidden), "(T, H)")
-        finite(f"fill[{m}]", vector)
+        finite(f"fill[{m}]", vector, LARGEST_FEATURE)
         vectors.append(vector)
     return vectors
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -205,7 +206,9 @@ def _readable(name: str | os.PathLike, expected: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as problem:
-        got = f"{name} ({str(problem).strip().splitlines()[0]})"
+        missing = os.path.isabs(name) or os.sep in str(name).replace(os.sep, "", 1) or str(name).startswith(".")
+        why = "no such folder" if missing and not Path(name).exists() else str(problem).strip().splitlines()[0]
+        got = f"{name} ({why})"
         raise ArgumentError("name", got, f"a folder or hub name of {expected}") from problem
 
 
@@ -243,6 +246,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as problem:
-        reason = "no such file" if not Path(path).is_file() else str(problem).splitlines()[0]
+    except (
+        *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError),
+        *(LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError, NotImplementedError, struct.error),
+    ) as problem:
+        first = str(problem).splitlines() or [type(problem).__name__]
+        reason = "no such file" if not Path(path).is_file() else first[0]
         raise ArgumentError("image", f"{path} ({reason})", "a readable image") from problem

@@ -353,7 +353,7 @@ def _read_safetensors(path: Path) -> _States:
         return _States(ensemble, encoders, None, means)
     try:
         return _States(ensemble, encoders, json.loads(metadata["config"]), means)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, "config", f"no JSON ({error})", "the configuration as JSON") from error
 
 

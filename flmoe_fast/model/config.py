@@ -11,6 +11,8 @@ from typing import Any
 from flmoe_fast.checks import ArgumentError, integer, one_of
 
 GENERATIONS = ("fl", "original")
+#: Smallest divisor of routing and gate logits.
+LEAST_TEMPERATURE = 1e-6
 TASKS = ("multiclass", "multilabel", "regression")
 FUSIONS = ("transformer", "interpretcc", "moepp")
 GATES = (None, "naive", "gshard", "switch", "noisy")
@@ -147,7 +149,7 @@ class FLI2MoEConfig:
             expected = "2 or more for task 'multiclass'; a single output is task 'regression', or 'multilabel'"
             raise ArgumentError("classes", 1, expected)
         settle("num_tokens", self._token_counts())
-        settle("temperature", _number("temperature", self.temperature, above=0.0))
+        settle("temperature", _temperature("temperature", self.temperature))
         settle("dropout", _number("dropout", self.dropout, least=0.0, below=1.0))
         settle("interaction_weight", _number("interaction_weight", self.interaction_weight, least=0.0))
         settle("class_weights", self._weights())
@@ -164,7 +166,7 @@ class FLI2MoEConfig:
         if self.random_routing and self.gate != "gshard":
             raise ArgumentError("random_routing", True, "False, because the gate is not 'gshard'")
         settle("gate_weight", _number("gate_weight", self.gate_weight, least=0.0))
-        settle("gumbel_temperature", _number("gumbel_temperature", self.gumbel_temperature, above=0.0))
+        settle("gumbel_temperature", _temperature("gumbel_temperature", self.gumbel_temperature))
         settle("gate_threshold", _number("gate_threshold", self.gate_threshold, above=0.0, below=1.0))
 
     def _check_fusion(self) -> None:
@@ -306,6 +308,11 @@ def _tuple(name: str, values: object, length: int, meaning: str) -> tuple:
     if not isinstance(values, (tuple, list)) or len(values) != length:
         raise ArgumentError(name, repr(values), f"{meaning} ({length})")
     return tuple(values)
+
+
+def _temperature(name: str, value: object) -> float:
+    """A divisor of logits: smaller ones make float32 logits infinite, and weights that are no numbers."""
+    return _number(name, value, least=LEAST_TEMPERATURE)
 
 
 def _number(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flmoe_fast.checks import ArgumentError, finite, integer, shape
+from flmoe_fast.checks import LARGEST_FEATURE, ArgumentError, finite, integer, shape
 from flmoe_fast.model.blocks import MLP, Attention, ClassificationHead
 from flmoe_fast.model.config import TEXT_MODALITIES, FLI2MoEConfig
 from flmoe_fast.model.interpretcc import InterpretCC
@@ -389,7 +389,7 @@ class FLI2MoE(nn.Module):
             _check_device(f"features[{m}]", feature, parameter)
         if masks is None:
             for m, feature in enumerate(features):
-                finite(f"features[{m}]", feature.detach())
+                finite(f"features[{m}]", feature.detach(), LARGEST_FEATURE)
             return
         if self.config.generation == "original":
             raise ArgumentError("masks", "masks", "None: generation 'original' has no key masks")
@@ -399,7 +399,7 @@ class FLI2MoE(nn.Module):
             _check_device(f"masks[{m}]", mask, parameter)
             if not bool(((mask == 0) | (mask == 1)).all()):
                 raise ArgumentError(f"masks[{m}]", "values other than 0 and 1", "1 for valid tokens and 0 for padding")
-            finite(f"features[{m}]", feature.detach().masked_fill(~mask.bool()[:, :, None], 0.0))
+            finite(f"features[{m}]", feature.detach().masked_fill(~mask.bool()[:, :, None], 0.0), LARGEST_FEATURE)
         empty = ~torch.cat([mask.bool() for mask in masks], dim=1).any(dim=1)
         if bool(empty.any()):
             first = int(empty.nonzero()[0])

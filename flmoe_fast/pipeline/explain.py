@@ -107,7 +107,7 @@ def explain(
     importance: str = "auto",
     contexts: int | None = None,
     budget: int | None = None,
-    method: str = "grid",
+    method: str = "auto",
     seed: int = 0,
     gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,

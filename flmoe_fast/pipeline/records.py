@@ -21,7 +21,7 @@ import pandas
 import torch
 
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.files import replacing
+from flmoe_fast.files import read_arrays, replacing
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.explain import Explanation, explain
@@ -118,8 +118,7 @@ class SampleRecord:
         """Read what :meth:`save` wrote. Nothing in the files is executed."""
         folder = Path(folder)
         try:
-            with np.load(folder / "record.npz", allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_arrays(folder / "record.npz")
             about = json.loads(str(arrays.pop("_json")))
             if about["format"] != FORMAT:
                 raise ArgumentError("folder", f"{folder}, of another format", f"format {FORMAT}")
@@ -159,7 +158,7 @@ class SampleRecord:
             )
         except ArgumentError:
             raise
-        except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as problem:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
             raise ArgumentError("folder", f"{folder} ({problem})", "a folder written by SampleRecord.save") from problem
 
 

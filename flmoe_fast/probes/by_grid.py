@@ -4,52 +4,44 @@ from __future__ import annotations
 
 import torch
 
-from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.checks import ArgumentError
+from flmoe_fast.probes.budget import Spending
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine, successive_variance
-from flmoe_fast.probes.run import Found, Run, noise_share
+from flmoe_fast.probes.run import BORROWED, Found, Run, contexts_of, noise_share, others_of
 
-DEFAULT_CONTEXTS = 64
-#: Degrees of freedom that a gap's variance borrows from the other pairs'.
-BORROWED = 1.0
-#: Fewest units from which a variance is worth choosing pairs by.
-PILOT_UNITS = 3
+#: Fewest units of a first draw whose variances are worth choosing pairs by: the pairs that by chance vary little are
+#: those that by chance are small, and with fewer units that shrinks the estimates.
+PILOT_UNITS = 12
 
 
-def grid_plan(grid: CornerGrid, contexts: int | None, budget: int | None, adaptive: bool | None) -> tuple[int, bool]:
-    """Contexts of the first draw, and whether a second one follows."""
-    if budget is None:
-        if adaptive:
-            raise ArgumentError("adaptive", True, "a budget to allocate, or adaptive=False")
-        return integer("contexts", DEFAULT_CONTEXTS if contexts is None else contexts, least=1), False
-    if contexts is not None:
-        raise ArgumentError("budget", "a budget together with contexts", "one of the two")
-    affordable = integer("budget", budget, least=1) // grid.evaluations
-    if affordable < 1:
-        raise ArgumentError("budget", budget, f"at least {grid.evaluations} evaluations, the cost of one context")
-    half = 2 * max(PILOT_UNITS, affordable // 4)
-    if adaptive is not False and affordable > half:
-        return half, True
-    return affordable - affordable % 2 if affordable >= 4 else affordable, False
-
-
-def by_grid(run: Run, grid: CornerGrid, left: int, count: int, adaptive: bool) -> Found:
-    """Estimates from ``count`` contexts and, where adaptive, what is left for the pairs that vary most."""
-    start, pairs = run.evaluations, len(grid.pairs)
-    first = run.draw(grid, torch.arange(pairs), count)
-    noise, checks = noise_share(run.game, grid, first)
+def by_grid(run: Run, grid: CornerGrid, spending: Spending, adaptive: bool) -> Found:
+    """Estimates from whole contexts; where ``adaptive``, half of a budget goes to the pairs that vary most."""
+    if not spending.contexts:
+        least = f"at least {grid.evaluations} evaluations, the cost of one context"
+        raise ArgumentError("budget", spending.evaluations, least)
+    pairs, pilot = len(grid.pairs), 2 * max(PILOT_UNITS, spending.contexts // 4)
+    adaptive = adaptive and spending.contexts > pilot
+    draws = [run.draw(grid, torch.arange(pairs), pilot if adaptive else spending.contexts)]
+    noise, checks = noise_share(run.game, grid, draws[0])
     if adaptive:
-        again, more = _worth_repeating(grid.pairs, first.sii, left - (run.evaluations - start))
+        again, more = _worth_repeating(grid.pairs, draws[0].sii, spending.evaluations - run.evaluations)
         if more:
-            run.draw(CornerGrid.of(grid.pairs[again], run.game.n), again, more)
-    sii, sii_stderr, degrees = combine(run.sii, pairs)
-    gaps, gap_stderr, _ = combine(run.gap, pairs, borrowed=BORROWED)
-    if run.controls:
-        sii_stderr = (sii_stderr.square() + torch.stack([c.sii_sampling for c in run.controls], 1)).sqrt()
-    if run.controls and run.gap[0].defined is None:  # a ratio is not corrected
-        gap_stderr = (gap_stderr.square() + torch.stack([c.gap_sampling for c in run.controls], 1)).sqrt()
-    method = "grid residual" if run.controls else "grid"
-    return Found(method, sii, sii_stderr, gaps, gap_stderr, degrees, run.contexts(pairs), noise, checks, run.others())
+            draws.append(run.draw(CornerGrid.of(grid.pairs[again], run.game.n), again, more, replicate=1))
+    sii, sii_stderr, degrees = combine([draw.sii for draw in draws], pairs, borrowed=BORROWED)
+    gaps, gap_stderr, _ = combine([draw.gap for draw in draws], pairs, borrowed=BORROWED)
+    return Found(
+        "grid",
+        sii,
+        sii_stderr,
+        gaps,
+        gap_stderr,
+        degrees,
+        contexts_of(draws, pairs),
+        noise,
+        checks,
+        others_of(run.game, draws),
+    )
 
 
 def _worth_repeating(pairs: torch.Tensor, pilot: Draw, left: int) -> tuple[torch.Tensor, int]:

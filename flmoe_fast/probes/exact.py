@@ -13,6 +13,7 @@ from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS, redundancy_gap
 from flmoe_fast.probes.pairs import resolve_pairs
+from flmoe_fast.probes.parity import exact_weights
 from flmoe_fast.probes.result import InteractionResult, checked_names
 
 #: 2^24 values of one head take 128 MB; beyond that nobody waits for the model.
@@ -106,3 +107,17 @@ def pair_interaction(values: torch.Tensor, n: int, i: int, j: int, gap: str) -> 
     share = (weight * (1.0 if defined is None else defined)).sum(0).clamp(max=1.0)
     mean = (weight * gaps).sum(0) / share if defined is not None else (weight * gaps).sum(0)
     return (weight * (v11 - v10 - v01 + v00)).sum(0), torch.where(share > 0, mean, torch.nan)
+
+
+def exact_index(values: torch.Tensor, n: int, members: torch.Tensor, name: str, order: int) -> torch.Tensor:
+    """An index (M, O) of ``members`` (M, order) from the values (2^n, O) of all coalitions."""
+    total = torch.zeros(len(members), values.shape[1], dtype=torch.float64)
+    base = ("SV", 1) if (name, order) == ("k-SII", 1) else (name, order)
+    for codes, rows in zip(torch.arange(2**n).split(1 << 14), values.split(1 << 14)):
+        x = 2.0 * ((codes[:, None] >> torch.arange(n)) & 1).double() - 1.0
+        total += exact_weights(x, members, *base) @ rows
+    if (name, order) == ("k-SII", 1):
+        for row, player in enumerate(members[:, 0].tolist()):
+            pairs = torch.tensor([(player, other) for other in range(n) if other != player])
+            total[row] -= 0.5 * exact_index(values, n, pairs, "SII", 2).sum(0)
+    return total

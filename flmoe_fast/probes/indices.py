@@ -96,12 +96,12 @@ def rule(index: str, order: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     if index in ("BV", "BII"):
         return torch.full((1,), 0.5, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     node, weight = np.polynomial.legendre.leggauss(min(128, n // 2 + 2))
-    u, weight = torch.from_numpy((node + 1) / 2), torch.from_numpy(weight / 2)
+    u, weights = torch.from_numpy((node + 1) / 2), torch.from_numpy(weight / 2)
     if index == "STII":
-        return u, weight * 2 * (1 - u)
+        return u, weights * 2 * (1 - u)
     if index == "FSII":
-        return u, weight * (6 * u * (1 - u) if order == 2 else 4 - 6 * u)
-    return u, weight
+        return u, weights * (6 * u * (1 - u) if order == 2 else 4 - 6 * u)
+    return u, weights
 
 
 def contrast(index: str, order: int, sizes: torch.Tensor, n: int) -> torch.Tensor:

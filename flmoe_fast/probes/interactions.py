@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from flmoe_fast.checks import integer, one_of
+from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
-from flmoe_fast.probes.by_grid import by_grid, grid_plan
-from flmoe_fast.probes.by_surrogate import by_surrogate, surrogate_budget
+from flmoe_fast.probes.budget import Spending, default_way, spend
+from flmoe_fast.probes.by_contexts import by_contexts
+from flmoe_fast.probes.by_grid import by_grid
+from flmoe_fast.probes.by_points import by_enumeration, by_points
+from flmoe_fast.probes.by_surrogate import LEAST_POINTS, by_surrogate
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
 from flmoe_fast.probes.pairs import Pairs, resolve_pairs
 from flmoe_fast.probes.result import InteractionResult, checked_names
-from flmoe_fast.probes.run import Run, per_head
+from flmoe_fast.probes.run import Found, Run, per_head
+from flmoe_fast.probes.surrogate import MOST_POINTS
 
-METHODS = ("grid", "surrogate", "auto")
+METHODS = ("auto", "grid", "surrogate")
 #: Share of rounding noise in the variance of second differences above which a result warns.
 NOISE_LIMIT = 0.01
 
@@ -32,7 +37,7 @@ def interactions(
     n: int | None = None,
     contexts: int | None = None,
     budget: int | None = None,
-    method: str = "grid",
+    method: str = "auto",
     seed: int = 0,
     gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,
@@ -40,11 +45,12 @@ def interactions(
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> InteractionResult:
-    """Shapley Interaction Index and redundancy gap of pairs of players, estimated on shared corner grids.
+    """Shapley Interaction Index and redundancy gap of pairs of players, with error bars.
 
-    Every context costs ``1 + Q + P`` evaluations for P pairs on Q players and gives one sample for each pair. Contexts
-    are stratified by size, balanced over players by a Latin hypercube and come with their complements. Standard errors
-    account for that.
+    Exact where the budget pays for every coalition. Otherwise a process (:mod:`flmoe_fast.probes.parity`) through all
+    that was evaluated, which keeps the evaluated values exact: for few players coalitions drawn by the index's own law,
+    for many players the corners of shared grids, whose unbiased means the estimates are moved to as far as
+    cross-fitting finds the process wrong. ``result.about`` says which, and why.
 
     Parameters
     ----------
@@ -58,24 +64,22 @@ def interactions(
     n : int, optional
         Number of players, for a callable that has no ``n``.
     contexts : int, optional
-        Number of contexts K; 64 if neither this nor ``budget`` is given. Even numbers of at least 4 are drawn as
-        antithetic pairs.
+        Spend what this many contexts of a corner grid cost, ``1 + Q + P`` evaluations each for P pairs on Q players; 64
+        if neither this nor ``budget`` is given.
     budget : int, optional
-        Evaluations that may be spent. Never exceeded; what does not make a whole context is left over.
-    method : "grid", "surrogate" or "auto"
-        "grid": averages over corner grids, unbiased for any number of players. "surrogate": a Gaussian process fitted
-        to coalitions drawn at random (:mod:`flmoe_fast.probes.surrogate`); for few players it is many times closer at
-        the same cost; it takes at most 8,192 evaluations, and seconds of its own for every output. "auto": a surrogate
-        from part of the budget, then more of it or a grid, whichever promises the smaller error;
-        ``result.about["method"]`` says which. With ``contexts`` in place of a budget these spend what that many
-        contexts would.
+        Evaluations that may be spent. Never exceeded.
+    method : "auto", "grid" or "surrogate"
+        "auto": as above. "grid": averages over corner grids alone, unbiased for any number of players; what does not
+        make a whole context is left over, and even numbers of at least 4 contexts are drawn as antithetic pairs.
+        "surrogate": a Gaussian process with links for probabilities (:mod:`flmoe_fast.probes.surrogate`), at most 8,192
+        evaluations, and seconds of its own for every output.
     seed : int
         The same seed gives the same coalitions on every device.
     gap : "max", "sum", "strict" or "ratio"
         Kind of redundancy gap, see :mod:`flmoe_fast.probes.gap`.
     adaptive : bool, optional
         Spend the second half of a budget on the pairs whose estimates vary most (chosen by their variance only).
-        Default: with ``budget`` yes, with ``contexts`` no. Needs a budget.
+        Only for "grid" with a budget; by default yes where that is at least 24 contexts.
     also : sequence of "SV", "BV", "BII", "STII", "FSII", "k-SII"
         Other indices to estimate from the same evaluations (:mod:`flmoe_fast.probes.indices`): single players' for the
         players of the pairs, k-SII of single players only where all their pairs are probed. They are in
@@ -107,14 +111,18 @@ def interactions(
     called = game.player_names if names is None else checked_names(names, game.n)
     chosen = resolve_pairs(game, pairs, rows, cols)
     grid = CornerGrid.of(chosen, game.n)
-    plan = grid_plan(grid, contexts, budget, adaptive) if method == "grid" else None
-    total = surrogate_budget(grid, contexts, budget, method) if plan is None else budget or plan[0] * grid.evaluations
-    run = Run(game, gap, seed, progress, wanted, total)
+    if adaptive and (budget is None or method != "grid"):
+        raise ArgumentError("adaptive", True, 'a budget to allocate and method="grid", or adaptive=False')
+    spending = spend(grid, contexts, budget)
+    run = Run(game, gap, seed, progress, wanted, spending.evaluations)
     with run.bar:
-        found = by_surrogate(run, grid, total, method) if plan is None else None
-        if found is None:
-            left = total - run.evaluations
-            found = by_grid(run, grid, left, *(plan or grid_plan(grid, None, left, adaptive)))
+        if method == "grid":
+            found = by_grid(run, grid, spending, budget is not None and adaptive is not False)
+        elif method == "surrogate":
+            expected = integer("budget", spending.evaluations, least=LEAST_POINTS, most=MOST_POINTS)
+            found = by_surrogate(run, grid, expected)
+        else:
+            found = _by_default(run, grid, spending)
     result = InteractionResult(
         pairs=chosen.numpy(),
         sii=per_head(game, found.sii),
@@ -131,7 +139,7 @@ def interactions(
         gap_kind=gap,
         heads=game.heads,
         player_names=called,
-        about={**game.about(), "method": found.method, **run.facts},
+        about={**game.about(), "method": found.method, **found.facts},
         also=found.also,
     )
     worst = float(np.nanmax(result.noise_share)) if np.isfinite(result.noise_share).any() else 0.0
@@ -143,3 +151,17 @@ def interactions(
             stacklevel=2,
         )
     return result
+
+
+def _by_default(run: Run, grid: CornerGrid, spending: Spending) -> Found:
+    """The default's estimates, with the reason for the way it went."""
+    way, why = default_way(run.game.n, spending)
+    if way == "enumeration":
+        found = by_enumeration(run, grid)
+    elif way == "points":
+        found = by_points(run, grid, spending.evaluations)
+    elif way == "contexts":
+        found = by_contexts(run, grid, spending)
+    else:
+        found = by_grid(run, grid, spending, adaptive=False)
+    return replace(found, facts={"why": why, **found.facts})

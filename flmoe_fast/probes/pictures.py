@@ -47,9 +47,9 @@ def heatmap(
     image = ax.imshow(matrix, cmap=colours, vmin=-bound or -1.0, vmax=bound or 1.0, aspect="auto")
     sure = (low > 0) | (high < 0)
     ax.plot(col[sure], row[sure], "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5)
-    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7)
-    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7)
-    ax.set_title(title_of(result, head, of), fontsize=9)
+    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7, parse_math=False)
+    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7, parse_math=False)
+    ax.set_title(title_of(result, head, of), fontsize=9, parse_math=False)
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label=unit_of(result.about))
     return ax
 
@@ -100,11 +100,12 @@ def network(
             ha="right" if left else "left",
             va="center",
             fontsize=8,
+            parse_math=False,
         )
     ax.set_aspect("equal")
     ax.set_axis_off()
     link_legend(ax, values[order], of, unit_of(result.about), f"{len(order)} of {len(result)} pairs")
-    ax.set_title(title_of(result, head, of), fontsize=9)
+    ax.set_title(title_of(result, head, of), fontsize=9, parse_math=False)
     return ax
 
 

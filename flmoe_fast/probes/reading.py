@@ -112,12 +112,12 @@ def _closed_forms(surrogate, grid, n, keys) -> dict[tuple[str, int], tuple[torch
     for name, order in keys:
         if (name, order) == ("k-SII", 1):
             members = complete_players(grid.pairs, n)[:, None]
-            column = functionals(surrogate.process, members, rule("SV", 1, n))
-            pairs = functionals(surrogate.process, grid.pairs, rule("SII", 2, n))
+            column = functionals(surrogate.process.x, surrogate.process.rate, members, rule("SV", 1, n))
+            pairs = functionals(surrogate.process.x, surrogate.process.rate, grid.pairs, rule("SII", 2, n))
             column = column - 0.5 * _of_player(grid.pairs, members) @ pairs
         else:
             members = grid.players[:, None] if order == 1 else grid.pairs
-            column = functionals(surrogate.process, members, rule(name, order, n))
+            column = functionals(surrogate.process.x, surrogate.process.rate, members, rule(name, order, n))
         if len(members):
             found[name, order] = members, column
     return found
@@ -191,7 +191,9 @@ def _indices(surrogate, key, members, functional, average, total, n) -> Estimate
     """An index from its closed form and, under the logit link, the sampled rest."""
     process = surrogate.process
     base = ("SV", 1) if key == ("k-SII", 1) else key
-    efficiency = surrogate.efficiency(members, functionals(process, members, rule(*base, n)), rule(*base, n))
+    efficiency = surrogate.efficiency(
+        members, functionals(process.x, process.rate, members, rule(*base, n)), rule(*base, n)
+    )
     if surrogate.link == "identity":
         jackknife, degrees = surrogate.jackknife(functional)
         return Estimate(functional @ process.weights, efficiency * jackknife, degrees, torch.zeros(len(members)))
@@ -216,12 +218,3 @@ def _draw(samples: list[torch.Tensor], defined: list[torch.Tensor] = ()) -> Draw
     units = unit_means(torch.cat(samples), 2)[..., None]
     share = unit_means(torch.cat(list(defined)), 2)[..., None] if defined else None
     return Draw(torch.arange(units.shape[1]), units, share)
-
-
-class Control:
-    """A surrogate as a control variate of a corner grid: what it says, and how exactly that is known."""
-
-    def __init__(self, surrogate: Surrogate, reading: Reading):
-        self.surrogate = surrogate
-        self.sii, self.sii_sampling = reading.sii.value, reading.sii.sampling
-        self.gap, self.gap_sampling = reading.gap.value, reading.gap.sampling

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
-from flmoe_fast.files import replacing
+from flmoe_fast.files import read_arrays, replacing
 from flmoe_fast.probes.indices import IndexEstimate
 from flmoe_fast.probes.pair_score import PairScore, as_html, as_text
 
@@ -323,8 +323,7 @@ class InteractionResult:
         """Read what :meth:`save` wrote. Nothing in the file is executed."""
         expected = "a file written by InteractionResult.save"
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_arrays(path)
             rest = json.loads(str(arrays.pop("_json")))
             if rest.pop("format") != FORMAT:
                 raise ArgumentError("path", f"{path}, of another format", f"{expected}, format {FORMAT}")

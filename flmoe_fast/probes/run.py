@@ -1,8 +1,8 @@
-"""One run of a probe: evaluates draws of contexts, counts, and keeps what the estimates are made of."""
+"""One run of a probe: evaluates draws of contexts and counts what they cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,19 @@ from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate, complete_players, contrast
 from flmoe_fast.probes.moments import Draw, combine, unit_means
-from flmoe_fast.probes.reading import Control
 
 #: Contexts and pairs that are evaluated once more in higher precision.
 NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
+#: Degrees of freedom that every variance borrows from those of the other pairs.
+BORROWED = 1.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a method found: (P, O) estimates and standard errors, and how."""
+    """What a method found: (P, O) estimates and standard errors, and how.
+
+    ``facts`` are what a result says about the way beside the method's name; JSON types only.
+    """
 
     method: str
     sii: torch.Tensor
@@ -35,84 +39,91 @@ class Found:
     noise: torch.Tensor
     checks: int
     also: dict[tuple[str, int], IndexEstimate]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class DrawnGrid:
-    """Samples of one draw of contexts on one grid."""
+    """Samples of one draw of contexts on one grid.
 
-    def __init__(self, contexts: torch.Tensor, per_unit: int, second: torch.Tensor, sii: Draw):
-        self.contexts = contexts  # (K, n)
-        self.per_unit = per_unit
-        self.second = second  # (K, P', O) second differences
-        self.sii = sii
+    Attributes
+    ----------
+    chosen : LongTensor (P',)
+        The grid's pairs among all that were asked for.
+    contexts : BoolTensor (K, n)
+    per_unit : int
+        Contexts of a unit: 2 where they come with their complements.
+    second : Tensor (K, P', O)
+        Second differences.
+    sii, gap : Draw
+    others : dict of (name, order) to (members, unit means (m, M, O))
+        Samples of the other indices.
+    values : Tensor (K, G, O) or None
+        All values, where they were asked for.
+    """
+
+    chosen: torch.Tensor
+    contexts: torch.Tensor
+    per_unit: int
+    second: torch.Tensor
+    sii: Draw
+    gap: Draw
+    others: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]
+    values: torch.Tensor | None
 
 
 class Run:
-    """Evaluates draws of contexts and keeps what the estimates are made of."""
+    """Evaluates for one call and counts what it costs."""
 
     def __init__(self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int):
         self.game, self.gap_kind, self.seed, self.also = game, gap, seed, also
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
-        self.sii: list[Draw] = []
-        self.gap: list[Draw] = []
-        self._contexts: list[tuple[torch.Tensor, int]] = []
-        self.controls: list[Control] = []
-        self.facts: dict[str, Any] = {}
-        self._others: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {key: [] for key in also}
 
-    def draw(self, grid: CornerGrid, chosen: torch.Tensor, count: int) -> DrawnGrid:
-        """Evaluate ``grid`` in ``count`` fresh contexts; ``chosen`` are its pairs' numbers."""
+    def spend(self, count: int) -> None:
+        """Count evaluations that were made."""
+        self.evaluations += count
+        self.bar.update(count)
+
+    def draw(
+        self, grid: CornerGrid, chosen: torch.Tensor, count: int, *, replicate: int = 0, keep: bool = False
+    ) -> DrawnGrid:
+        """Evaluate ``grid`` in ``count`` fresh contexts; ``chosen`` are its pairs' numbers.
+
+        Draws of different ``replicate`` are independent. ``keep`` keeps all values.
+        """
         antithetic = count % 2 == 0 and count >= 4
-        words = sample_contexts(
-            self.game.n, count, seed=self.seed, antithetic=antithetic, replicate=len(self.sii)
-        ).words
+        words = sample_contexts(self.game.n, count, seed=self.seed, antithetic=antithetic, replicate=replicate).words
         contexts = unpack(words, self.game.n)
-        second, gaps, defined, gains, less = [], [], [], [], []
+        second, gaps, defined, gains, kept = [], [], [], [], []
         for block in contexts.split(max(1, self.game.block // grid.evaluations)):
-            self.evaluations += len(block) * grid.evaluations
-            self.bar.update(len(block) * grid.evaluations)
-            if not (self.controls or self.also):
+            if not (self.also or keep):
                 difference, value, where = self._reduced(grid, block)
-                second.append(difference)
-                gaps.append(value)
-                defined.append(where)
-                continue
-            values = corner_values(self.game, block, grid)
-            corners = grid.corners(block, values)
-            second.append(second_difference(corners))
-            value, where = redundancy_gap(self.gap_kind, *corners)
-            if self.controls:
-                likely = torch.stack([c.surrogate.predict_grid(block, grid.toggled) for c in self.controls], 2)
-                likely = grid.corners(block, likely)
-                less.append(second_difference(likely))
-                if where is None:
-                    value = value - redundancy_gap(self.gap_kind, *likely)[0]
-                    value = value + torch.stack([c.gap[chosen] for c in self.controls], 1)
+            else:
+                values = corner_values(self.game, block, grid)
+                corners = grid.corners(block, values)
+                difference = second_difference(corners)
+                value, where = redundancy_gap(self.gap_kind, *corners)
+                gains.append(grid.gains(block, values))
+                kept.append(values)
+            second.append(difference)
             gaps.append(value)
             defined.append(where)
-            if self.also:
-                gains.append(grid.gains(block, values))
+            self.spend(len(block) * grid.evaluations)
         per_unit = 2 if antithetic else 1
         samples = torch.cat(second)
-        corrected = samples
-        if self.controls:
-            corrected = samples - torch.cat(less) + torch.stack([c.sii[chosen] for c in self.controls], 1)
-        sii = Draw(chosen, unit_means(corrected, per_unit))
-        share = None if defined[0] is None else unit_means(torch.cat(defined).double(), per_unit)
-        self.sii.append(sii)
-        self.gap.append(Draw(chosen, unit_means(torch.cat(gaps), per_unit), share))
-        self._contexts.append((chosen, count))
-        if self.also:
-            self._weigh(grid, contexts, samples, torch.cat(gains), per_unit)
-        return DrawnGrid(contexts, per_unit, samples, sii)
-
-    def contexts(self, pairs: int) -> torch.Tensor:
-        """Contexts per pair (P,)."""
-        total = torch.zeros(pairs, dtype=torch.long)
-        for chosen, count in self._contexts:
-            total[chosen] += count
-        return total
+        known = [part for part in defined if part is not None]
+        share = unit_means(torch.cat(known).double(), per_unit) if known else None
+        return DrawnGrid(
+            chosen,
+            contexts,
+            per_unit,
+            samples,
+            Draw(chosen, unit_means(samples, per_unit)),
+            Draw(chosen, unit_means(torch.cat(gaps), per_unit), share),
+            self._weighed(grid, contexts, samples, torch.cat(gains), per_unit) if self.also else {},
+            torch.cat(kept) if keep else None,
+        )
 
     def _reduced(
         self, grid: CornerGrid, contexts: torch.Tensor
@@ -126,13 +137,14 @@ class Run:
         corners = grid.corners(contexts, corner_values(self.game, contexts, grid))
         return second_difference(corners), *redundancy_gap(self.gap_kind, *corners)
 
-    def _weigh(
+    def _weighed(
         self, grid: CornerGrid, contexts: torch.Tensor, second: torch.Tensor, gains: torch.Tensor, per_unit: int
-    ) -> None:
-        """Keep this draw's samples of the other indices."""
+    ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+        """Members and unit means of the other indices."""
         n, size = self.game.n, contexts.sum(1, keepdim=True)
         pair_size = size - contexts[:, grid.pairs].sum(2)
         player_size = size - contexts[:, grid.players].long()
+        found = {}
         for name, order in self.also:
             if (name, order) == ("k-SII", 1):
                 members = complete_players(grid.pairs, n)
@@ -146,21 +158,32 @@ class Run:
             else:
                 members = grid.pairs
                 samples = second * contrast(name, 2, pair_size, n)[..., None]
-            self._others[name, order].append((members, unit_means(samples, per_unit)))
-
-    def others(self) -> dict[tuple[str, int], IndexEstimate]:
-        """The other indices; entries in the order of the first draw, which has them all."""
-        found = {}
-        for key, draws in self._others.items():
-            members = draws[0][0]
-            row = {tuple(member): m for m, member in enumerate(members.tolist())}
-            parts = [Draw(torch.tensor([row[tuple(m)] for m in some.tolist()]), units) for some, units in draws]
-            if len(members):
-                values, stderr, degrees = combine([part for part in parts if len(part.chosen)], len(members))
-                found[key] = IndexEstimate(
-                    members.numpy(), per_head(self.game, values), per_head(self.game, stderr), degrees.numpy()
-                )
+            found[name, order] = members, unit_means(samples, per_unit)
         return found
+
+
+def contexts_of(draws: list[DrawnGrid], pairs: int) -> torch.Tensor:
+    """Contexts per pair (P,)."""
+    total = torch.zeros(pairs, dtype=torch.long)
+    for draw in draws:
+        total[draw.chosen] += len(draw.contexts)
+    return total
+
+
+def others_of(game: Game, draws: list[DrawnGrid]) -> dict[tuple[str, int], IndexEstimate]:
+    """The other indices; entries in the order of the first draw, which has them all."""
+    found = {}
+    for key, (members, _) in draws[0].others.items():
+        row = {tuple(member): m for m, member in enumerate(members.tolist())}
+        parts = []
+        for draw in draws:
+            some, units = draw.others[key]
+            if len(some):
+                parts.append(Draw(torch.tensor([row[tuple(m)] for m in some.tolist()]), units))
+        if parts:
+            values, stderr, degrees = combine(parts, len(members), borrowed=BORROWED)
+            found[key] = IndexEstimate(members.numpy(), per_head(game, values), per_head(game, stderr), degrees.numpy())
+    return found
 
 
 def noise_share(game: Game, grid: CornerGrid, draw: DrawnGrid) -> tuple[torch.Tensor, int]:
@@ -207,5 +230,5 @@ def corner_values(game: Game, contexts: torch.Tensor, grid: CornerGrid) -> torch
 
 def per_head(game: Game, values: torch.Tensor) -> np.ndarray:
     """(P, O) for games with heads, (P,) for a single unnamed value."""
-    values = values.numpy()
-    return values[:, 0] if game.heads is None and values.shape[1] == 1 else values
+    found = values.numpy()
+    return found[:, 0] if game.heads is None and found.shape[1] == 1 else found

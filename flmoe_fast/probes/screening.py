@@ -143,7 +143,7 @@ def screen(
     chosen = pairs[first]
     left = budget - points.spent
     checked = interactions(
-        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, adaptive=False, progress=progress,
+        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, method="grid", progress=progress,
         contexts=2 * (left // CornerGrid.of(chosen, game.n).evaluations // 2),
     )  # fmt: skip
     fresh = checked.column("sii", head)
@@ -165,7 +165,7 @@ def _every_pair(surrogate: Surrogate, pairs: torch.Tensor, n: int) -> tuple[torc
     nodes = rule("SII", 2, n)
     sii, variance = [], []
     for block in pairs.split(PAIR_BLOCK):
-        column = functionals(surrogate.process, block, nodes)
+        column = functionals(surrogate.process.x, surrogate.process.rate, block, nodes)
         sii.append(column @ surrogate.process.weights)
         jackknife, _ = surrogate.jackknife(column)
         variance.append(surrogate.efficiency(block, column, nodes) * jackknife)

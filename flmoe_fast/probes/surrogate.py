@@ -137,13 +137,22 @@ class Process:
         return torch.cholesky_solve(functional.T, self.factor)
 
 
-def functionals(process: Process, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def functionals(
+    x: torch.Tensor, rate: torch.Tensor, members: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """Kernel columns (M, m) of the discrete derivatives of ``members`` (M, order), averaged over u.
 
-    ``rule`` holds the nodes (Q,) and weights (Q,) of a quadrature of the density of u.
+    Parameters
+    ----------
+    x : (m, n)
+        Signs of the training coalitions.
+    rate : (n,)
+    members : (M, order) players
+    rule : nodes (Q,) and weights (Q,)
+        A quadrature of the density of u.
     """
-    present = process.x > 0
-    low = torch.exp(-process.rate)
+    present = x > 0
+    low = torch.exp(-rate)
     nodes, weights = (part[:, None] for part in rule)
     # Mean of one player's factor over its presence, for a training coalition that has it and for one that has not.
     has = (nodes + (1 - nodes) * low).log()  # (Q, n)

@@ -13,6 +13,7 @@ import safetensors
 from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.files import writing_to
 from flmoe_fast.model.training.chance import chance_warning
 from flmoe_fast.pipeline.records import SampleRecord, is_done, made_by, record_sample
 from flmoe_fast.runs.settings import RunSettings
@@ -30,6 +31,12 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
     list of Path
         The samples' folders, ``samples/<part>-<row>``.
     """
+    kept = settings.out / "samples"
+    with writing_to(settings.out, "flmoe-fast explain", shared=True), writing_to(kept, "flmoe-fast explain"):
+        return _explain(settings, kept, progress)
+
+
+def _explain(settings: RunSettings, kept: Path, progress: bool) -> list[Path]:
     options = settings.explain
     study = Study(settings, progress)
     model = study.trained()
@@ -37,8 +44,6 @@ def explain_samples(settings: RunSettings, progress: bool = True) -> list[Path]:
         warnings.warn(text, stacklevel=2)
     ids = study.splits.part(options.part).ids
     rows = chosen_rows(ids, options.samples, options.ids)
-    kept = settings.out / "samples"
-    kept.mkdir(parents=True, exist_ok=True)
     now = explained_with(settings)
     folders = [kept / f"{options.part}-{row:06d}" for row in rows]
     old = {path.parent for path in kept.glob("*-*/record.npz") if made_by(path.parent) != now}

@@ -11,7 +11,7 @@ import pandas
 import torch
 from tqdm.auto import tqdm
 
-from flmoe_fast.files import replacing
+from flmoe_fast.files import replacing, writing_to
 from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.faithful.curves import (
@@ -44,13 +44,20 @@ def measure_faithfulness(settings: RunSettings, progress: bool = True) -> dict[s
     -------
     dict from method to the table of :func:`faithfulness_table`
     """
+    own = settings.out / "faithfulness"
+    who = "flmoe-fast faithfulness"
+    with writing_to(settings.out, who, shared=True), writing_to(own, who):
+        return _measured(settings, own, progress)
+
+
+def _measured(settings: RunSettings, own: Path, progress: bool) -> dict[str, pandas.DataFrame]:
     options = settings.faithfulness
     study = Study(settings, progress)
     model = study.trained()
     rows = chosen_rows(study.splits.part(options.part).ids, options.samples)
     tables = {}
     for method in options.importance:
-        folder = settings.out / "faithfulness" / method
+        folder = own / method
         samples = _curves(study, model, rows, method, folder, settings, progress)
         targets = study.splits.part(options.part).targets[rows]
         table = faithfulness_table(samples, targets, study.splits.task, mode=options.aopc)

@@ -96,7 +96,7 @@ class TrainingSettings:
 class ExplainSettings:
     """Which samples are explained, and options of :func:`flmoe_fast.explain`.
 
-    ``method`` is how interactions are estimated (a grid, a surrogate, or what the evidence says), ``also`` names other
+    ``method`` is how interactions are estimated (:func:`flmoe_fast.interactions`), ``also`` names other
     indices to take from the same evaluations.
     """
 
@@ -106,7 +106,7 @@ class ExplainSettings:
     candidates: int = 10
     contexts: int | None = None
     budget: int | None = None
-    method: str = "grid"
+    method: str = "auto"
     also: tuple[str, ...] = ()
     seed: int = 0
     gap: str = DEFAULT_GAP
@@ -189,7 +189,9 @@ def read_settings(path: str | os.PathLike) -> RunSettings:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ArgumentError("settings", f"{path}, tables in tables without end", "a TOML file") from error
+    except ValueError as error:
         raise ArgumentError("settings", f"{path} ({error})", "a TOML file") from error
     known = ("out", "data", "encoders", "model", "training", "explain", "faithfulness")
     for name in content:
@@ -249,6 +251,10 @@ def _encoders(encoders: object, path: Path) -> dict[str, dict[str, Any]]:
             if name not in allowed:
                 raise ArgumentError(f"encoders.{modality}.{name}", "this key", f"one of {', '.join(allowed)}")
         folder = path.parent / options["name"]
+        if options["name"].count("/") > 1 and not folder.is_dir():
+            raise ArgumentError(
+                f"encoders.{modality}.name", f"{folder}, no such folder", "a folder or a name on the hub"
+            )
         found[modality] = {**options, "name": str(folder) if folder.is_dir() else options["name"]}
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flmoe_fast.checks import ArgumentError
+from flmoe_fast.checks import ArgumentError, device
 from flmoe_fast.data.digits import CLASSES, MODALITIES, PIXELS, TOKENS, two_view_digits
 from flmoe_fast.data.hdxor import hd_xor, read_hd_xor
 from flmoe_fast.data.prepare import Prepared, prepare
@@ -141,7 +141,7 @@ class Study:
             num_tokens=self.prepared.tokens if original else None,
             **{"heads": 4, "layers": 2, **fields},
         )
-        return FLI2MoE(config, self.prepared.encoders).to(self.settings.training.device)
+        return FLI2MoE(config, self.prepared.encoders).to(device("training.device", self.settings.training.device))
 
     def trained(self) -> FLI2MoE:
         """The trained model of the run's folder."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flmoe_fast.files import replacing
+from flmoe_fast.checks import device
+from flmoe_fast.files import replacing, writing_to
 from flmoe_fast.model.checkpoint import save_checkpoint
 from flmoe_fast.model.metrics import score
 from flmoe_fast.model.training.chance import against_chance, chance_warning
@@ -34,8 +35,23 @@ def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
     -------
     dict
         Scores of the validation and the test part, and the number of epochs.
+
+    Raises
+    ------
+    BusyError
+        Somebody else writes to the run's folder.
+    StorageError
+        A file could not be written; what was there before is intact.
+    FloatingPointError
+        Training diverged.
     """
+    with writing_to(settings.out, "flmoe-fast train"):
+        return _train(settings, progress)
+
+
+def _train(settings: RunSettings, progress: bool) -> dict[str, Any]:
     options, out = settings.training, settings.out
+    device("training.device", options.device)  # before anything is read or encoded
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_settings(settings)

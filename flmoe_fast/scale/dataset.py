@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.environment import require
-from flmoe_fast.files import UNFINISHED, replacing
+from flmoe_fast.files import StorageError, replacing
 from flmoe_fast.probes.result import InteractionResult
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ KEY = "flmoe_fast"
 VERSION = 1
 #: What a medium without room says: no space, quota exceeded, file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class StorageError(OSError):
-    """A shard could not be written; what was written before is intact."""
 
 
 class ExplanationSet:
@@ -110,10 +106,28 @@ class ExplanationSet:
             raise self._storage_error(path, problem) from problem
         return path
 
-    def clean(self) -> None:
-        """Remove what interrupted writers left behind; for one process, while no other writes."""
-        for left in self.folder.glob(UNFINISHED):
-            left.unlink(missing_ok=True)
+    def settle(self, settings: Mapping[str, Any] | None) -> None:
+        """Remember what explanations are made with, or compare with what is remembered; for one process.
+
+        Raises
+        ------
+        ArgumentError
+            The folder has explanations, and they were made with other settings, or nothing says with which.
+        """
+        path = self.folder / "_settings.json"
+        now = json.loads(json.dumps(None if settings is None else dict(settings)))
+        if self.shards():
+            kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if kept != now:
+                old, new = kept or {}, now or {}
+                names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+                got = f"another {', '.join(names) or 'choice'} than the explanations in {self.folder} have"
+                raise ArgumentError("settings", got, f"{kept}, or another folder")
+        elif now is not None:
+            with replacing(path, "w") as file:
+                json.dump(now, file)
+        else:
+            path.unlink(missing_ok=True)
 
     def frame(self) -> pandas.DataFrame:
         """All samples as one long table, a row for every sample, head and pair."""

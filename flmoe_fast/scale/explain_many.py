@@ -14,15 +14,17 @@ others when one process dies, a process finishes the sample it is at and writes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.files import writing_to
 from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.scale.dataset import ExplanationSet
 from flmoe_fast.scale.group import Group, join
@@ -37,6 +39,7 @@ def explain_many(
     *,
     chunk: int = DEFAULT_CHUNK,
     format: str = "parquet",
+    settings: Mapping[str, Any] | None = None,
     group: Group | None = None,
     progress: bool = True,
 ) -> ExplanationSet:
@@ -55,6 +58,9 @@ def explain_many(
         Samples of one shard.
     format : "parquet" or "safetensors"
         See :mod:`flmoe_fast.scale.dataset`.
+    settings : mapping of JSON types, optional
+        What ``explain`` does, such as its contexts, its method and the model's digest. Kept beside the shards: going on
+        with other settings is refused, so that no folder mixes two.
     group : Group, optional
         The processes; those of ``torchrun`` by default, or this one alone.
     progress : bool
@@ -66,6 +72,10 @@ def explain_many(
 
     Raises
     ------
+    ArgumentError
+        The folder has explanations of other settings.
+    BusyError
+        Somebody else writes to the folder.
     StorageError
         The disk is full or cannot be written. Shards that are complete stay.
     """
@@ -74,14 +84,44 @@ def explain_many(
         raise ArgumentError("samples", type(samples).__name__, "a sequence, with a length and items by number")
     group = join() if group is None else group
     store = ExplanationSet(folder, format)
+    first = group.rank == 0
+    with writing_to(folder, "explain_many") if first else contextlib.nullcontext():
+        mine = _share(store, len(samples), settings, group)
+        _explain(samples, explain, store, mine, chunk, progress and first)
+        group.wait()
+        if first:
+            store.write_index()
+        group.wait()
+    return store
+
+
+def _share(store: ExplanationSet, count: int, settings: Mapping[str, Any] | None, group: Group) -> list[int]:
+    """The missing samples that are this process's; every process raises what the first one finds wrong."""
+    found: tuple[list[int], str] = [], ""
     if group.rank == 0:
-        store.clean()
-    missing = None
-    if group.rank == 0:
-        done = store.samples()
-        missing = [number for number in range(len(samples)) if number not in done]
-    mine = group.agree(missing)[group.rank :: group.size]
-    with _Stop() as stop, tqdm(total=len(mine), unit="sample", disable=not progress or group.rank > 0) as bar:
+        try:
+            store.settle(settings)
+            done = store.samples()
+            found = [number for number in range(count) if number not in done], ""
+        except ArgumentError as problem:
+            if group.size == 1:
+                raise
+            found = [], str(problem)
+    missing, refused = group.agree(found)
+    if refused:
+        raise ArgumentError("folder", f"what the first process refuses ({refused})", "a folder to go on in")
+    return missing[group.rank :: group.size]
+
+
+def _explain(
+    samples: Sequence[Any],
+    explain: Callable[[int, Any], InteractionResult],
+    store: ExplanationSet,
+    mine: list[int],
+    chunk: int,
+    progress: bool,
+) -> None:
+    with _Stop() as stop, tqdm(total=len(mine), unit="sample", disable=not progress) as bar:
         for start in range(0, len(mine), chunk):
             results: dict[int, InteractionResult] = {}
             try:
@@ -95,11 +135,6 @@ def explain_many(
                     store.add(results)
             if stop.asked:
                 raise SystemExit(128 + signal.SIGTERM)
-    group.wait()
-    if group.rank == 0:
-        store.write_index()
-    group.wait()
-    return store
 
 
 class _Stop:

@@ -155,6 +155,14 @@ def _changed(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
+#: Readers that do what none should: for tests of this file.
+PLANTED = {
+    "dies": lambda path: os.kill(os.getpid(), signal.SIGSEGV),
+    "raises": lambda path: [][0],
+    "eats": lambda path: bytearray(2 * MEMORY),
+}
+
+
 class Reader:
     """A process that reads files, and is started again when it is lost."""
 
@@ -209,7 +217,7 @@ def main(folder: Path) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    read = readers(folder)
+    read = {**readers(folder), **PLANTED}
     with open("/proc/self/statm") as file:
         have = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (have + MEMORY, have + MEMORY))

@@ -1,4 +1,4 @@
-"""Hours of what the tests do in seconds: ``python -m tests.soak --minutes 40 --out bench/results/soak.json``.
+"""Hours of what the tests do in seconds: ``python -m tests.soak --minutes 40 --out build/soak.json``.
 
 Every part goes on from the seed where the result file says it stopped, so an hour can be made of pieces. It counts what
 was done, keeps the worst that was seen, and writes down everything that is wrong.
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     """Soak for a while; exit status 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Long random checks, resumable.")
     parser.add_argument("--minutes", type=float, default=40.0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/soak.json"), help="results, and where to go on")
+    parser.add_argument("--out", type=Path, default=Path("build/soak.json"), help="results, and where to go on")
     parser.add_argument("--scratch", type=Path, default=Path("build/soak"), help="folder for files and logs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--jobs", type=int, default=2)

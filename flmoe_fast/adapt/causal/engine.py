@@ -142,7 +142,7 @@ class CausalEngine:
                 return own
             first = self._chain(path.parent, tree, computed, chains).until(path.start)
             positions = torch.cat([first.positions, own.positions])
-            joined = [tuple(torch.cat(pair, 2) for pair in zip(a, b)) for a, b in zip(first.kept, own.kept)]
+            joined = [(torch.cat([a[0], b[0]], 2), torch.cat([a[1], b[1]], 2)) for a, b in zip(first.kept, own.kept)]
             chains.clear()  # families of a parent come one after another
             chains[number] = _Computed(positions, joined)
         return chains[number]
@@ -180,7 +180,7 @@ class CausalEngine:
             given = call.arguments(positions, self.length, known)
             given |= {call.hidden: hidden, call.cache: cache, call.mask: masks[call.visible]}
             hidden = first_of(call.layer(**given))
-            if cache.keys is None or cache.keys.shape[2] != len(positions):
+            if cache.keys is None or cache.values is None or cache.keys.shape[2] != len(positions):
                 got = f"{self.reading.name}.{index} ({type(call.layer).__name__}), which keeps no keys and values"
                 raise Unsupported("model", got, "attention in every layer; linear attention keeps other state")
             kept.append((cache.keys, cache.values))

@@ -118,7 +118,7 @@ class DecoderGame(Game):
         return {
             "value": self.question.name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "places": [list(place) for place in self.places],
+            "places": [list(place) for place in self.players.places],
             "path": f"engine: prefix tree through {len(self._reading.calls)} layers of {self._reading.name}, "
             f"{self.inputs[IDS].shape[1]} tokens",
         }
@@ -199,7 +199,7 @@ class DecoderGame(Game):
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def _compute(self, coalitions: torch.Tensor) -> torch.Tensor:
-        outputs = self.model.get_output_embeddings().weight.shape[0] * self.question.reads
+        outputs = self._reading.logits[0].numel()
         rows, found = max(1, NUMBERS // outputs), []
         for states in self._final(coalitions).split(rows):
             logits = head(self.model, self._reading, states)
@@ -215,15 +215,13 @@ class DecoderGame(Game):
             return self._engine.evaluate(self._variants(coalitions), self._states)
         images, which = coalitions[:, self._pixels].unique(dim=0, return_inverse=True)
         most = max(1, NUMBERS // self._reading.states.numel())
-        final = None
+        final = self._reading.states.new_empty(len(coalitions), self.question.reads, self._reading.states.shape[1])
         for low in range(0, len(images), most):
             mine = ((which >= low) & (which < low + most)).nonzero()[:, 0]
             table = torch.stack([self._image(image) for image in images[low : low + most]])
             variants = self._variants(coalitions[mine])
             variants[:, self._mixed] = (which[mine] - low + 3)[:, None].to(variants)
-            found = self._engine.evaluate(variants, torch.cat([self._states, table]))
-            final = found.new_empty(len(coalitions), *found.shape[1:]) if final is None else final
-            final[mine] = found
+            final[mine] = self._engine.evaluate(variants, torch.cat([self._states, table]))
         return final
 
     def _image(self, present: torch.Tensor) -> torch.Tensor:
@@ -255,12 +253,13 @@ def decoder_module_game(
     """The same game by a forward pass for every coalition, positions as in the full sample where they can be had."""
     prompt_of(inputs)
     question = own_answer(model, inputs) if question is None else question
+    longer: dict[str, Any]
     try:
-        longer, reading = read_with_answer(model, inputs, question)
-        longer = placed(model, reading, longer)
+        whole, reading = read_with_answer(model, inputs, question)
+        longer = dict(placed(model, reading, whole))
     except Unsupported:  # positions are then what the model makes of the masks
         longer = with_answer(inputs, question)
-    longer |= {"use_cache": False}
+    longer["use_cache"] = False
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         longer["logits_to_keep"] = question.reads
     options["heads"] = question.heads

@@ -56,7 +56,7 @@ def image_token_players(
     at = (ids == image_token).nonzero()[:, 0].cpu()
     if not len(at):
         raise ArgumentError("image_token", image_token, "a token of the prompt")
-    sizes = _runs(at) if grids is None else [tuple(grid) for grid in grids]
+    sizes = _runs(at) if grids is None else [(rows, columns) for rows, columns in grids]
     total = sum(rows * columns for rows, columns in sizes)
     if total != len(at):
         raise ArgumentError("grids", f"{total} tokens in all", f"{len(at)}, the image tokens of the prompt")
@@ -117,7 +117,9 @@ def _cells(
     sizes: Sequence[tuple[int, int]], by: str, block: int, group: str
 ) -> tuple[torch.Tensor, tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """The player of every token of some grids, their names, and their places."""
-    owners, names, places = [], [], []
+    owners: list[torch.Tensor] = []
+    names: list[str] = []
+    places: list[tuple[int, ...]] = []
     several = len(sizes) > 1
     for picture, (rows, columns) in enumerate(sizes):
         before = f"{group} {picture}" if several else group

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,8 +89,9 @@ def contrast(token: int, other: int) -> Question:
 
 def own_answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], most: int = ANSWER_TOKENS) -> Question:
     """How likely the model's own answer is: the tokens it finds most likely one after another, up to an end symbol."""
+    language: Any = model
     with steady(model):
-        made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=integer("most", most, least=1))
+        made = language.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=integer("most", most, least=1))
     answer = made[0, inputs["input_ids"].shape[1] :].tolist()
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -222,7 +222,7 @@ def head(model: nn.Module, reading: Reading, states: torch.Tensor) -> torch.Tens
         return model(inputs_embeds=torch.zeros_like(states), use_cache=False).logits
 
 
-def first_of(output: object) -> torch.Tensor:
+def first_of(output: Any) -> torch.Tensor:
     """The states that a layer returns, alone or with others."""
     return output[0] if isinstance(output, tuple) else output
 

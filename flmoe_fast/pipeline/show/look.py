@@ -24,6 +24,7 @@ CURVES = (
 )
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False}
+STYLE["text.parse_math"] = False  # names are shown letter by letter, dollars and all
 #: Fonts in the order in which a glyph is looked for; those that the system has are used.
 FAMILIES = (
     "DejaVu Sans",

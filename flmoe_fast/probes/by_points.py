@@ -1,0 +1,115 @@
+"""The default estimates where players are few: one process through everything that was evaluated."""
+
+from __future__ import annotations
+
+import torch
+
+from flmoe_fast.games.game import Game
+from flmoe_fast.probes.budget import MOST_ROWS
+from flmoe_fast.probes.drawing import complementary
+from flmoe_fast.probes.draws import SHARED, gap_estimate
+from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
+from flmoe_fast.probes.grid import CornerGrid
+from flmoe_fast.probes.indices import IndexEstimate, complete_players
+from flmoe_fast.probes.parity import ParityProcess
+from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
+
+#: What the variances of indices are multiplied by, since scales are estimated.
+WIDER = 1.25
+
+
+def by_enumeration(run: Run, grid: CornerGrid) -> Found:
+    """Exact indices and gaps from all 2^n values."""
+    game, n, pairs = run.game, run.game.n, len(grid.pairs)
+    values = enumerate_values(game)
+    rows = values if values.dim() == 2 else values[:, None]
+    run.spend(2**n)
+    both = [pair_interaction(rows, n, i, j, run.gap_kind) for i, j in grid.pairs.tolist()]
+    sii, gaps = torch.stack([s for s, _ in both]), torch.stack([g for _, g in both])
+    exact = torch.full((pairs,), torch.inf, dtype=torch.float64)
+    also = {}
+    for (name, order), members in wanted_members(run, grid).items():
+        found = exact_index(rows, n, members, name, order)
+        also[name, order] = _estimate(game, members, found, torch.zeros_like(found), float("inf"))
+    spread = rows.var(0).clamp(min=torch.finfo(rows.dtype).tiny)
+    noise, checks = fresh_noise_share(game, grid, run.seed, spread)
+    zero = torch.zeros_like(sii)
+
+    return Found("enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also)
+
+
+def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
+    """Estimates from a process fitted to complementary pairs of coalitions, drawn by the law that the SII asks for."""
+    game, pairs = run.game, len(grid.pairs)
+    drawn = complementary(game.n, min(budget // 2, MOST_ROWS), run.seed)
+    values = evaluate_pairs(run, drawn)
+    process = ParityProcess(drawn, values[:, 0], values[:, 1])
+    sii, variance = process.index(grid.pairs, "SII", 2)
+    variance = widened(variance)
+    gaps, gap_variance, degrees = gaps_of(run, process, grid, sii, variance)
+    also = {}
+    for (name, order), members in wanted_members(run, grid).items():
+        found, claimed = process.index(members, "SV" if (name, order) == ("k-SII", 1) else name, order)
+        if (name, order) == ("k-SII", 1):  # the halves are independent: the Shapley value is odd, the SII even
+            of = (grid.pairs[:, :, None] == members[:, 0]).any(1).double().T
+            found, claimed = found - 0.5 * of @ sii, claimed + 0.25 * (of @ variance.sqrt()).square()
+        also[name, order] = _estimate(game, members, found, widened(claimed).sqrt(), float(len(drawn)))
+    noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
+    return Found(
+        "process",
+        sii,
+        variance.sqrt(),
+        gaps,
+        gap_variance.sqrt(),
+        torch.full((pairs,), degrees),
+        torch.full((pairs,), 2 * len(drawn)),
+        noise,
+        checks,
+        also,
+        {"rough": process.half(1).scales.rough},
+    )
+
+
+def evaluate_pairs(run: Run, drawn: torch.Tensor) -> torch.Tensor:
+    """Values (m, 2, O) of coalitions (m, n) and of their complements, pair after pair."""
+    blocks = []
+    for rows in drawn.split(max(1, run.game.block // 2)):
+        values = run.game(torch.stack([rows, ~rows], 1).flatten(0, 1))
+        run.spend(2 * len(rows))
+        blocks.append((values[:, None] if values.dim() == 1 else values).unflatten(0, (-1, 2)))
+    return torch.cat(blocks)
+
+
+def widened(variance: torch.Tensor) -> torch.Tensor:
+    """Variances (M, O) that hold: with a share of their mean in each, and room for scales that are estimated."""
+    return WIDER * ((1 - SHARED) * variance + SHARED * variance.mean(0))
+
+
+def gaps_of(
+    run: Run, process: ParityProcess, grid: CornerGrid, sii: torch.Tensor, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Gaps and their variances (P, O), and degrees of freedom for these and the indices'."""
+    if run.gap_kind == "sum":
+        return -sii, variance, float(len(process.coalitions))
+    found = gap_estimate(process, grid, run.gap_kind, run.seed)
+    return found.value, found.variance, found.degrees
+
+
+def wanted_members(run: Run, grid: CornerGrid) -> dict[tuple[str, int], torch.Tensor]:
+    """Members (M, order) of every other index asked for; what has none is left out."""
+    found = {}
+    for name, order in run.also:
+        if (name, order) == ("k-SII", 1):
+            members = complete_players(grid.pairs, run.game.n)[:, None]
+        else:
+            members = grid.players[:, None] if order == 1 else grid.pairs
+        if len(members):
+            found[name, order] = members
+    return found
+
+
+def _estimate(
+    game: Game, members: torch.Tensor, values: torch.Tensor, stderr: torch.Tensor, degrees: float
+) -> IndexEstimate:
+    freedom = torch.full((len(members),), degrees, dtype=torch.float64)
+    return IndexEstimate(members.numpy(), per_head(game, values), per_head(game, stderr), freedom.numpy())

@@ -1,0 +1,222 @@
+"""Redundancy gaps under a process: averages over draws from its posterior, exact where the game was evaluated.
+
+A gap is no linear function of values, so the gap of a mean is not the mean of gaps: values that are known too vaguely
+have to vary. Whole games are drawn from the posterior (a draw from the prior, conditioned by Matheron's rule, in pairs
+of opposite deviations), and every draw has its gaps. How far values deviate depends on their size: next to zero a
+probability varies little. So deviations are scaled by the left-out errors of evaluated coalitions of about the same
+predicted value, and draws stay within the range of the values seen.
+
+The gaps of the posterior mean are too smooth and the mean gaps of the draws too rough. The estimate lies half way, and
+the squared distance of the two is part of its variance beside that of the draws.
+
+The prior draw is a sum of Walsh functions: the spectrum of the product kernel is a product over players, so a random
+set that has player p with probability ``(1 - r_p) / 2`` is a random feature of it, and the parity of its size tells
+which half it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flmoe_fast.coalitions import pack, sample_contexts, unpack
+from flmoe_fast.probes.exact import size_law
+from flmoe_fast.probes.gap import redundancy_gap
+from flmoe_fast.probes.grid import CornerGrid
+from flmoe_fast.probes.moments import successive_variance
+from flmoe_fast.probes.parity import Half, ParityProcess, parity_kernel
+from flmoe_fast.probes.surrogate import signs
+
+#: Random features of a prior draw.
+FEATURES = 512
+#: Most players whose every coalition is read, and values of gaps that are taken at most.
+LISTED_PLAYERS, WORK = 16, 1 << 24
+#: Draws: as many as the work allows.
+MOST_DRAWS, FEWEST_DRAWS = 16, 8
+#: Share of the left-out errors that those of about the same prediction are.
+LOCAL = 1 / 16
+#: Share of the pairs' mean variance in each pair's.
+SHARED = 0.2
+#: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
+#: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
+WIDER, SCALES = {"max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
+#: Coalitions read where not all are.
+READINGS, FEWEST_CONTEXTS = 1 << 14, 16
+#: These contexts are independent of all that are evaluated on the game.
+REPLICATE = 1 << 31
+ROWS = 1 << 13
+
+
+@dataclass(frozen=True)
+class GapEstimate:
+    """Values and variances (P, O), and the degrees of freedom that the variances are worth."""
+
+    value: torch.Tensor
+    variance: torch.Tensor
+    degrees: float
+
+
+def gap_estimate(process: ParityProcess, grid: CornerGrid, kind: str, seed: int) -> GapEstimate:
+    """Gaps of the grid's pairs: over every context where these are few, over sampled ones elsewhere."""
+    n, outputs, pairs = process.coalitions.shape[1], process.values.shape[1], len(grid.pairs)
+    listed = WORK // max(1, pairs * outputs * 2 ** (n - 2)) if n <= LISTED_PLAYERS else 0
+    sampling: torch.Tensor | float = 0.0
+    if listed >= FEWEST_DRAWS:
+        draws = min(MOST_DRAWS, listed - listed % 2)
+        gaps = _over_every_context(Drawn(process, draws, seed), grid.pairs, kind)
+    else:
+        contexts = max(FEWEST_CONTEXTS, READINGS // grid.evaluations // 2 * 2)
+        gaps, sampling = _over_sampled_contexts(Drawn(process, FEWEST_DRAWS, seed), grid, kind, contexts, seed)
+    smooth, rough = gaps[:, 0], gaps[:, 1:]  # (P, O), (P, D, O)
+    mean = rough.mean(1)
+    variance = rough.var(1) + (mean - smooth).square()
+    variance = (1 - SHARED) * variance + SHARED * variance.nanmean(0)
+    wider = WIDER[kind] * (1 + SCALES * n / len(process.coalitions))
+    return GapEstimate((smooth + mean) / 2, wider * variance + sampling, float(rough.shape[1]))
+
+
+def _over_every_context(drawn: Drawn, pairs: torch.Tensor, kind: str) -> torch.Tensor:
+    """Gaps (P, 1 + D, O) of the posterior mean and of every draw."""
+    n = drawn.process.coalitions.shape[1]
+    codes = torch.arange(2 ** (n - 1))
+    upper, lower = drawn.values(((codes[:, None] >> torch.arange(n)) & 1).bool())
+    table = torch.cat([upper, lower.flip(0)])  # by code: the complement of c is 2^n - 1 - c
+    law = size_law(n)
+    codes = torch.arange(2**n)
+    size = ((codes[:, None] >> torch.arange(n)) & 1).sum(1)
+    found = []
+    for i, j in pairs.tolist():
+        neither = codes[((codes >> i) & 1 == 0) & ((codes >> j) & 1 == 0)]
+        corners = (neither | (1 << i) | (1 << j), neither | (1 << i), neither | (1 << j), neither)
+        v11, v10, v01, v00 = (table[corner] for corner in corners)
+        value, defined = redundancy_gap(kind, v11, v10, v01, v00)
+        weight = law[size[neither]]
+        total = torch.einsum("c,cdo->do", weight, value)
+        found.append(total if defined is None else total / torch.einsum("c,cdo->do", weight, defined.double()))
+    return torch.stack(found)
+
+
+def _over_sampled_contexts(
+    drawn: Drawn, grid: CornerGrid, kind: str, contexts: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_over_every_context`, and the variance (P, O) that is due to sampling contexts."""
+    n = drawn.process.coalitions.shape[1]
+    chosen = unpack(sample_contexts(n, contexts, seed=seed, replicate=REPLICATE).words, n)
+    gaps, share = [], []
+    for block in chosen[::2].split(max(1, ROWS // grid.evaluations)):
+        both = drawn.values((block[:, None] ^ grid.toggled).flatten(0, 1))
+        pair = []
+        for rows, values in zip((block, ~block), both):
+            v11, v10, v01, v00 = grid.corners(rows, values.unflatten(0, (len(block), -1)))
+            value, defined = redundancy_gap(kind, v11, v10, v01, v00)
+            pair.append((value, torch.ones_like(value) if defined is None else defined.double()))
+        gaps.append(pair[0][0] + pair[1][0])
+        share.append(pair[0][1] + pair[1][1])
+    total, count = torch.cat(gaps), torch.cat(share)  # (units, P, 1 + D, O)
+    found = total.sum(0) / count.sum(0)
+    residual = (total - found * count)[:, :, 1:].mean(2)
+    spread = successive_variance(residual) * len(residual) / count.sum(0)[:, 1:].mean(1).square()
+    return found, spread
+
+
+class Drawn:
+    """Games drawn from the posterior of a process, in pairs of opposite deviations.
+
+    Parameters
+    ----------
+    process : ParityProcess
+    count : int
+        Draws D, even.
+    seed : int
+    """
+
+    def __init__(self, process: ParityProcess, count: int, seed: int):
+        self.process, self.outputs = process, process.values.shape[1]
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self._halves = {sign: _DrawnHalf(process.half(sign), count // 2, self.generator) for sign in (1, -1)}
+        self._seen = torch.cat([process.values, process.complements])
+        self._least, self._most = self._seen.min(0).values, self._seen.max(0).values
+        self._local = _local_scales(process, self._seen)
+        words = pack(torch.cat([process.coalitions, ~process.coalitions]))
+        self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
+
+    def values(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (C, 1 + D, O) of coalitions (C, n) and of their complements: first the posterior mean, then draws."""
+        parts = [self._values(rows) for rows in coalitions.split(ROWS)]
+        return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+
+    def _values(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (even, even_by), (odd, odd_by) = (
+            self._halves[sign].values(signs(coalitions), self.generator) for sign in (1, -1)
+        )
+        both = self._spread(even + odd, even_by + odd_by), self._spread(even - odd, even_by - odd_by)
+        number = torch.tensor([self._known.get(row, -1) for row in map(tuple, pack(coalitions).tolist())])
+        known = (number >= 0).nonzero()[:, 0]
+        if len(known):
+            here, half = number[known], len(self.process.values)
+            there = torch.where(here < half, here + half, here - half)
+            for part, where in zip(both, (here, there)):
+                part[known] = self._seen[where][:, None]
+        return both
+
+    def _spread(self, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        """Means (C, O) and, on both sides of them, deviations (C, D / 2, O) of the size errors have there."""
+        size = torch.empty_like(mean)
+        for head, (predicted, scale) in enumerate(self._local):
+            at = torch.searchsorted(predicted, mean[:, head].contiguous()).clamp(max=len(predicted) - 1)
+            size[:, head] = scale[at]
+        deviation = deviation * size[:, None]
+        values = torch.cat([mean[:, None], mean[:, None] + deviation, mean[:, None] - deviation], 1)
+        return values.clamp(self._least, self._most)
+
+
+def _local_scales(process: ParityProcess, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For every head, predictions in ascending order and how the errors around each compare with what is expected."""
+    even, odd = process.half(1), process.half(-1)
+    left_out = torch.cat([even.left_out + odd.left_out, even.left_out - odd.left_out])
+    claimed = even.amplitude / even.precision[:, None] + odd.amplitude / odd.precision[:, None]
+    ratio = left_out.square() / torch.cat([claimed, claimed]).clamp(min=torch.finfo(values.dtype).tiny)
+    predicted = values - left_out
+    count = len(values)
+    reach = max(4, int(LOCAL * count / 2))
+    low = (torch.arange(count) - reach).clamp(min=0)
+    high = (torch.arange(count) + reach + 1).clamp(max=count)
+    found = []
+    for head in range(values.shape[1]):
+        order = predicted[:, head].argsort()
+        sums = torch.cat([torch.zeros(1, dtype=values.dtype), ratio[order, head].cumsum(0)])
+        found.append((predicted[order, head].contiguous(), ((sums[high] - sums[low]) / (high - low)).sqrt()))
+    return found
+
+
+class _DrawnHalf:
+    """Draws of one half: the posterior mean and, in pairs of opposite signs, deviations from it."""
+
+    def __init__(self, half: Half, pairs: int, generator: torch.Generator):
+        self.half, self.pairs = half, pairs
+        n, outputs = half.x.shape[1], half.solved.shape[1]
+        chance = (1 - torch.exp(-half.scales.rate)) / 2
+        sets = torch.rand(FEATURES, n, generator=generator, dtype=torch.float64) < chance
+        self.sets = sets[sets.sum(1) % 2 == (0 if half.sign > 0 else 1)]
+        normal = torch.randn(len(self.sets), pairs * outputs, generator=generator, dtype=torch.float64)
+        self.size = half.amplitude.sqrt().repeat(pairs)  # (pairs * O,)
+        self.weights = normal * self.size / math.sqrt(FEATURES)
+        there = self._prior(half.x) + self._rough(len(half.x), generator)
+        self.solved = half.inverse @ there
+
+    def _prior(self, x: torch.Tensor) -> torch.Tensor:
+        odd = ((x < 0).float() @ self.sets.T.float()) % 2  # whether an odd number of the set's players is absent
+        return (1.0 - 2.0 * odd).double() @ self.weights
+
+    def _rough(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        normal = torch.randn(count, len(self.size), generator=generator, dtype=torch.float64)
+        return normal * self.size * math.sqrt(self.half.scales.rough)
+
+    def values(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean (C, O), and deviations (C, pairs, O), at unseen coalitions with signs x (C, n)."""
+        half = self.half
+        rows = parity_kernel(x, half.x, half.scales.rate, half.sign)
+        deviation = self._prior(x) + self._rough(len(x), generator) - rows @ self.solved
+        return rows @ half.solved + half.mean, deviation.unflatten(1, (self.pairs, -1))

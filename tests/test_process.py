@@ -1,0 +1,213 @@
+"""The default estimator: exact where it has seen everything, covered where it has not, and never over its budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_fast import ArgumentError, exact_interactions, interactions
+from flmoe_fast.games.game import CallableGame
+from flmoe_fast.probes.budget import MOST_PLAYERS
+from flmoe_fast.probes.drawing import complementary
+from flmoe_fast.probes.exact import enumerate_values, exact_index
+from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.indices import mass
+from flmoe_fast.probes.parity import ParityProcess
+
+N = 10
+BITS = 1 << torch.arange(N)
+EVERY = ((torch.arange(2**N)[:, None] >> torch.arange(N)) & 1).bool()
+
+
+def smooth(z: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A saturating network of the players, between 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    n = z.shape[1]
+    weight = torch.randn(n, 6, generator=generator, dtype=torch.float64) * 1.5 / n**0.5
+    return ((z.double() @ weight).tanh() @ torch.randn(6, generator=generator, dtype=torch.float64)).sigmoid()
+
+
+def process_of(values: torch.Tensor, count: int, n: int, seed: int = 0) -> ParityProcess:
+    """Fitted to ``count`` complementary pairs of a game with these 2^n values."""
+    z = complementary(n, count, seed)
+    bits = 1 << torch.arange(n)
+    return ParityProcess(z, *(values[(part * bits).sum(1)][:, None] for part in (z, ~z)))
+
+
+def by_definition(values: torch.Tensor, n: int, members: tuple[int, ...], name: str) -> float:
+    """An index of one set of players from the definition: masses of sizes times mean derivatives."""
+    order = len(members)
+    others = [p for p in range(n) if p not in members]
+    weights = mass(name, order, n)
+    total = 0.0
+    for size in range(n - order + 1):
+        for inside in itertools.combinations(others, size):
+            base = sum(1 << p for p in inside)
+            derivative = sum(
+                (-1) ** (order - len(part)) * float(values[base + sum(1 << p for p in part)])
+                for count in range(order + 1)
+                for part in itertools.combinations(members, count)
+            )
+            total += float(weights[size]) / math.comb(n - order, size) * derivative
+    return total
+
+
+# ---- the draw
+
+
+@pytest.mark.parametrize("n, count", [(2, 9), (5, 7), (9, 100), (12, 2048), (40, 300), (300, 50)])
+def test_pairs_of_complements_are_distinct(n, count):
+    z = complementary(n, count, 3)
+    assert len(z) == min(count, 2 ** (n - 1))
+    both = torch.cat([z, ~z])
+    assert len(both.unique(dim=0)) == len(both)
+    assert torch.equal(z, complementary(n, count, 3))
+    assert count >= 2 ** (n - 1) or not torch.equal(z, complementary(n, count, 4))
+
+
+def test_ends_are_taken_whole_and_first():
+    z = complementary(14, 256, 0)
+    smaller = torch.minimum(z.sum(1), (~z).sum(1))
+    assert sorted(smaller[:15].tolist()) == [0] + [1] * 14
+    counts = smaller.bincount()
+    # Neither the share of a uniform draw over sizes (1 in 7.5) nor of one over coalitions (3 in 1,000).
+    assert 70 <= counts[2] <= 91 and counts[2] > counts[3] > counts[4] > counts[6]
+
+
+# ---- the process
+
+
+@pytest.mark.parametrize("name, order", [("SII", 2), ("STII", 2), ("FSII", 2), ("BII", 2), ("SV", 1), ("FSII", 1)])
+def test_exact_once_everything_is_seen(name, order):
+    """Any game, any index: the closed form, the enumeration and the definition agree, and no variance is left."""
+    n = 6
+    values = torch.randn(2**n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    members = list(itertools.combinations(range(n), order))
+    truth = [by_definition(values, n, member, name) for member in members]
+    found, variance = process_of(values, 2 ** (n - 1), n).index(torch.tensor(members), name, order)
+    assert np.allclose(found[:, 0], truth, rtol=0, atol=1e-12) and float(variance.max()) == 0
+    enumerated = exact_index(values[:, None], n, torch.tensor(members), name, order)
+    assert np.allclose(enumerated[:, 0], truth, rtol=0, atol=1e-12)
+    # One pair of coalitions fewer, and it is neither exact nor claims to be.
+    found, variance = process_of(values, 2 ** (n - 1) - 1, n).index(torch.tensor(members), name, order)
+    assert np.abs(found[:, 0] - torch.tensor(truth)).max() > 1e-6 and float(variance.max()) > 0
+
+
+def test_heads_share_one_fit_and_keep_their_scales():
+    def three(z: torch.Tensor) -> torch.Tensor:
+        return torch.stack([smooth(z), 100 * smooth(z), torch.full((len(z),), 2.0, dtype=torch.float64)], 1)
+
+    found = interactions(three, n=N, budget=200, progress=False)
+    assert np.allclose(found.sii[:, 1], 100 * found.sii[:, 0], rtol=1e-6)
+    assert np.allclose(found.sii_stderr[:, 1], 100 * found.sii_stderr[:, 0], rtol=1e-6)
+    assert np.abs(found.sii[:, 2]).max() < 1e-12
+
+
+# ---- the default call
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_intervals_cover_indices_and_gaps(gap):
+    """At least 90 % over games and seeds; half as wide they would not."""
+    inside, half, gaps = [], [], []
+    for seed in range(8):
+        truth = exact_interactions(lambda z: smooth(z, seed), n=N, gap=gap, progress=False)  # noqa: B023
+        found = interactions(lambda z: smooth(z, seed), n=N, budget=128, gap=gap, seed=seed, progress=False)  # noqa: B023
+        low, high = found.interval()
+        inside.append((low <= truth.sii) & (truth.sii <= high))
+        half.append(np.abs(truth.sii - found.sii) <= (high - low) / 4)
+        low, high = found.interval(of="gap")
+        gaps.append((low <= truth.gap) & (truth.gap <= high))
+    assert np.mean(inside) >= 0.9 > np.mean(half)
+    assert np.mean(gaps) >= (0.8 if gap == "ratio" else 0.9)
+
+
+def test_closer_than_the_methods_it_replaces():
+    error = {}
+    for method in ("auto", "grid", "surrogate"):
+        squares = []
+        for seed in range(4):
+            truth = exact_interactions(lambda z: smooth(z, seed), n=N, progress=False).sii  # noqa: B023
+            found = interactions(lambda z: smooth(z, seed), n=N, budget=256, method=method, progress=False)  # noqa: B023
+            squares.append(np.square(found.sii - truth).sum() / np.square(truth).sum())
+        error[method] = np.mean(squares)
+    assert error["auto"] < 0.25 * error["grid"] and error["auto"] < 1.5 * error["surrogate"]
+
+
+def test_enumeration_takes_over_where_it_is_cheaper():
+    truth = exact_interactions(smooth, n=8, progress=False)
+    found = interactions(smooth, n=8, budget=300, also=("SV", "STII", "k-SII"), progress=False)
+    assert found.evaluations == 256 and found.about["method"] == "enumeration" and "256" in found.about["why"]
+    assert np.array_equal(found.sii, truth.sii) and not found.sii_stderr.any() and not found.gap_stderr.any()
+    assert np.array_equal(found.interval()[0], found.sii)
+    values = enumerate_values(CallableGame(smooth, 8))
+    assert found.also["SV", 1].values == pytest.approx([by_definition(values, 8, (p,), "SV") for p in range(8)])
+
+
+@pytest.mark.parametrize("n", [N, 40])
+@pytest.mark.parametrize("budget", [75, 128, 301])
+def test_budget_is_never_exceeded_and_counted_exactly(n, budget):
+    asked = []
+
+    def counting(z: torch.Tensor) -> torch.Tensor:
+        asked.append(len(z))
+        return torch.stack([smooth(z), smooth(z, 1)], 1)
+
+    options = {"rows": [0, 1], "cols": [2, 3], "also": ("SV", "STII"), "progress": False}
+    found = interactions(counting, n=n, budget=budget, **options)
+    assert found.evaluations == sum(asked) <= budget and budget - found.evaluations <= 8
+    assert found.about["method"] == ("process" if n <= MOST_PLAYERS else "process and grid")
+    assert found.sii.shape == found.also["SV", 1].values.shape == (4, 2) and np.isfinite(found.sii_stderr).all()
+    again = interactions(lambda z: torch.stack([smooth(z), smooth(z, 1)], 1), n=n, budget=budget, **options)
+    assert np.array_equal(found.sii, again.sii) and np.array_equal(found.gap_stderr, again.gap_stderr)
+
+
+# ---- many players
+
+
+def many(z: torch.Tensor) -> torch.Tensor:
+    """Forty players of whom some interact."""
+    generator = torch.Generator().manual_seed(5)
+    n = z.shape[1]
+    weight = torch.randn(n, n, generator=generator, dtype=torch.float64).triu(1) / n
+    return torch.einsum("ci,ij,cj->c", z.double(), weight, z.double()).tanh() + 0.2 * (z[:, 0] & z[:, 30]).double()
+
+
+def rough(z: torch.Tensor) -> torch.Tensor:
+    """No two coalitions alike, and one strong pair."""
+    noise = torch.sin(1e4 * (z.double() @ torch.linspace(0.1, 1, z.shape[1], dtype=torch.float64)))
+    return noise + 3.0 * (z[:, 0] & z[:, 30]).double()
+
+
+@pytest.mark.parametrize("game", [many, rough])
+def test_many_players_are_no_worse_than_the_grid(game):
+    """Against a long run of the unbiased grid; and the intervals hold."""
+    pairs = [(i, j) for i in range(4) for j in range(30, 34)]
+    options = {"n": 40, "pairs": pairs, "progress": False}
+    truth = interactions(game, contexts=6000, method="grid", seed=99, **options)
+    error, inside = {"auto": 0.0, "grid": 0.0}, []
+    for seed in range(6):
+        for method in error:
+            found = interactions(game, budget=500, method=method, seed=seed, **options)
+            error[method] += float(np.square(found.sii - truth.sii).sum())
+            if method == "auto":
+                inside.append(np.abs(found.sii - truth.sii) <= np.diff(found.interval(), axis=0)[0] / 2)
+    assert error["auto"] < 1.2 * error["grid"]
+    assert np.mean(inside) >= 0.9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": 8}, "budget: got 8, expected at least 16 evaluations"),
+        ({"budget": 100, "adaptive": True}, "adaptive: got True"),
+        ({"budget": 100, "contexts": 3}, "budget: got a budget together with contexts"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        interactions(smooth, n=N, progress=False, **options)
