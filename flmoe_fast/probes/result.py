@@ -292,8 +292,7 @@ class InteractionResult:
             raise ArgumentError("path", str(path), "a name ending in .npz")
         arrays, rest = self.parts()
         with replacing(path) as file:
-            content: dict[str, Any] = {"_json": np.array(json.dumps({"format": FORMAT, **rest})), **arrays}
-            np.savez(file, **content)
+            np.savez(file, allow_pickle=False, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays by name and everything else as JSON types; :meth:`from_parts` is the inverse."""
