@@ -114,9 +114,10 @@ class CMakeBuild(build_ext):
             if cuda != "auto" or not nvcc():
                 raise
             notice(f"trying again without CUDA kernels: {error}")
-            self.build(target, "off")
+            self.build(target, "off", "the CUDA kernels did not build; the log of the build says why")
 
-    def build(self, target: Path, cuda: str) -> None:
+    def build(self, target: Path, cuda: str, without_cuda: str = "") -> None:
+        """Build one setting of CUDA; the module remembers why it is without, where that is not its own choice."""
         cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
         if compiler() is None:
             raise BuildError("there is no C++ compiler")
@@ -144,6 +145,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DFLMOE_CUDA={cuda}",
+                f"-DFLMOE_WITHOUT_CUDA={without_cuda}",
                 f"-DFLMOE_CUDA_ARCHS={archs}",
             ]
         )

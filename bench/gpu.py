@@ -1,11 +1,15 @@
 """What an NVIDIA GPU makes of the probes: the naive loop, batched PyTorch, the torch engine, Triton and CUDA engines.
 
-    python -m bench.gpu quick|full|sanitize|profile [--shapes mmimdb enrico mimic]
+    python -m bench.gpu times|compiled|sanitize [--shapes mmimdb enrico mimic]
 
 All candidates of a shape take turns in one run. A candidate too slow for a whole explanation (10 x 10 pairs in 64
 contexts) is timed on a part of it, and its row says how large; times of a whole explanation are then scaled. Fractions
-are of this machine's own 16-bit matrix product rate, measured in the same run. Rows go to bench/results/gpu.jsonl, and
-which of the two GPU engines was faster to flmoe_fast/engines/gpu/fastest.json, which ``backend="auto"`` goes by.
+are of this machine's own 16-bit matrix product rate, measured in the same run.
+
+``times`` has everything but what ``torch.compile`` makes of PyTorch, which is ``compiled``: compiling takes most of a
+run's time. Rows go to bench/results/gpu.jsonl as they come, and which of the two GPU engines was faster to
+flmoe_fast/engines/gpu/fastest.json, which ``backend="auto"`` goes by. Shapes that an earlier call on the same device
+measured to the end are not measured again.
 """
 
 from __future__ import annotations
@@ -16,18 +20,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from bench.baselines import BatchedSDPA
 from bench.cells import Table, markdown, quartiles
 from bench.shapes import SHAPES, Shape
-from bench.timing import spread, write
+from bench.timing import read, spread, write
 from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.fastest import FILE
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
+from flmoe_fast.engines.gpu.plan import Plan
 from flmoe_fast.engines.gpu.triton import TritonEngine
 from flmoe_fast.engines.portable import TorchEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
@@ -36,19 +42,22 @@ from flmoe_fast.probes.gap import GAPS, LEAST_JOINT_COST
 
 DEVICE = "cuda"
 SIDE, CONTEXTS = 10, 64
+#: Shapes that are measured unless others are named.
+MEASURED = ("mmimdb", "enrico", "mimic", "enrico-gshard")
 #: Grid and contexts on which rounding is measured against float64.
 NOISE_SIDE, NOISE_CONTEXTS = 4, 6
-#: What torch.compile is tried with: of the first shape, and of the others. It takes most of a run's time.
-COMPILED = {
-    "quick": ((("fp32", "default"),), ()),
-    "full": (
-        (("fp32", "default"), ("fp16", "default"), ("fp32", "max-autotune-no-cudagraphs")),
-        (("fp32", "default"),),
-    ),
-}
+#: What torch.compile is tried with: of the first shape, and of the others.
+COMPILED = (
+    (("fp32", "default"), ("fp16", "default"), ("fp32", "max-autotune-no-cudagraphs")),
+    (("fp32", "default"),),
+)
+#: Rounds of a shape, where its time suffices.
+ROUNDS = 10
 #: Products of one term in the arithmetic of a precision, for one counted product (attention has three in fp16x2).
 PRODUCTS = {"fp16x2": 2, "mixed": 2, "fp16": 1, "bf16": 1}
 MATRIX = 8192
+#: Floats of the array whose copies are timed.
+COPIED = 1 << 28
 
 
 def seconds_of(run: Callable[[], object]) -> float:
@@ -61,25 +70,36 @@ def seconds_of(run: Callable[[], object]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, limit: float) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one that does not count; no new one after ``limit``."""
-    for run in candidates.values():
-        run()
-    torch.cuda.synchronize()
-    found: dict[str, list[float]] = {name: [] for name in candidates}
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    limit: float,
+    keep: Callable[[dict[str, list[float]]], None] = lambda found: None,
+) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one that does not count; no new round after ``limit``.
+
+    ``keep`` is given what there is after every candidate of the first round, and after every other round.
+    """
+    found: dict[str, list[float]] = {}
     started = time.perf_counter()
     for index in range(rounds):
         if index and time.perf_counter() - started > limit:
             break
         for name, run in candidates.items():
-            found[name].append(seconds_of(run))
+            if not index:
+                run()
+                torch.cuda.synchronize()
+            found.setdefault(name, []).append(seconds_of(run))
+            if not index:
+                keep(found)
+        keep(found)
     return found
 
 
 def machine_rates() -> tuple[float, float]:
     """16-bit matrix products in FLOP/s on random numbers, and bytes copied (read and written) a second."""
     a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=torch.float16) for _ in range(2))
-    big = torch.randn(1 << 28, device=DEVICE)
+    big = torch.randn(COPIED, device=DEVICE)
     other = torch.empty_like(big)
     runs = {"product": lambda: a @ b, "copy": lambda: other.copy_(big)}
     found = interleaved(runs, rounds=10, limit=5.0)
@@ -140,23 +160,38 @@ def keep_fastest(found: list[dict], device: str) -> None:
     FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in others + found) + "\n]\n")
 
 
-def measure(
-    shape: Shape, rounds: int, compiled: tuple[tuple[str, str], ...], rates: tuple[float, float], limit: float
-) -> list[dict]:
-    """Rows of one shape; ``compiled`` says which batched baselines are compiled too, and how."""
-    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
-    problem = game.problem
-    problem.model.to(DEVICE)
-    corners = shape.corners(SIDE)
-    whole = CONTEXTS * corners.evaluations
-    generator = torch.Generator().manual_seed(0)
-    contexts = torch.rand(CONTEXTS, game.n, generator=generator) < torch.rand(CONTEXTS, 1, generator=generator)
-    every = (contexts[:, None] ^ corners.toggled).flatten(0, 1)
+@dataclass
+class Field:
+    """What takes turns on one shape.
 
+    Attributes
+    ----------
+    runs : dict of (coalitions, function)
+        What is timed, and on how many coalitions.
+    ways : dict of function
+        How a candidate evaluates any coalitions, to measure its rounding.
+    plans, memory : dict
+        Of the GPU engines, and the most bytes that each allocated.
+    """
+
+    shape: Shape
+    contexts: torch.Tensor
+    runs: dict[str, tuple[int, Callable[[], object]]] = field(default_factory=dict)
+    ways: dict[str, Callable[[torch.Tensor], Logits]] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> int:
+        """Coalitions of an explanation."""
+        return CONTEXTS * self.shape.corners(SIDE).evaluations
+
+
+def pytorch(made: Field, every: torch.Tensor, compiled: tuple[tuple[str, str], ...]) -> None:
+    """Add the naive loop and batched PyTorch; ``compiled`` says which of them are compiled too, and how."""
     few, batch = every[:4].to(DEVICE), every[:256].to(DEVICE)
-    reference = shape.game(heads=("mixture",), backend="reference", dtype=torch.float32, device=DEVICE).engine
-    runs: dict[str, tuple[int, Callable[[], object]]] = {"naive loop": (len(few), lambda: reference.evaluate(few))}
-    ways: dict[str, Callable[[torch.Tensor], Logits]] = {}
+    reference = made.shape.game(heads=("mixture",), backend="reference", dtype=torch.float32, device=DEVICE).engine
+    made.runs["naive loop"] = len(few), lambda: reference.evaluate(few)
 
     def batched(program) -> Callable[[torch.Tensor], Logits]:
         def run(coalitions: torch.Tensor) -> Logits:
@@ -168,82 +203,125 @@ def measure(
     for dtype in (torch.float32, torch.float16):
         kind = str(dtype).removeprefix("torch.").replace("float", "fp")
         label = f"batched SDPA {kind}"
-        fresh = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
-        plain = BatchedSDPA(fresh, dtype).to(DEVICE)
-        runs[label] = (len(batch), lambda p=plain: p(batch))
-        ways[label] = batched(plain)
+        plain = BatchedSDPA(made.shape.game(heads=("mixture",), backend="torch", device=DEVICE), dtype).to(DEVICE)
+        made.runs[label] = len(batch), lambda p=plain: p(batch)
+        made.ways[label] = batched(plain)
         for how in (how for of, how in compiled if of == kind):
             program = torch.compile(plain, mode=how, dynamic=False)
-            runs[f"{label}, torch.compile {how}"] = (len(batch), lambda p=program: p(batch))
+            made.runs[f"{label}, torch.compile {how}"] = len(batch), lambda p=program: p(batch)
+
+
+def ours(made: Field, problem: TokenProblem) -> None:
+    """Add the torch engine and every GPU engine in every precision."""
+    corners, contexts = made.shape.corners(SIDE), made.contexts
     engine = TorchEngine(problem, device=DEVICE, memory=1 << 32)
     part = max(1, 512 // corners.evaluations)
-    runs["torch engine fp32"] = (
-        part * corners.evaluations, lambda: engine.evaluate_toggles(contexts[:part], corners.toggled)
-    )  # fmt: skip
-    ways["torch engine fp32"] = engine.evaluate
-    plans, memory = {}, {}
-    for label, made in gpu_engines(problem).items():
+    made.runs["torch engine fp32"] = (
+        part * corners.evaluations,
+        lambda: engine.evaluate_toggles(contexts[:part], corners.toggled),
+    )
+    made.ways["torch engine fp32"] = engine.evaluate
+    for label, each in gpu_engines(problem).items():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        plans[label] = made.plan(*made.toggle_words(contexts, corners.toggled), group=corners.evaluations)
-        plans[label].run()
-        memory[label] = torch.cuda.max_memory_allocated() - held
-        runs[label] = (whole, plans[label].run)
-        ways[label] = made.evaluate
+        plan = each.plan(*each.toggle_words(contexts, corners.toggled), group=corners.evaluations)
+        plan.run()
+        made.plans[label], made.memory[label] = plan, torch.cuda.max_memory_allocated() - held
+        made.runs[label], made.ways[label] = (made.whole, plan.run), each.evaluate
 
-    with torch.no_grad():
-        noise = noise_shares(shape, game, ways)
-        seconds = interleaved({name: run for name, (_, run) in runs.items()}, rounds, limit)
-    per_thousand = {name: [1e6 * s / runs[name][0] for s in times] for name, times in seconds.items()}
+
+def rows_of(
+    made: Field, seconds: dict[str, list[float]], noise: dict[str, float], rates: tuple[float, float]
+) -> list[dict]:
+    """Rows of what was timed so far; none before there is a PyTorch to compare with."""
+    per_thousand = {name: [1e6 * s / made.runs[name][0] for s in times] for name, times in seconds.items()}
 
     def fastest(start: str) -> str:
-        return min((n for n in runs if n.startswith(start)), key=lambda n: statistics.median(per_thousand[n]))
-
-    pytorch, best_equal = fastest("batched"), fastest("batched SDPA fp32")
+        return min((n for n in per_thousand if n.startswith(start)), key=lambda n: statistics.median(per_thousand[n]))
 
     def times(other: str, name: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(per_thousand[other], per_thousand[name])])
 
+    if not any(name.startswith("batched SDPA fp32") for name in per_thousand):
+        return []
     rows = []
     for name, values in per_thousand.items():
         row = {
-            "shape": shape.name,
-            "tokens": list(shape.tokens),
-            "hidden": shape.hidden,
-            "experts": len(shape.tokens) + 2,
+            "shape": made.shape.name,
+            "tokens": list(made.shape.tokens),
+            "hidden": made.shape.hidden,
+            "experts": len(made.shape.tokens) + 2,
             "candidate": name,
-            "coalitions_timed": runs[name][0],
-            "scaled": runs[name][0] < whole,
+            "coalitions_timed": made.runs[name][0],
+            "scaled": made.runs[name][0] < made.whole,
             "ms_per_1000": spread(values),
-            "ms_per_explanation": spread([v * whole / 1e3 for v in values]),
+            "ms_per_explanation": spread([v * made.whole / 1e3 for v in values]),
             "noise_share": noise.get(name.split(", torch.compile")[0]),
             "times_naive": times("naive loop", name),
-            "times_fastest_pytorch": times(pytorch, name),
-            "times_pytorch_fp32": times(best_equal, name),
+            "times_fastest_pytorch": times(fastest("batched"), name),
+            "times_pytorch_fp32": times(fastest("batched SDPA fp32"), name),
         }
-        if name in plans:
-            plan = plans[name]
-            per_run = [v * whole / 1e6 for v in values]
-            row |= {
-                "launches": plan.launches,
-                "chunks": len(plan.parts()),
-                "launches_per_chunk": plan.launches // len(plan.parts()),
-                "peak_bytes": memory[name],
-                "flops": plan.flops(),
-                "configurations": plan.chunk.spec.arch,
-            }
-            products = PRODUCTS.get(plan.chunk.spec.precision)
-            if products:
-                row["share_of_matmul_rate"] = spread([products * plan.flops() / s / rates[0] for s in per_run])
+        if name in made.plans:
+            row |= plan_row(made.plans[name], made.memory[name], [v * made.whole / 1e6 for v in values], rates)
         rows.append(row)
     return rows
+
+
+def plan_row(plan: Plan, memory: int, seconds: list[float], rates: tuple[float, float]) -> dict:
+    """What a row says of a GPU engine's plan that ran in ``seconds``."""
+    row = {
+        "launches": plan.launches,
+        "chunks": len(plan.parts()),
+        "launches_per_chunk": plan.launches // len(plan.parts()),
+        "peak_bytes": memory,
+        "flops": plan.flops(),
+        "configurations": plan.chunk.spec.arch,
+    }
+    products = PRODUCTS.get(plan.chunk.spec.precision)
+    if products:
+        row["share_of_matmul_rate"] = spread([products * plan.flops() / s / rates[0] for s in seconds])
+    return row
+
+
+def measure(
+    shape: Shape,
+    rounds: int,
+    rates: tuple[float, float],
+    limit: float,
+    compiled: tuple[tuple[str, str], ...] = (),
+    keep: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """Rows of one shape: of PyTorch and the engines, or of PyTorch and what it compiles to where that is asked for.
+
+    ``keep`` is given the rows that there are after every candidate of the first round, and after every round.
+    """
+    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
+    game.problem.model.to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.rand(CONTEXTS, game.n, generator=generator) < torch.rand(CONTEXTS, 1, generator=generator)
+    made = Field(shape, contexts)
+    pytorch(made, (contexts[:, None] ^ shape.corners(SIDE).toggled).flatten(0, 1), compiled)
+    if not compiled:
+        ours(made, game.problem)
+    with torch.no_grad():
+        noise = noise_shares(shape, game, made.ways)
+        seconds = interleaved(
+            {name: run for name, (_, run) in made.runs.items()},
+            rounds,
+            limit,
+            lambda found: keep(rows_of(made, found, noise, rates)),
+        )
+    return rows_of(made, seconds, noise, rates)
 
 
 def sanitize() -> None:
     """One small chunk in every precision, of dense and of sparse blocks, to be run under compute-sanitizer."""
     dense = SHAPES["digits"]
-    fused = replace(dense, name="digits-fused", hidden=64, heads=2, layers=3)
-    for shape in (dense, fused, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
+    fused = [
+        replace(dense, name=f"digits-fused-{hidden}", hidden=hidden, heads=heads, layers=layers)
+        for hidden, heads, layers in ((64, 2, 3), (128, 4, 2), (256, 2, 2))
+    ]
+    for shape in (dense, *fused, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
         game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
         game.problem.model.set_capacity("reference")
         corners = shape.corners(2)
@@ -257,41 +335,65 @@ def sanitize() -> None:
             print(shape.name, name, "done", flush=True)
 
 
-def profile() -> None:
-    """One chunk of the largest shape by the fused kernels, to be run under a profiler."""
-    shape = SHAPES["mmimdb"]
-    game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
-    corners = shape.corners(SIDE)
-    contexts = torch.rand(1, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
-    CudaEngine(game.problem, device=DEVICE, precision="fp16x2").evaluate_toggles(contexts, corners.toggled)
-    torch.cuda.synchronize()
+class Results:
+    """Rows of bench/results/gpu.jsonl: what an earlier call on this device left, and what is measured now."""
+
+    def __init__(self) -> None:
+        self.device = torch.cuda.get_device_name()
+        before = read("gpu")
+        self.rows = before[1] if before and before[0]["machine"]["gpu"] == self.device else []
+
+    def rates(self) -> tuple[float, float]:
+        """The machine's rates, measured once."""
+        known = [row for row in self.rows if "machine_rates" in row]
+        if not known:
+            product, copied = machine_rates()
+            known = [{"machine_rates": True, "matmul_flops": product, "copy_bytes": copied}]
+            self.rows = known + self.rows
+        return known[0]["matmul_flops"], known[0]["copy_bytes"]
+
+    def whole(self, shape: str, compiled: bool) -> bool:
+        """Whether a shape was measured to its end."""
+        found = [row for row in self.rows if row.get("shape") == shape and _is_compiled(row) == compiled]
+        return bool(found) and all(row.get("complete", False) for row in found)
+
+    def keep(self, shape: str, compiled: bool, rows: list[dict]) -> None:
+        """Write a shape's rows in place of those before, and which engine was faster."""
+        rows = [row for row in rows if _is_compiled(row) == compiled]
+        others = [row for row in self.rows if row.get("shape") != shape or _is_compiled(row) != compiled]
+        self.rows = others + rows
+        write("gpu", self.rows)
+        keep_fastest(fastest(self.rows, self.device), self.device)
+
+
+def _is_compiled(row: dict) -> bool:
+    return "torch.compile" in row.get("candidate", "")
 
 
 def main() -> None:
-    """Measure, write bench/results/gpu.jsonl and print the table."""
+    """Measure, and write bench/results/gpu.jsonl after every candidate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("quick", "full", "sanitize", "profile"))
-    shapes = ["mmimdb", "enrico", "mimic", "enrico-gshard"]
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=shapes)
+    parser.add_argument("mode", choices=("times", "compiled", "sanitize"))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(MEASURED))
     parser.add_argument("--seconds", type=float, default=20.0, help="no new round of a shape after that long")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "bench.gpu: torch finds no CUDA device\n")
-    if options.mode in ("sanitize", "profile"):
-        sanitize() if options.mode == "sanitize" else profile()
+    if options.mode == "sanitize":
+        sanitize()
         return
-    rates = machine_rates()
-    rows = [{"machine_rates": True, "matmul_flops": rates[0], "copy_bytes": rates[1]}]
-    rounds = 3 if options.mode == "quick" else 10
+    results, compiling = Results(), options.mode == "compiled"
+    rates = results.rates()
     for index, name in enumerate(options.shapes):
         # Which tokens a network serves depends on the data: nothing for a compiler that fixes shapes.
-        compiled = () if SHAPES[name].gate else COMPILED[options.mode][min(index, 1)]
-        rows += measure(SHAPES[name], rounds, compiled, rates, options.seconds)
-        path = write("gpu", rows)  # after every shape: what is measured is not lost to a time limit
-        print(f"{name}: wrote {path}", flush=True)
-    device = torch.cuda.get_device_name()
-    keep_fastest(fastest(rows, device), device)
-    columns, lines, note = table(rows)
+        compiled = COMPILED[min(index, 1)] if compiling else ()
+        if results.whole(name, compiling) or compiling and SHAPES[name].gate:
+            continue
+        keep = partial(results.keep, name, compiling)
+        rows = measure(SHAPES[name], ROUNDS, rates, options.seconds, compiled, keep)
+        keep([{**row, "complete": True} for row in rows])
+        print(f"{name}: measured", flush=True)
+    columns, lines, note = table(results.rows)
     print(markdown(columns, lines), note, sep="\n\n")
 
 

@@ -30,7 +30,7 @@ from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame, exact_interactions, in
 from flmoe_fast.data.hdxor import hd_xor
 from flmoe_fast.data.splits import Part, Splits
 from flmoe_fast.files import replacing
-from flmoe_fast.games.modality_game import ModalityGame
+from flmoe_fast.games.grouped import GroupedGame
 from flmoe_fast.model.encoders import ColumnGroupEncoder, TabularTokenEncoder
 from flmoe_fast.model.training.examples import Examples
 from flmoe_fast.model.training.fit import FitSettings, fit
@@ -167,7 +167,7 @@ def measure(model: FLI2MoE, data: Splits, seed: int, options: argparse.Namespace
     for row in range(options.probed):
         features = [f[0] for f in model.encode([x[row : row + 1] for x in test.inputs])]
         game = TokenGame(model, features, masks=[m[row] for m in masks], heads=("mixture",))
-        exact = exact_interactions(ModalityGame(game), gap="strict", progress=False)
+        exact = exact_interactions(GroupedGame(game), gap="strict", progress=False)
         modality["sii"].append(exact.column("sii").mean())
         modality["strict"].append(exact.column("gap").mean())
         if row < options.probed_tokens:

@@ -1,11 +1,12 @@
 """Search tile sizes of the Triton kernels on this machine's GPU, the only place that does, and write them for its name.
 
-    python -m bench.tune [--shape mmimdb] [--precisions fp16x2 fp16] [--coalitions 484] [--dry]
+    python -m bench.tune [--shape mmimdb] [--precisions fp16x2 fp16] [--kernels qkv up] [--seconds 480] [--dry]
 
 One kernel at a time, the others at their best so far: a candidate counts by the time of a whole chunk. A shape with a
 gate (enrico-gshard) has the kernels of sparse blocks as well. Candidates that
 do not run, or give other numbers than the configuration in use, are left out. The file is
-flmoe_fast/engines/gpu/kernels/configs/<device>.json; it starts from the configurations in use.
+flmoe_fast/engines/gpu/kernels/configs/<device>.json; it starts from the configurations in use, and is written after
+every kernel. No new candidate is tried when the time is up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
@@ -85,21 +88,31 @@ class Trial:
                 return None
             return statistics.median(gpu.seconds_of(plan.run) for _ in range(ROUNDS))
 
-    def tune(self) -> dict[str, Config]:
-        """The best configuration of every kernel found."""
+    def tune(
+        self, kernels: Sequence[str], until: float, keep: Callable[[dict[str, Config]], object] = lambda found: None
+    ) -> dict[str, Config]:
+        """The best configuration found of every kernel; of ``kernels``, others than in use are tried until then.
+
+        ``keep`` is given what there is after every kernel.
+        """
         best = self.seconds({})
         if best is None:
             raise SystemExit("the configurations in use do not run here")
         print(f"{self.precision}: {1e3 * best:.2f} ms a chunk with what is in use")
-        for kernel in list(self.chosen):
+        for kernel in (name for name in kernels if name in self.chosen):
             for candidate in candidates(kernel, self.chosen[kernel]):
-                if candidate == self.chosen[kernel]:
+                if candidate == self.chosen[kernel] or time.monotonic() > until:
                     continue
                 found = self.seconds({kernel: candidate})
                 if found is not None and found < 0.995 * best:
                     best = found
                     self.chosen[kernel] = candidate
                     print(f"  {kernel}: {candidate} {1e3 * best:.2f} ms", flush=True)
+            keep(self.entries())
+        return self.entries()
+
+    def entries(self) -> dict[str, Config]:
+        """What a file of configurations holds of it."""
         return {configs.entry(name, self.precision, self.at(name)): c for name, c in self.chosen.items()}
 
 
@@ -108,7 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="mmimdb")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=["fp16x2", "fp16"])
+    parser.add_argument(
+        "--kernels", nargs="+", choices=(*KERNELS, *SPARSE_KERNELS), default=[*KERNELS, *SPARSE_KERNELS]
+    )
     parser.add_argument("--coalitions", type=int, default=484)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new candidate after that long")
     parser.add_argument("--dry", action="store_true", help="print the configurations and write nothing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -116,12 +133,16 @@ def main() -> None:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     arch = configs.arch_of(name, capability)
     found = {key: Config(**value) for key, value in configs._file(arch).items()}
+    until = time.monotonic() + options.seconds
+
+    def keep(entries: dict[str, Config]) -> None:
+        found.update(entries)
+        if not options.dry:
+            configs.write(configs.device_name(name), found)
+
     for precision in options.precisions:
-        found |= Trial(options.shape, precision, options.coalitions, arch).tune()
-    if options.dry:
-        print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    else:
-        print("wrote", configs.write(configs.device_name(name), found))
+        Trial(options.shape, precision, options.coalitions, arch).tune(options.kernels, until, keep)
+    print("\n".join(f"{key}: {value}" for key, value in found.items()))
 
 
 if __name__ == "__main__":

@@ -71,10 +71,12 @@ py::dict info() {
   about["compiler"] = FLMOE_COMPILER;
 #ifdef FLMOE_WITH_CUDA
   about["cuda"] = true;
+  about["without_cuda"] = "";
   about["nvcc"] = FLMOE_NVCC;
   about["archs"] = FLMOE_ARCHS;
 #else
   about["cuda"] = false;
+  about["without_cuda"] = FLMOE_WITHOUT_CUDA;
   about["nvcc"] = "";
   about["archs"] = "";
 #endif
@@ -86,7 +88,7 @@ py::dict info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ core: functions over raw addresses, which flmoe_fast.coalitions and flmoe_fast.engines use.";
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("info", &info, "What this module was built with: cuda, nvcc, archs, compiler, version.");
+  m.def("info", &info, "What this module was built with: cuda, or why without it, nvcc, archs, compiler, version.");
   m.def("pack", &pack, release(), py::arg("bytes"), py::arg("words"), py::arg("coalitions"), py::arg("players"));
   m.def("unpack", &unpack, release(), py::arg("words"), py::arg("bytes"), py::arg("coalitions"), py::arg("players"));
   m.def("sample_contexts", &sample_contexts, release(), py::arg("words"), py::arg("sizes"), py::arg("units"),

@@ -8,8 +8,8 @@ explain: one call from a model and a sample to ranked pairs, and its steps one b
     explain, Explanation, text_players, image_players, image_token_players, grid_players, player_scores,
     candidate_players, cross_pairs
 
-ask: what the value of a decoder's prompt is.
-    answer_logprob, next_token, contrast, Question; PromptGame for a model that is served
+ask: what a prompt is worth, to a decoder or a served model.
+    answer_logprob, next_token, contrast, Question, PromptGame
 
 adapt: models: those one already has, and FL-I2MoE.
     accelerate, AcceleratedModel, AcceleratedMoE, FLI2MoE, FLI2MoEConfig, TokenGame, load_checkpoint,

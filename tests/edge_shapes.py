@@ -124,3 +124,17 @@ BACKEND_EDGES = [
     Edge("InterpretCC", (1, 1), None, generation="original", fusion="interpretcc"),
     Edge("InterpretCC, four modalities", (1, 1, 1, 1), None, generation="original", fusion="interpretcc"),
 ]
+
+#: For GPUs: every width and head width of the fused kernels, in a layer behind the first, whose scores and values have
+#: tiles and swizzles of their own for every head width; tiles that are not full; and one layer alone.
+FUSED_EDGES = [
+    Edge("33 + 31 tokens, two heads of 32", (33, 31), (33, 30), hidden=64, heads=2),
+    Edge("50 + 25 tokens, one head of 64", (50, 25), (50, 25), hidden=64, heads=1),
+    Edge("20 + 35 tokens, four heads of 32", (20, 35), (20, 33), hidden=128, heads=4),
+    Edge("45 + 30 tokens, two heads of 64", (45, 30), (45, 28), hidden=128, heads=2),
+    Edge("30 + 45 tokens, one head of 128", (30, 45), (30, 45), hidden=128, heads=1),
+    Edge("66 + 65 tokens, four heads of 64", (66, 65), (66, 64), hidden=256, heads=4),
+    Edge("40 + 35 tokens, two heads of 128", (40, 35), (40, 35), hidden=256, heads=2),
+    Edge("70 + 75 tokens, one head of 256", (70, 75), (70, 75), hidden=256, heads=1),
+    Edge("70 + 75 tokens, one head of 256, one layer", (70, 75), (70, 75), hidden=256, heads=1, layers=1),
+]

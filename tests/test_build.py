@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -71,12 +72,45 @@ def test_every_kernel_compiles_without_spills():
             assert any(arch in line and f" {kernel}<" in line for line in output.splitlines()), (arch, kernel)
 
 
+@pytest.fixture(scope="module")
+def checks():
+    """csrc/check.py as a module."""
+    spec = importlib.util.spec_from_file_location("source_checks", ROOT / "csrc" / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("used", "wanted", "found"),
+    [
+        ("Used 167 registers, used 1 barriers, 496 bytes cmem[0]", True, ""),
+        ("Used 4 registers, used 0 barriers, 1024 bytes smem, 496 bytes cmem[0]", False, ""),
+        ("Used 4 registers, used 0 barriers, 496 bytes cmem[0]", False, "neither a kernel nor a stub that stops"),
+        ("Used 4 registers, used 0 barriers, 1024 bytes smem, 496 bytes cmem[0]", True, "a stub"),
+    ],
+)
+def test_code_that_would_compute_nothing_is_seen(checks, used, wanted, found):
+    """Code for one architecture has a kernel or a stub that stops the program, never an empty body."""
+    log = "Compiling entry function '_Z5fusedILi2EEv' for 'sm_90'\n0 bytes stack frame, 0 bytes spill stores, "
+    (kernel,) = checks.RESOURCES.finditer(f"{log}0 bytes spill loads\nptxas info    : {used}\n")
+    assert checks.fault(kernel, wanted) == found
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_plain_90_is_refused(tmp_path):
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DFLMOE_MODULE=OFF", "-DFLMOE_CUDA_ARCHS=80;90"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "got '90', expected '90a'" in " ".join(result.stderr.split())
+
+
 @needs_extension
 def test_extension_says_what_it_is():
     info = EXTENSION.info()
-    assert set(info) == {"cuda", "archs", "compiler", "nvcc", "version"}
+    assert set(info) == {"cuda", "without_cuda", "archs", "compiler", "nvcc", "version"}
     assert info["version"] == flmoe_fast.__version__
-    assert bool(info["archs"]) == bool(info["nvcc"]) == info["cuda"]
+    assert bool(info["archs"]) == bool(info["nvcc"]) == info["cuda"] == (not info["without_cuda"])
+    assert info["without_cuda"] in backends()["cuda"].reason
 
 
 @needs_extension

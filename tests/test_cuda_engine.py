@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
 import torch
-from edge_shapes import Edge, sparse
+from edge_shapes import FUSED_EDGES, Edge, sparse
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
@@ -182,3 +183,45 @@ def test_auto_takes_what_was_faster(monkeypatch):
 def test_reason_names_the_extension(monkeypatch):
     monkeypatch.setattr(cuda_engine, "extension", lambda: (None, "not compiled here"))
     assert CudaEngine.why_not(Request(torch.float32, DEVICE, problem_of(TINY))) == "not compiled here"
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("cuda", "error", "reason"),
+    [
+        (False, "", "the extension has no CUDA kernels: built where there was no nvcc"),
+        (True, "CUDA error 209", "the kernels do not load on GPU: fused_fit: CUDA error 209"),
+        (True, "", "a block needs 231472 bytes of shared memory, and the device has 101376"),
+    ],
+)
+def test_what_a_device_lacks_is_a_reason_and_no_error(cuda: bool, error: str, reason: str, monkeypatch):
+    """So that "auto" goes on to the next engine."""
+
+    class Extension:
+        @staticmethod
+        def info():
+            return {"cuda": cuda, "without_cuda": "" if cuda else "built where there was no nvcc"}
+
+        fused_supported = staticmethod(lambda hidden, depth: True)
+
+        @staticmethod
+        def fused_fit(hidden):
+            if error:
+                raise RuntimeError(f"fused_fit: {error}")
+            return 0, 231472, 101376
+
+    monkeypatch.setattr(cuda_engine, "extension", lambda: (Extension, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert CudaEngine.why_not(Request(torch.float32, torch.device("cuda"), problem_of(TINY))) == reason
+
+
+def test_a_gpu_is_asked_for_every_fused_kernel():
+    """Every width and head width, in a layer behind the first; and the last kernel without attention."""
+    widths = [2**power for power in range(4, 11)]
+    there = {(hidden, depth) for hidden in widths for depth in widths if EXTENSION.fused_supported(hidden, depth)}
+    assert len(there) == 8
+    assert {(edge.hidden, edge.hidden // edge.heads) for edge in FUSED_EDGES if edge.layers > 1} == there
+    assert any(edge.layers == 1 for edge in FUSED_EDGES)

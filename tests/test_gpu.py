@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from edge_shapes import Edge, sparse
+from edge_shapes import FUSED_EDGES, Edge, sparse
 
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
@@ -25,8 +25,6 @@ from flmoe_fast.probes.grid import CornerGrid
 pytestmark = pytest.mark.gpu
 LARGE = Edge("320 + 196 tokens", (320, 196), (320, 196), hidden=256, heads=4)
 MEDIUM = Edge("90 + 70 tokens, three layers", (90, 80), (90, 70), hidden=128, heads=4, layers=3)
-NARROW = Edge("33 + 31 tokens, two heads of 32", (33, 31), (33, 30), hidden=64, heads=2)
-ONE_HEAD = Edge("70 + 75 tokens, one head of 256", (70, 75), (70, 75), hidden=256, heads=1, layers=1)
 #: Every token uses both networks, so that no choice hangs on rounding, however coarse.
 BOTH = Edge("160 + 150 tokens, both networks", (160, 150), (160, 150), hidden=256, heads=4, gate="naive", ffn_experts=2)
 #: Sparse blocks before another layer and at the end, and queues longer than the room.
@@ -91,7 +89,7 @@ def test_every_precision_equals_float64(edge: Edge, precision: str):
 
 
 @pytest.mark.parametrize("precision", FUSED_PRECISIONS)
-@pytest.mark.parametrize("edge", [LARGE, MEDIUM, NARROW, ONE_HEAD], ids=lambda e: e.name)
+@pytest.mark.parametrize("edge", [LARGE, MEDIUM, *FUSED_EDGES], ids=lambda e: e.name)
 def test_fused_kernels_equal_float64(edge: Edge, precision: str):
     corners, contexts = grid(edge)
     found = engine(edge, precision, "cuda").evaluate_toggles(contexts, corners.toggled).experts.cpu()

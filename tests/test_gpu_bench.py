@@ -38,7 +38,9 @@ def no_device(monkeypatch, tmp_path):
 
 
 def test_rows_are_written_and_shown(no_device, tmp_path):
-    rows = gpu.measure(TINY, rounds=2, compiled=(), rates=(1e12, 1e12), limit=60.0)
+    kept = []
+    rows = gpu.measure(TINY, rounds=2, rates=(1e12, 1e12), limit=60.0, keep=kept.append)
+    assert [len(part) for part in kept] == [0, 2, 3, 4, 5, 5, 5] and kept[-1] == rows
     names = [row["candidate"] for row in rows]
     assert names == ["naive loop", "batched SDPA fp32", "batched SDPA fp16", "torch engine fp32", "triton fp16"]
     ours = rows[-1]
@@ -46,21 +48,24 @@ def test_rows_are_written_and_shown(no_device, tmp_path):
     assert 0 < ours["noise_share"] < 1 and rows[3]["noise_share"] < ours["noise_share"]
     assert rows[0]["scaled"] is False  # this explanation is no larger than the part that is timed
     timing.write("gpu", [{"machine_rates": True, "matmul_flops": 1e12, "copy_bytes": 1e12}, *rows])
-    shown = tables.gpu()
+    shown = tables.text("gpu")
     assert shown.count("| tiny |") == 5 and "triton fp16" in shown
     assert all(json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines())
 
 
 def test_not_measured_where_there_is_no_file(no_device):
-    assert tables.gpu() == "not measured"
+    assert tables.text("gpu") == "not measured"
 
 
 def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SHAPES", {"digits": TINY})
     gpu.sanitize()
-    fused = "digits-fused cuda fp16 done\n" if extension()[0] else ""
-    expected = f"tiny triton fp16 done\ndigits-fused triton fp16 done\n{fused}digits-gshard triton fp16 done\n"
-    assert capsys.readouterr().out == expected
+    expected = ["tiny triton fp16 done"]
+    for width in (64, 128, 256):
+        expected.append(f"digits-fused-{width} triton fp16 done")
+        if extension()[0]:
+            expected.append(f"digits-fused-{width} cuda fp16 done")
+    assert capsys.readouterr().out.splitlines() == [*expected, "digits-gshard triton fp16 done"]
 
 
 def test_which_engine_was_faster_is_kept_by_device(monkeypatch, tmp_path):
@@ -88,13 +93,15 @@ def test_tuner_keeps_what_is_faster_and_can_run(no_device, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, used: [broken, faster] if kernel == "up" else [])
     seconds = iter((3.0, 1.0))
     monkeypatch.setattr(gpu, "seconds_of", lambda run: next(seconds))
-    found = tune.Trial("tiny", "fp16", 1, "sm_90").tune()
+    kept = []
+    found = tune.Trial("tiny", "fp16", 1, "sm_90").tune(KERNELS, float("inf"), kept.append)
+    assert len(kept) == len(KERNELS) and kept[-1] == found
     assert found["up/fp16"] == faster
     assert {name.split("/")[0] for name in found} == set(KERNELS)
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
-    monkeypatch.setattr("sys.argv", ["bench.gpu", "quick"])
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "times"])
     with pytest.raises(SystemExit):
         gpu.main()

@@ -8,7 +8,7 @@ import torch
 
 from flmoe_fast import FLI2MoE, FLI2MoEConfig, TokenGame, exact_interactions, load_checkpoint, save_checkpoint
 from flmoe_fast.checks import ArgumentError
-from flmoe_fast.games.modality_game import ModalityGame
+from flmoe_fast.games.grouped import GroupedGame
 from flmoe_fast.model.checkpoint import CheckpointError, load_weights
 from flmoe_fast.model.encoders import (
     ColumnGroupEncoder,
@@ -138,7 +138,7 @@ def test_all_roles_are_none():
 def test_modalities_as_players():
     edge = next(edge for edge in EDGES if edge.name == "absent modality")
     game = edge.game()
-    whole = ModalityGame(game)
+    whole = GroupedGame(game)
     assert whole.n == 2 and whole.player_names == ("m0", "m2") and whole.heads == game.heads
     first = torch.tensor([p in game.groups[0][1] for p in range(game.n)])
     rows = torch.stack([torch.zeros_like(first), first, ~first, torch.ones_like(first)])
@@ -147,10 +147,10 @@ def test_modalities_as_players():
     values = game(rows)[:, 0]
     result = exact_interactions(whole, progress=False)
     assert result.column("sii")[0] == pytest.approx(float(values[3] - values[1] - values[2] + values[0]), abs=1e-12)
-    assert whole.precise() is None and ModalityGame(edge.game(dtype=torch.float32)).precise().n == 2
+    assert whole.precise() is None and GroupedGame(edge.game(dtype=torch.float32)).precise().n == 2
     assert whole.about()["players"] == "modalities"
-    with pytest.raises(ArgumentError, match="tokens"):
-        ModalityGame(edge.game(players=[(0, 1), (), ()]))
+    with pytest.raises(ArgumentError, match="groups: got 1 groups"):
+        GroupedGame(edge.game(players=[(0, 1), (), ()]))
 
 
 def test_encoders_of_tables():

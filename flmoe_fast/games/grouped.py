@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flmoe_fast.checks import ArgumentError
+from flmoe_fast.checks import ArgumentError, shape
 from flmoe_fast.games.game import Game
 
 
@@ -25,6 +25,7 @@ class GroupedGame(Game):
     """
 
     def __init__(self, game: Game, groups: Mapping[str, Sequence[int]] | None = None):
+        self._kind = "modalities" if groups is None else "groups"
         if groups is None:
             groups = {name: players for name, players in game.groups or () if len(players)}
         if len(groups) < 2:
@@ -48,7 +49,8 @@ class GroupedGame(Game):
         return self.game.heads
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
-        absent = (~coalitions.bool()).double() @ self.member.double() > 0
+        shape("coalitions", coalitions, (None, self.n), "(C, n)")
+        absent = (~coalitions.bool().cpu()).double() @ self.member.double() > 0
         return self.game(~absent)
 
     def precise(self) -> Game | None:
@@ -59,4 +61,4 @@ class GroupedGame(Game):
         return GroupedGame(precise, groups)
 
     def about(self) -> dict[str, Any]:
-        return self.game.about()
+        return {**self.game.about(), "players": self._kind}

@@ -7,7 +7,7 @@ import torch
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.budget import MOST_ROWS
 from flmoe_fast.probes.drawing import complementary
-from flmoe_fast.probes.draws import SHARED, gap_estimate
+from flmoe_fast.probes.draws import LISTED_PLAYERS, SHARED, gap_estimate, levels_of
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate, complete_players
@@ -46,6 +46,10 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     process = ParityProcess(drawn, values[:, 0], values[:, 1])
     sii, variance = process.index(grid.pairs, "SII", 2)
     variance = widened(variance)
+    stepped = game.n <= LISTED_PLAYERS and all(levels_of(column) is not None for column in values.flatten(0, 1).T)
+    if stepped:  # the index of the game on its levels, which is exact once every step is found
+        on_levels = gap_estimate(process, grid, "sum", run.seed)
+        sii, variance = -on_levels.value, on_levels.variance
     gaps, gap_variance, degrees = gaps_of(run, process, grid, sii, variance)
     also = {}
     for (name, order), members in wanted_members(run, grid).items():
@@ -66,7 +70,7 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
         noise,
         checks,
         also,
-        {"rough": process.half(1).scales.rough},
+        {"rough": process.half(1).scales.rough, "levels": stepped},
     )
 
 

@@ -4,7 +4,8 @@ A gap is no linear function of values, so the gap of a mean is not the mean of g
 have to vary. Whole games are drawn from the posterior (a draw from the prior, conditioned by Matheron's rule, in pairs
 of opposite deviations), and every draw has its gaps. How far values deviate depends on their size: next to zero a
 probability varies little. So deviations are scaled by the left-out errors of evaluated coalitions of about the same
-predicted value, and draws stay within the range of the values seen.
+predicted value, and draws stay within the range of the values seen; where these are a few levels, on
+the levels: next to a tie, errors of any size bias a maximum.
 
 The gaps of the posterior mean are too smooth and the mean gaps of the draws too rough. The estimate lies half way, and
 the squared distance of the two is part of its variance beside that of the draws.
@@ -37,11 +38,13 @@ LISTED_PLAYERS, WORK = 16, 1 << 24
 MOST_DRAWS, FEWEST_DRAWS = 16, 8
 #: Share of the left-out errors that those of about the same prediction are.
 LOCAL = 1 / 16
+#: Most levels.
+LEVELS = 16
 #: Share of the pairs' mean variance in each pair's.
 SHARED = 0.2
 #: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
 #: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
-WIDER, SCALES = {"max": 1.25, "strict": 1.25, "ratio": 3.0}, 4.0
+WIDER, SCALES = {"sum": 1.25, "max": 1.25, "strict": 1.25, "ratio": 4.0}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
 #: These contexts are independent of all that are evaluated on the game.
@@ -138,6 +141,7 @@ class Drawn:
         self._halves = {sign: _DrawnHalf(process.half(sign), count // 2, self.generator) for sign in (1, -1)}
         self._seen = torch.cat([process.values, process.complements])
         self._least, self._most = self._seen.min(0).values, self._seen.max(0).values
+        self._levels = [levels_of(column) for column in self._seen.T]
         self._local = _local_scales(process, self._seen)
         words = pack(torch.cat([process.coalitions, ~process.coalitions]))
         self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
@@ -169,7 +173,18 @@ class Drawn:
             size[:, head] = scale[at]
         deviation = deviation * size[:, None]
         values = torch.cat([mean[:, None], mean[:, None] + deviation, mean[:, None] - deviation], 1)
-        return values.clamp(self._least, self._most)
+        values = values.clamp(self._least, self._most)
+        for head, levels in enumerate(self._levels):
+            if levels is not None:
+                between = (levels[1:] + levels[:-1]) / 2
+                values[..., head] = levels[torch.bucketize(values[..., head].contiguous(), between)]
+        return values
+
+
+def levels_of(values: torch.Tensor) -> torch.Tensor | None:
+    """The values (L,) that a game takes where these are few, as in a decision tree; None where they are not."""
+    levels = values.unique()
+    return levels if len(levels) <= min(LEVELS, len(values) // 8) else None
 
 
 def _local_scales(process: ParityProcess, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

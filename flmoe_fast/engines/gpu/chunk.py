@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -250,15 +250,26 @@ def _coalition_logits(
     _check(words, [*tensors, workspace])
     group, offset, contexts = place
     part = Part(len(words), contexts, group, offset, len(chunk.varying))
-    listed = steps(spec, part)
+    for step, run in launches(chunk, words, part, workspace, results):
+        step.launch(run)
+    return results
+
+
+def launches(
+    chunk: Chunk, words: torch.Tensor, part: Part, workspace: torch.Tensor, results: Results
+) -> Iterator[tuple[Step, Run]]:
+    """Every step of a chunk with what it is to be launched on, in order.
+
+    ``results`` are logits (C, E, K), routing (C, E) and mixture (C, K) to write, float64.
+    """
+    listed = steps(chunk.spec, part)
     places = Layout(step.writes for step in listed)
     if workspace.dtype != torch.uint8 or workspace.numel() < places.bytes:
         raise ArgumentError("workspace", f"{workspace.numel()} bytes", f"at least {places.bytes} bytes of torch.uint8")
     arrays: dict[str, torch.Tensor] = {}
     for step in listed:
         arrays |= {name: places.view(workspace, name, array) for name, array in step.writes.items()}
-        step.launch(Run(chunk, words, part, arrays, results))
-    return results
+        yield step, Run(chunk, words, part, arrays, results)
 
 
 def _results(words: torch.Tensor, spec: Spec) -> Results:

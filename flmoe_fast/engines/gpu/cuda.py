@@ -42,20 +42,20 @@ class CudaEngine(TritonEngine):
 
     @classmethod
     def missing(cls, request: Request) -> str:
-        reason = super().missing(request)
-        if reason:
-            return reason
         module, lacking = extension()
         if module is None:
             return lacking
-        if request.device.type != "cuda":
-            return ""
-        if not module.info()["cuda"]:
-            return "the extension was built without CUDA kernels"
-        if request.problem is None:
-            return ""
-        with torch.cuda.device(request.device):
-            groups, needed, limit = module.fused_fit(request.problem.model.config.hidden)
+        on_device = request.device.type == "cuda"
+        if on_device and not module.info()["cuda"]:
+            return f"the extension has no CUDA kernels: {module.info()['without_cuda']}"
+        reason = super().missing(request)
+        if reason or not on_device or request.problem is None:
+            return reason
+        try:
+            with torch.cuda.device(request.device):
+                groups, needed, limit = module.fused_fit(request.problem.model.config.hidden)
+        except RuntimeError as error:  # no code for this device among what was built, for one
+            return f"the kernels do not load on {torch.cuda.get_device_name(request.device)}: {error}"
         return "" if groups else f"a block needs {needed} bytes of shared memory, and the device has {limit}"
 
     @classmethod
