@@ -1,4 +1,4 @@
-"""Writes docs/reference.md: the public names with their signatures and docstrings.
+"""Writes docs/reference/*.md: the public names with their signatures and docstrings.
 
 python docs/reference.py [--check]
 """
@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parent / "reference.md"
-#: Where users look beyond the names of the package itself, in the order of the page.
+FOLDER = Path(__file__).parent / "reference"
+#: Where users look beyond the names of the package itself, in the order of their page.
 FURTHER = (
     "flmoe_fast.probes.surrogate.Surrogate",
     "flmoe_fast.probes.indices.IndexEstimate",
@@ -60,18 +60,45 @@ def _text(item: object) -> str:
                   flags=re.MULTILINE)  # fmt: skip
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[str, str]:
+    """Every page by its file's name: an index, one for each group of public names, and one beyond them."""
     package = importlib.import_module("flmoe_fast")
-    entries = [entry(f"flmoe_fast.{name}", getattr(package, name)) for name in package.__all__]
-    for path in FURTHER:
-        module, _, name = path.rpartition(".")
-        entries.append(entry(path, getattr(importlib.import_module(module), name)))
-    head = "# Reference\n\nMade from the docstrings by `python docs/reference.py`."
-    return "\n\n".join([head, *entries]) + "\n"
+    about = dict(re.findall(r"^(\w+): (.+)$", package.__doc__ or "", re.MULTILINE))
+    lines, found = ["# Reference", "", "Made from the docstrings by `python docs/reference.py`.", ""], {}
+    groups = {name: {n: f"flmoe_fast.{n}" for n in members} for name, members in package.GROUPS.items()}
+    groups["more"] = {path.rpartition(".")[2]: path for path in FURTHER}
+    about["more"] = "what is not needed every day, and the explainers of other packages."
+    for group, members in groups.items():
+        entries = [entry(path, _item(path)) for path in members.values()]
+        title = f"# {group.capitalize()}\n\n{about[group][0].upper()}{about[group][1:]}"
+        found[f"{group}.md"] = "\n\n".join([title, *entries]) + "\n"
+        lines += [f"## [{group.capitalize()}]({group}.md)", "", about[group], ""]
+        lines += [f"- [`{name}`]({group}.md#{_anchor(path)}): {_first(_item(path))}" for name, path in members.items()]
+        lines.append("")
+    return {"index.md": "\n".join(lines), **found}
+
+
+def _item(path: str) -> object:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _anchor(path: str) -> str:
+    """What a heading of a name is called in a link, on GitHub and in the site alike."""
+    return path.lower().replace(".", "")
+
+
+def _first(item: object) -> str:
+    return _text(item).partition("\n\n")[0].replace("\n", " ")
 
 
 if __name__ == "__main__":
+    wanted = pages()
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text() == page() else f"{PAGE}: run python docs/reference.py")
-    PAGE.write_text(page())
+        kept = {path.name: path.read_text() for path in FOLDER.glob("*.md")}
+        sys.exit(0 if kept == wanted else f"{FOLDER}: run python docs/reference.py")
+    FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.glob("*.md"):
+        old.unlink()
+    for name, text in wanted.items():
+        (FOLDER / name).write_text(text)

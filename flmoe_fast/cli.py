@@ -1,13 +1,16 @@
 """The command line: ``flmoe-fast demo | train | explain | faithfulness | report | doctor``.
 
-Bad input is answered by one line on stderr that names the argument or the file, and exit code 2.
+Bad input is answered by one line on stderr that names the argument or the file, and exit code 2. With ``--json`` a
+command prints one JSON object, and what else it has to say on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -18,9 +21,9 @@ import torch
 from flmoe_fast.checks import ArgumentError, device
 from flmoe_fast.data.errors import DataError
 from flmoe_fast.data.sample import load_sample
-from flmoe_fast.engines.backends import doctor
+from flmoe_fast.engines.backends import backends, doctor
 from flmoe_fast.engines.choose import BACKENDS
-from flmoe_fast.environment import MissingExtra
+from flmoe_fast.environment import MissingExtra, environment
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint
 from flmoe_fast.model.config import CAPACITIES, GATES, TASKS
 from flmoe_fast.pipeline.explain import DEFAULT_CANDIDATES, Explanation, explain
@@ -30,6 +33,8 @@ from flmoe_fast.probes.indices import ORDERS
 from flmoe_fast.probes.interactions import METHODS
 
 BAD_INPUT, INTERRUPTED = 2, 130
+#: What a command says to a person, and the same for a program.
+Answer = tuple[str, Any]
 #: What explains a sample where nothing else is given.
 _EXPLAIN: dict[str, Any] = {
     **dict.fromkeys(("sample", "out", "contexts", "budget", "target", "dtype", "device")),
@@ -43,6 +48,7 @@ _EXPLAIN: dict[str, Any] = {
     "backend": "auto",
     "progress": True,
 }
+_GOES_ON = "what is finished stays, and the same command goes on from there"
 _STORED = tuple("modalities heads temperature task gate top_k capacity gumbel_temperature gate_threshold".split())
 
 
@@ -52,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
-            arguments.run(arguments)
+            text, found = arguments.run(arguments)
+            print(json.dumps(found, default=str) if arguments.json else text)
         except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError, FloatingPointError) as problem:
             print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
+            print(f"\nflmoe-fast: stopped; {arguments.stopped}", file=sys.stderr)
             return INTERRUPTED
     return 0
 
@@ -83,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
     demo.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, stopped="it starts anew each time")
 
     steps = {
         "train": (_train, "train a model on a data set, or go on where a run was stopped"),
@@ -94,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         step = commands.add_parser(name, help=text)
         step.add_argument("settings", metavar="RUN.toml", help="what the run is, see the README")
         step.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
-        step.set_defaults(run=run)
+        step.set_defaults(run=run, stopped=_GOES_ON)
 
     # What is not given is left out, so that what is given is known; _EXPLAIN says what stands for the rest.
     one = commands.add_parser(
@@ -141,52 +149,67 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--capacity", choices=CAPACITIES, help="whether a network's tokens are limited (none)")
     stored.add_argument("--gumbel-temperature", type=float, help="of InterpretCC gates")
     stored.add_argument("--gate-threshold", type=float, help="of InterpretCC gates")
-    one.set_defaults(run=_explain, parser=one)
+    one.set_defaults(run=_explain, parser=one, stopped=_GOES_ON)
 
-    commands.add_parser("doctor", help="what can run here, and why not").set_defaults(run=lambda _: print(doctor()))
+    commands.add_parser("doctor", help="what can run here, and why not").set_defaults(run=_doctor, stopped="")
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", default=False, help="print what was found as JSON")
     return parser
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _doctor(_: argparse.Namespace) -> Answer:
+    return doctor(), {"environment": environment(), "backends": [dataclasses.asdict(one) for one in backends()]}
+
+
+def _demo(arguments: argparse.Namespace) -> Answer:
     # Only this command needs scikit-learn, pandas and matplotlib at once.
     from flmoe_fast.demo.run import Size, run
 
     size = Size() if arguments.epochs is None else dataclasses.replace(Size(), epochs=arguments.epochs)
-    run(arguments.out, seed=arguments.seed, size=size, progress=arguments.progress)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        found = run(arguments.out, seed=arguments.seed, size=size, progress=arguments.progress)
+    return "", found
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> Answer:
     from flmoe_fast.runs.settings import read_settings
     from flmoe_fast.runs.train import train
 
     settings = read_settings(arguments.settings)
     metrics = train(settings, arguments.progress)
-    for part in ("valid", "test"):
-        if part in metrics:
-            print(f"{part:6}" + "  ".join(f"{name} {value:.4f}" for name, value in metrics[part].items()))
-    print(f"Written to {settings.out}: model.safetensors, metrics.json, predictions.npz, training.jsonl, training.csv")
+    lines = [
+        f"{part:6}" + "  ".join(f"{name} {value:.4f}" for name, value in metrics[part].items())
+        for part in ("valid", "test")
+        if part in metrics
+    ]
+    files = "model.safetensors, metrics.json, predictions.npz, training.jsonl, training.csv"
+    return "\n".join([*lines, f"Written to {settings.out}: {files}"]), {"out": settings.out, **metrics}
 
 
-def _faithfulness(arguments: argparse.Namespace) -> None:
+def _faithfulness(arguments: argparse.Namespace) -> Answer:
     from flmoe_fast.runs.faithfulness import measure_faithfulness
     from flmoe_fast.runs.settings import read_settings
 
     settings = read_settings(arguments.settings)
-    for method, table in measure_faithfulness(settings, arguments.progress).items():
+    tables = measure_faithfulness(settings, arguments.progress)
+    lines = []
+    for method, table in tables.items():
         first = table.iloc[0]
         gaps = [f"{name} gap {first[f'aopc_{name}_prob_gap']:+.4f}" for name in ("comprehensiveness", "sufficiency")]
-        print(f"{method:10} AOPC " + "  ".join(gaps))
-    print(f"Written to {settings.out / 'faithfulness'}")
+        lines.append(f"{method:10} AOPC " + "  ".join(gaps))
+    found = {method: json.loads(table.to_json(orient="records")) for method, table in tables.items()}
+    return "\n".join([*lines, f"Written to {settings.out / 'faithfulness'}"]), found
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace) -> Answer:
     from flmoe_fast.runs.page import report_run
     from flmoe_fast.runs.settings import read_settings
 
-    print(f"Written to {report_run(read_settings(arguments.settings))}")
+    path = report_run(read_settings(arguments.settings))
+    return f"Written to {path}", {"report": path}
 
 
-def _explain(given: argparse.Namespace) -> None:
+def _explain(given: argparse.Namespace) -> Answer:
     arguments = argparse.Namespace(**{**_EXPLAIN, **dict.fromkeys(_STORED), **vars(given)})
     if Path(arguments.model).suffix == ".toml" and arguments.sample is None:
         from flmoe_fast.runs.explain import explain_samples
@@ -199,8 +222,7 @@ def _explain(given: argparse.Namespace) -> None:
             arguments.parser.error(f"{', '.join(useless)} beside {arguments.model}: its section [explain] says this")
         settings = read_settings(arguments.model)
         folders = explain_samples(settings, arguments.progress)
-        print(f"{len(folders)} samples in {settings.out / 'samples'}")
-        return
+        return f"{len(folders)} samples in {settings.out / 'samples'}", {"samples": folders}
     missing = [label for label, name in (("SAMPLE", "sample"), ("--out", "out")) if getattr(arguments, name) is None]
     if missing:
         arguments.parser.error(f"the following arguments are required: {', '.join(missing)} (or a RUN.toml alone)")
@@ -232,7 +254,8 @@ def _explain(given: argparse.Namespace) -> None:
     (out / "report.txt").write_text(text + "\n")
     _heat_maps(found, out / "heatmap.png")
     files = "report.txt, heatmap.png, interactions.csv, interactions.npz, importance.csv"
-    print(f"{text}\n\nWritten to {out}: {files}{', indices.csv' if arguments.also else ''}")
+    written = f"Written to {out}: {files}{', indices.csv' if arguments.also else ''}"
+    return f"{text}\n\n{written}", {"out": out, **found.prediction, "result": json.loads(found.interactions.to_json())}
 
 
 def _heat_maps(found: Explanation, path: Path) -> None:

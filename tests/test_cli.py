@@ -134,6 +134,28 @@ def test_method_and_other_indices(folder, tmp_path, capsys):
     assert not (tmp_path / "plain" / "indices.csv").exists()
 
 
+def test_json_is_one_object(folder, tmp_path, capsys):
+    assert explain(folder, tmp_path, "--contexts", "4", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = flmoe_fast.InteractionResult.load(tmp_path / "interactions.npz")
+    assert printed["result"]["sii"] == found.sii.tolist() and 0 < printed["full"] < 1
+    assert main(["doctor", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["environment"]["torch"] == torch.__version__
+    assert {backend["name"] for backend in printed["backends"]} >= {"cpu", "torch", "reference"}
+
+
+def test_interrupted_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('[data]\nkind = "digits"\n[model]\nhidden = 8\n')
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flmoe_fast.runs.train.train", stop)
+    assert main(["train", str(tmp_path / "run.toml")]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
 def test_several_targets_of_a_multilabel_model(folder, tmp_path):
     flmoe_fast.save_checkpoint(make_model("multilabel"), tmp_path / "model.pth")
     options = ["--target", "0", "2", "--contexts", "4"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import html
+import json
 import re
 from html.parser import HTMLParser
 
@@ -190,6 +191,12 @@ def test_players_are_called_what_a_person_calls_them(run):
     folder = sorted(path.name for path in (run.parent / "run" / "samples").glob("test-*"))[0]
     assert f"Files: samples/{folder}." in text
     assert html.escape(row["caption"]) in re.sub("</?mark>", "", text)  # with its spaces, without <s>
+
+
+def test_effective_settings_are_kept(run):
+    kept = json.loads((run.parent / "run" / "settings.json").read_text())
+    assert kept["training"]["epochs"] == 2 and kept["explain"]["part"] == "test"  # given, and by default
+    assert kept["data"]["path"] == str(run.parent / "table.csv")
 
 
 def test_records_hold_what_was_read(run):

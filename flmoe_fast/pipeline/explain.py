@@ -67,9 +67,9 @@ class Explanation:
     def _about(self) -> str:
         """What was explained, in one line."""
         said = self.prediction
+        of = "" if said["target"] is None else f" of target {said['target']}"
         return (
-            f"Explanation of target {said['target']}: {said['full']:.4f} with all {self.game.n} players present, "
-            f"{said['empty']:.4f} with none; {self.seconds:.1f} s"
+            f"Explanation{of}: {said['full']:.4f} with all {self.game.n} players present, {said['empty']:.4f} with none"
         )
 
     def top(self, k: int = 10, by: str = "abs_sii", head: str | int | None = None) -> pandas.DataFrame:

@@ -292,7 +292,7 @@ class InteractionResult:
             raise ArgumentError("path", str(path), "a name ending in .npz")
         arrays, rest = self.parts()
         with replacing(path) as file:
-            np.savez(file, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
+            np.savez(file, allow_pickle=False, _json=np.array(json.dumps({"format": FORMAT, **rest})), **arrays)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays by name and everything else as JSON types; :meth:`from_parts` is the inverse."""
@@ -311,8 +311,9 @@ class InteractionResult:
             _, name, order, part = key.split("/")
             also.setdefault((name, int(order)), {})[part] = arrays[key]
         heads = None if rest["heads"] is None else tuple(rest["heads"])
+        own: dict[str, Any] = {name: array for name, array in arrays.items() if not name.startswith("also/")}
         return cls(
-            **{name: array for name, array in arrays.items() if not name.startswith("also/")},
+            **own,
             **{**rest, "heads": heads, "player_names": tuple(rest["player_names"])},
             also={key: IndexEstimate(**estimate) for key, estimate in also.items()},
         )

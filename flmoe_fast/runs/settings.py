@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from flmoe_fast.data.mmimdb import read_mmimdb
 from flmoe_fast.data.mosi import read_mosi
 from flmoe_fast.data.own import read_own
 from flmoe_fast.engines.choose import BACKENDS
+from flmoe_fast.files import replacing
 from flmoe_fast.model.config import FLI2MoEConfig
 from flmoe_fast.model.training.fit import ABLATIONS
 from flmoe_fast.model.training.losses import REGULARIZERS
@@ -161,6 +163,15 @@ class RunSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     explain: ExplainSettings = field(default_factory=ExplainSettings)
     faithfulness: FaithfulnessSettings = field(default_factory=FaithfulnessSettings)
+
+
+def keep_settings(settings: RunSettings) -> Path:
+    """Write ``settings.json`` into the run's folder: every setting as it took effect, defaults included."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "settings.json"
+    with replacing(path, "w") as file:
+        json.dump(dataclasses.asdict(settings), file, indent=1, default=str)
+    return path
 
 
 def read_settings(path: str | os.PathLike) -> RunSettings:

@@ -19,16 +19,17 @@ from flmoe_fast.model.training.examples import Examples
 from flmoe_fast.model.training.fit import FitSettings, fit
 from flmoe_fast.model.training.log import write_log
 from flmoe_fast.model.training.predict import predict
-from flmoe_fast.runs.settings import RunSettings
+from flmoe_fast.runs.settings import RunSettings, keep_settings
 from flmoe_fast.runs.study import Study, mean_features
 
 
 def train(settings: RunSettings, progress: bool = True) -> dict[str, Any]:
     """Train, or go on where an earlier call was stopped.
 
-    Writes into the run's folder: ``training.pt`` (to go on from), ``training.jsonl`` and ``training.csv``,
-    ``model.safetensors`` (with ``training.reference_layout`` also ``model.pth``), ``predictions.npz`` of the test part
-    (``expert_logits`` (N, E, C), ``weights`` (N, E), ``logits`` (N, C), ``targets``, ``ids``) and ``metrics.json``.
+    Writes into the run's folder: ``settings.json`` (every setting as it took effect), ``training.pt`` (to go on from),
+    ``training.jsonl`` and ``training.csv``, ``model.safetensors`` (with ``training.reference_layout`` also
+    ``model.pth``), ``predictions.npz`` of the test part (``expert_logits`` (N, E, C), ``weights`` (N, E), ``logits``
+    (N, C), ``targets``, ``ids``) and ``metrics.json``.
 
     Returns
     -------
@@ -53,6 +54,7 @@ def _train(settings: RunSettings, progress: bool) -> dict[str, Any]:
     device("training.device", options.device)  # before anything is read or encoded
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_settings(settings)
     study = Study(settings, progress)
     model = study.model()
     about = {"name": study.splits.name, "task": study.splits.task, "classes": study.splits.classes}
