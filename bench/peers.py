@@ -13,10 +13,11 @@
   were strong in an earlier run, or those named, or all with ``--estimators`` alone.
 
 Every group, estimator and budget is a row of bench/results/peers.jsonl, or of the file named by ``--into``, appended as
-it comes with its machine; what is there is not measured again. nMSE is the sum of squared errors over the pairs of a
-game relative to the sum of squares of the truth: 1 is what answering zero everywhere would score. The slope is that of
-the estimates on the truth: 1 on average for an unbiased estimator, less for one that shrinks. Seconds are the
-estimator's own, of one thread: those that the game took are not counted.
+it comes with its machine; what is there, of as many seeds, is not measured again, and of two rows the later counts.
+nMSE is the sum of squared errors over the pairs of a game relative to the sum of squares of the truth: 1 is what
+answering zero everywhere would score. The slope is that of the estimates on the truth: 1 on average for an unbiased
+estimator, less for one that shrinks. Seconds are the estimator's own, of one thread: those that the game took are not
+counted.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def main() -> None:
     before = read(options.into)
     if before is None:
         write(options.into, [])
-    done = {tuple(row.get(key) for key in KEY) for row in before[1]} if before else set()
+    done = {tuple(row.get(key) for key in KEY): row["seeds"] for row in before[1]} if before else {}
     every = estimators(
         options.methods, options.gaps, options.python, options.estimators or list(shapiq_peers.ESTIMATORS)
     )
@@ -243,7 +244,7 @@ def main() -> None:
     def measure(group: str, games: list[Probed]) -> None:
         for budget in options.budgets:
             for name, estimate in every.items():
-                if (group, name, budget) in done:
+                if done.get((group, name, budget), 0) >= options.seeds:
                     continue
                 row = {"group": group, "estimator": name, "budget": budget}
                 row |= cell(games, estimate, budget, options.seeds) | machine_line()

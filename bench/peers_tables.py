@@ -141,6 +141,8 @@ def _ratio(own: float, other: float) -> str:
 
 
 def _percent(row: dict, of: str) -> str:
+    if f"coverage_{of}" not in row:
+        return "not measured"
     held, withheld = row.get(f"coverage_{of}"), row.get(f"withheld_{of}", 0.0)
     given = "none" if held is None else f"{100 * held:.1f} %"
     return given + (f" ({100 * withheld:.0f} %)" if withheld >= 0.005 else "")
