@@ -43,7 +43,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
 	@$(FLMOE) demo --out $(OUT)
 
-test: lint host-test nvcc-check pytest
+test: lint types host-test nvcc-check pytest
 
 bench: extension
 	$(PY) -m pytest bench $(ARGS)

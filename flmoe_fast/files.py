@@ -70,9 +70,9 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     raw = None
     try:
         raw = _Raw(str(part), "x")
-        file: IO = io.BufferedWriter(raw)  # type: ignore[assignment]
+        file: IO = io.BufferedWriter(raw)
         if "b" not in mode:
-            file = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")  # type: ignore[arg-type]
+            file = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         with file:
             yield file
             file.flush()

@@ -73,7 +73,7 @@ def accelerate(
     CheckpointError
         The same for a file.
     """
-    given = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
+    given: dict[str, Any] = {"modalities": modalities, "heads": heads, "temperature": temperature, "task": task}
     given |= {"gate": gate, "top_k": top_k, "capacity": capacity}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(module, (str, os.PathLike)):
@@ -164,7 +164,7 @@ class AcceleratedModel:
             self._stacks = find_stacks(self.model) if self._stacks is None else self._stacks
             options: dict[str, Any] = {"backend": backend, "dtype": dtype, "memory": memory, "stacks": self._stacks}
             if dual:
-                scored = {"target": target or 0, "value": value or "logit"}
+                scored: dict[str, Any] = {"target": target or 0, "value": value or "logit"}
                 return DualEncoderGame(self.model, inputs, players, **scored, **options)
             return EncoderGame(
                 self.model, inputs, players, target=target, value=value or "prob", heads=heads, **options

@@ -17,12 +17,11 @@ from torch import nn
 
 from flmoe_fast.adapt.encoder_game import BACKENDS, MODEL_TOLERANCE, check_with_model, in_dtype, more_exact
 from flmoe_fast.adapt.layers import Unsupported
-from flmoe_fast.adapt.module_game import VALUES, name_players
+from flmoe_fast.adapt.module_game import VALUES, PlacedGame, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
-from flmoe_fast.games.game import Game
 
 #: Keywords that belong to the text; all others are the image's.
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
@@ -36,7 +35,7 @@ def is_dual_encoder(model: nn.Module) -> bool:
     return all(callable(getattr(model, name, None)) for name in methods) and hasattr(model, "logit_scale")
 
 
-class DualEncoderGame(Game):
+class DualEncoderGame(PlacedGame):
     """A dual encoder, one image and one text as a cooperative game.
 
     Parameters
@@ -59,6 +58,7 @@ class DualEncoderGame(Game):
     backend = "dual encoder"
     more_exact = "dtype=torch.float64"
     block = BLOCK
+    model: Any  # with methods and parameters that not every module has
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class DualEncoderGame(Game):
         """Each side's players, its tower, and the logit (C,) of what is read of it where the other side is full."""
         everyone = torch.ones(1, self.n, dtype=torch.bool)
         scale = self.model.logit_scale.detach().exp()
-        found = []
+        found: list[tuple[torch.Tensor, Tower, Callable[[torch.Tensor], torch.Tensor]]] = []
         for side, other in (("image", "text"), ("text", "image")):
             players, tower = self._towers[side]
             if tower is not None:
@@ -237,6 +237,6 @@ def _unit_features(tower: Tower, coalitions: torch.Tensor) -> torch.Tensor:
     return F.normalize(tower.encode(coalitions).to(torch.float64), dim=1).cpu()
 
 
-def _pooled(output: object) -> torch.Tensor:
+def _pooled(output: Any) -> torch.Tensor:
     """Features (C, D): some versions return them as they are, others inside an output."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output

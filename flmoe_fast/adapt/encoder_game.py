@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from flmoe_fast.adapt.layers import Unsupported
-from flmoe_fast.adapt.module_game import Score, doubled, floating, name_players
+from flmoe_fast.adapt.module_game import PlacedGame, Score, doubled, floating, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
-from flmoe_fast.games.game import Game
 
 BACKENDS = ("auto", "cpu", "torch")
 #: Tokens that are worth asking for at a time.
@@ -25,7 +24,7 @@ BLOCK_TOKENS = 1 << 16
 MODEL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
-class EncoderGame(Game):
+class EncoderGame(PlacedGame):
     """A transformer with one encoder stack and one sample as a cooperative game, on the encoder engine.
 
     The model's own embeddings and head are used as they are; the layers between them run on the engine, which shares
@@ -127,7 +126,7 @@ class EncoderGame(Game):
             **engine.about(),
         }
 
-    def _make_tower(self, **known: object) -> None:
+    def _make_tower(self, **known: Any) -> None:
         run, read = self.model, self.score.read
         tower = Tower(self.model, run, read, self.inputs, self.players, self.dtype, self.memory, **known)
         self.tower = tower

@@ -9,14 +9,33 @@ while their activations are in the cache; small ones, training and ``torch.compi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from flmoe_fast.adapt.grouped import grouped_linear, large_groups
 from flmoe_fast.environment import require
 
 NAME = "flmoe_fast"
+
+
+class Experts(Protocol):
+    """What an experts module of transformers has, beside its first projection."""
+
+    down_proj: torch.Tensor
+    down_proj_bias: torch.Tensor
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def _apply_gate(self, wide: torch.Tensor) -> torch.Tensor: ...
+
+    def parameters(self) -> Iterator[torch.Tensor]: ...
 
 
 def register(name: str = NAME) -> str:
@@ -32,19 +51,24 @@ def register(name: str = NAME) -> str:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What an experts module of transformers computes.
 
-    Args:
-        self: with ``gate_up_proj`` (E, 2I, H) or ``up_proj`` (E, I, H) and ``down_proj`` (E, H, I) (transposed where
-            ``is_transposed``), biases where ``has_bias``.
-        hidden_states: (S, H).
-        top_k_index: int64 (S, K); an index of E or more belongs to no expert here and adds nothing.
-        top_k_weights: (S, K).
+    Parameters
+    ----------
+    self : nn.Module
+        With ``gate_up_proj`` (E, 2I, H) or ``up_proj`` (E, I, H) and ``down_proj`` (E, H, I) (transposed where
+        ``is_transposed``), biases where ``has_bias``.
+    hidden_states : Tensor (S, H)
+    top_k_index : int64 Tensor (S, K)
+        An index of E or more belongs to no expert here and adds nothing.
+    top_k_weights : Tensor (S, K)
 
-    Returns:
-        (S, H), in the dtype of ``hidden_states``.
+    Returns
+    -------
+    Tensor (S, H)
+        In the dtype of ``hidden_states``.
     """
     chosen = top_k_index.reshape(-1)
     sorted_ids, order = chosen.sort(stable=True)
@@ -59,7 +83,7 @@ def experts_forward(
 
 
 def _one_by_one(
-    self: nn.Module, hidden_states: torch.Tensor, token: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
+    self: Experts, hidden_states: torch.Tensor, token: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     up, up_bias, down, down_bias = _parameters(self)
     out = torch.zeros(hidden_states.shape, dtype=up.dtype, device=up.device)
@@ -87,7 +111,7 @@ def _one_by_one(
 
 
 def _grouped(
-    self: nn.Module,
+    self: Experts,
     hidden_states: torch.Tensor,
     sorted_ids: torch.Tensor,
     order: torch.Tensor,
@@ -114,7 +138,7 @@ def _grouped(
 
 
 def _parameters(
-    self: nn.Module,
+    self: Experts,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """Matrices input-major, (E, H, 2I or I) and (E, I, H), and their biases."""
     name = "gate_up_proj" if self.has_gate else "up_proj"
@@ -126,9 +150,9 @@ def _parameters(
     return up, getattr(self, f"{name}_bias"), down, self.down_proj_bias
 
 
-def _activated(self: nn.Module, wide: torch.Tensor) -> torch.Tensor:
+def _activated(self: Experts, wide: torch.Tensor) -> torch.Tensor:
     return self._apply_gate(wide) if self.has_gate else self.act_fn(wide)
 
 
-def _learns(self: nn.Module, *tensors: torch.Tensor) -> bool:
+def _learns(self: Experts, *tensors: torch.Tensor) -> bool:
     return any(t.requires_grad for t in (*tensors, *self.parameters()))

@@ -24,13 +24,19 @@ def large_groups(rows: int, experts: int) -> bool:
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Product of every row with the matrix of its group.
 
-    Args:
-        x: (S, X), the rows of group 0 first, then those of group 1, ...
-        weight: (E, X, Y), any strides, of the same dtype.
-        ends: integers (E,), where each group ends; rows from ``ends[-1]`` on belong to nobody.
+    Parameters
+    ----------
+    x : Tensor (S, X)
+        The rows of group 0 first, then those of group 1, ...
+    weight : Tensor (E, X, Y)
+        Any strides, of the same dtype.
+    ends : integer Tensor (E,)
+        Where each group ends; rows from ``ends[-1]`` on belong to nobody.
 
-    Returns:
-        (S, Y); zeros for the rows of nobody.
+    Returns
+    -------
+    Tensor (S, Y)
+        Zeros for the rows of nobody.
     """
     if _library_takes(x, weight):
         out = F.grouped_mm(x, weight, offs=ends.to(torch.int32))

@@ -22,7 +22,13 @@ VALUES = ("prob", "logit")
 BATCH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-class ModuleGame(Game):
+class PlacedGame(Game):
+    """A game whose players lie somewhere in a text or an image, as :attr:`Players.places` says it."""
+
+    places: tuple[tuple[int, ...], ...]
+
+
+class ModuleGame(PlacedGame):
     """Any module and one sample as a cooperative game. Every coalition is a full forward pass: the slow path.
 
     Parameters
@@ -193,8 +199,9 @@ class Score:
                 raise ArgumentError("value", got, "a function that returns a tensor (C,) or (C, O)")
             return numbers
         logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-        if logits is None and getattr(output, "logits_per_image", None) is not None and self.value == "logit":
-            logits = output.logits_per_image.diagonal()[:, None]  # image c with text c
+        scores = getattr(output, "logits_per_image", None)
+        if logits is None and scores is not None and self.value == "logit":
+            logits = scores.diagonal()[:, None]  # image c with text c
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
             got = "no logits" if not isinstance(logits, torch.Tensor) else f"logits of shape {tuple(logits.shape)}"
             raise ArgumentError("value", f"a model with {got}", "logits (C, K), or a function as value")
@@ -231,7 +238,7 @@ class Score:
         }
 
 
-def name_players(game: Game, players: PlayerMap) -> None:
+def name_players(game: PlacedGame, players: PlayerMap) -> None:
     """Give a game the players' number, names, modalities and places."""
     game.n, game.player_names, game.places = players.n, players.names, players.places
     game.groups = players.groups if len(players.groups) > 1 else None

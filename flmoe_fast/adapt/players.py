@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -143,7 +144,7 @@ class PlayerMap:
         return {name: value if name in varied else repeated(name, value, count) for name, value in made.items()}
 
 
-def repeated(name: str, value: object, count: int) -> object:
+def repeated(name: str, value: Any, count: int) -> Any:
     """An input of one sample for ``count`` of them: a batch axis of 1 grows, rows of one sample follow one another."""
     if not isinstance(value, torch.Tensor) or not value.dim() or count == 1:
         return value
@@ -225,8 +226,9 @@ def text_players(
         members = [positions]
     else:
         words: dict[int, list[int]] = {}
-        for position in positions:
-            words.setdefault(int(word_ids[position]), []).append(position)
+        for position, word in enumerate(word_ids or ()):
+            if word is not None and keep[position]:
+                words.setdefault(int(word), []).append(position)
         members = list(words.values())
     owner = torch.full((length,), NOBODY)
     for player, tokens in enumerate(members):
@@ -300,6 +302,7 @@ def image_players(
     if count < 1:
         raise ArgumentError("by", "a segmentation without superpixels", "at least one non-negative number")
     boxes = tuple(_box(owner == player) for player in range(count))
+    names: tuple[str, ...]
     if isinstance(by, str) and by == "all":
         names = (group,)
     elif isinstance(by, str):

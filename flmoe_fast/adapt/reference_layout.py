@@ -197,7 +197,8 @@ def _gate(gates: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> 
             got = f"{name} with random_routing, which drops second choices at random in evaluation too"
             raise ArgumentError("module", got, "an inference that is a function of its inputs")
     facts: dict[str, object] = {"gate": kind}
-    slots = {int(gate.top_k) for gate in gates.values() if isinstance(getattr(gate, "top_k", None), int)}
+    said = [getattr(gate, "top_k", None) for gate in gates.values()]
+    slots = {int(top_k) for top_k in said if isinstance(top_k, int)}
     if kind in ("naive", "noisy") and len(slots) == 1:
         facts["top_k"] = slots.pop()
     return facts
@@ -221,7 +222,8 @@ def _limited(model: FLI2MoE) -> FLI2MoE:
 @torch.no_grad()
 def _compare(module: nn.Module, model: FLI2MoE) -> None:
     """Raise :class:`ArgumentError` unless both give the same numbers, with masks and without; name the layer if not."""
-    if not callable(getattr(module, "inference", None)):
+    inference = getattr(module, "inference", None)
+    if not callable(inference):
         raise ArgumentError("module", f"a {type(module).__name__} without an inference method", "inference(inputs)")
     config = model.config
     parameter = next(model.parameters())
@@ -230,13 +232,13 @@ def _compare(module: nn.Module, model: FLI2MoE) -> None:
     inputs = [torch.randn(2, t, config.hidden, generator=generator).to(parameter) for t in lengths]
     cases: list[list[torch.Tensor] | None] = [None]
     if config.generation == "fl":
-        masks = [torch.ones(2, t).to(parameter) for t in lengths]
-        masks[0][1, -1] = 0.0
-        cases.append(masks)
+        partial = [torch.ones(2, t).to(parameter) for t in lengths]
+        partial[0][1, -1] = 0.0
+        cases.append(partial)
     for masks in cases:
         theirs, ours = _Trace(module), _Trace(model)
         with eval_mode(module), theirs, torch.random.fork_rng(devices=_devices(parameter)):
-            found = module.inference(inputs) if masks is None else module.inference(inputs, masks)
+            found = inference(inputs) if masks is None else inference(inputs, masks)
         with ours:
             expected = AcceleratedMoE(model).inference(inputs, masks)
         try:
@@ -247,10 +249,10 @@ def _compare(module: nn.Module, model: FLI2MoE) -> None:
             raise ArgumentError("module", got, "(list of expert logits, routing weights, mixture logits)") from problem
         worst = max(_difference(a, b) for a, b in pairs)
         if not worst <= TOLERANCE[parameter.dtype]:
-            expected = _EXPECTED[config.generation]
+            published = _EXPECTED[config.generation]
             if config.gate in ("gshard", "switch"):
-                expected += "; sparse blocks that serve tokens in their order, as far as their capacity goes"
-            raise ArgumentError("module", _where(theirs, ours, worst, parameter.dtype, masks), expected)
+                published += "; sparse blocks that serve tokens in their order, as far as their capacity goes"
+            raise ArgumentError("module", _where(theirs, ours, worst, parameter.dtype, masks), published)
 
 
 _EXPECTED = {

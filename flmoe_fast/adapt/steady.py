@@ -6,13 +6,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from flmoe_fast.model.network import eval_mode
+
+T = TypeVar("T")
 
 #: The implementation of transformers' experts whose products exist in half and single precision only.
 _GROUPED = "grouped_mm"
@@ -43,7 +45,7 @@ def steady(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def draws_random_numbers(model: nn.Module, run: Callable[[], object]) -> tuple[object, bool]:
+def draws_random_numbers(model: nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
     """What ``run`` returns, and whether it draws random numbers: then results depend on what shares a batch."""
     with steady(model):
         if model in _draws and not _draws[model]:

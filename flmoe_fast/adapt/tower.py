@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -157,6 +158,7 @@ class Tower:
         backend: str = "auto",
     ):
         self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
+        self._returned: type = torch.Tensor  # what a layer returns
         stacks = find_stacks(model) if stacks is None else stacks
         everyone = torch.ones(1, players.n, dtype=torch.bool)
         if like is None:
@@ -269,6 +271,7 @@ class Tower:
                 self.run(**inputs)
             finally:
                 hook.remove()
+        assert seen.entering is not None  # the stack is one that runs
         if seen.entering.is_nested:
             raise Unsupported("model", f"{self.stack.name} with nested tensors", "enable_nested_tensor=False")
         return seen.entering.detach().clone(), seen
@@ -363,7 +366,7 @@ class Tower:
             return not bool(self._finish(poisoned[None], everyone).isfinite().all())
 
         everything = torch.arange(length)
-        pending, found = [everything], []
+        pending, found = [everything], list[int]()
         while pending and len(found) <= MOST_READS:
             tokens = pending.pop()
             if not reads_any(tokens):
@@ -413,9 +416,9 @@ def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: tor
         raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
 
 
-def _torch_mask(given: Mapping[str, object]) -> torch.Tensor | None:
+def _torch_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
     """The masks of PyTorch's own encoder layers as one additive mask (1, 1, 1 or L, L)."""
-    total = None
+    total: torch.Tensor | None = None
     for name, axes in (("src_mask", (None, None)), ("src_key_padding_mask", (slice(None), None, None))):
         mask = given.get(name)
         if mask is None:

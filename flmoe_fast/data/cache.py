@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import safetensors
 import safetensors.torch
@@ -107,7 +108,7 @@ def encode(backbone: TextBackbone | VisionBackbone, values: Sequence) -> Encoded
             images.append(value if hasattr(value, "convert") else open_image(value))
         except ArgumentError as error:
             raise DataError([problem(value, None, str(error), "an image file")]) from error
-    return backbone(images)
+    return cast(VisionBackbone, backbone)(images)
 
 
 def _fingerprint(backbone, values: Sequence, dtype: str) -> str:
@@ -160,7 +161,7 @@ class CachedFeatures:
         if len(self.rows) and not 0 <= int(self.rows.min()) <= int(self.rows.max()) < self._samples:
             raise ArgumentError("rows", f"{int(self.rows.min())} to {int(self.rows.max())}", f"below {self._samples}")
 
-    def subset(self, rows: Sequence[int]) -> CachedFeatures:
+    def subset(self, rows: Sequence[int] | Tensor) -> CachedFeatures:
         """A view of some of these samples, padded alike."""
         chosen = self.rows[torch.as_tensor(rows, dtype=torch.long)]
         view = object.__new__(CachedFeatures)

@@ -62,7 +62,8 @@ def two_view_digits(seed: int = 0) -> tuple[Digits, Digits]:
     seed = integer("seed", seed, least=0, most=2**32 - 1)
     parts = train_test_split(range(len(labels)), test_size=HELD_OUT, random_state=seed, stratify=labels)
     # Contiguous copies, so that no part keeps the whole data set alive or is saved with it.
-    return tuple(
+    training, held_out = (
         Digits([half.contiguous() for half in images[index].split(PIXELS, dim=2)], labels[index])
         for index in map(torch.tensor, parts)
     )
+    return training, held_out

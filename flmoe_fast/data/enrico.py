@@ -37,7 +37,8 @@ def read_enrico(root: str | os.PathLike, *, broken: str = "raise") -> RawData:
     order = list(range(len(listed)))
     random.Random(SPLIT_SEED).shuffle(order)
     ends = int(len(order) * 0.65), int(len(order) * (0.65 + 0.15))
-    ids, screens, wires, labels = [], [], [], []
+    ids: list[str] = []
+    screens, wires, labels = [], [], []
     parts: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
     for place, index in enumerate(order):
         line, row = listed[index]

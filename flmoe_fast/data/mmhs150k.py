@@ -43,7 +43,8 @@ def read_mmhs150k(
     tweets = read_json(source)
     if not isinstance(tweets, dict):
         raise DataError([problem(source, None, type(tweets).__name__, "an object with a tweet under each id")])
-    ids, texts, images, targets = [], [], [], []
+    ids: list[str] = []
+    texts, images, targets = [], [], []
     parts: dict[str, list[int]] = {}
     for part, name in (("train", "train_ids.txt"), ("valid", "val_ids.txt"), ("test", "test_ids.txt")):
         listing = existing(root / "splits" / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,11 @@ def read_mosi(root: str | os.PathLike, *, task: str = "regression", broken: str 
     path = path / "mosi_data.pkl" if path.is_dir() else path
     content = read_pickle(path)
     values: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
-    ids, labels, parts = [], [], {}
+    ids: list[str] = []
+    labels: list[float] = []
+    parts: dict[str, list[int]] = {}
     for part in PARTS:
-        arrays = content.get(part) if isinstance(content, dict) else None
+        arrays: Any = content.get(part) if isinstance(content, dict) else None
         missing = [k for k in (*MODALITIES, "labels") if not isinstance(arrays, dict) or k not in arrays]
         if missing:
             raise DataError([problem(path, None, f"no {missing[0]} under {part}", "arrays of every modality")])
@@ -63,12 +66,12 @@ def read_mosi(root: str | os.PathLike, *, task: str = "regression", broken: str 
                 for name, array in found.items():
                     values[name].append(np.nan_to_num(array[row], nan=0.0, posinf=0.0, neginf=0.0))
     problems.settle()
-    scores = torch.tensor(labels, dtype=torch.float32)
+    targets = torch.tensor(labels, dtype=torch.float32)
     return RawData(
         "mosi",
         dict.fromkeys(MODALITIES, "sequence"),
         {name: np.stack(rows) for name, rows in values.items()},
-        scores[:, None] if task == "regression" else (scores > 0).long(),
+        targets[:, None] if task == "regression" else (targets > 0).long(),
         task,
         ("sentiment",) if task == "regression" else ("not positive", "positive"),
         tuple(ids),
@@ -76,7 +79,7 @@ def read_mosi(root: str | os.PathLike, *, task: str = "regression", broken: str 
     )
 
 
-def _clip(names: object, part: str, row: int) -> str:
+def _clip(names: Any, part: str, row: int) -> str:
     if names is None:
         return f"{part}[{row}]"
     name = np.asarray(names[row]).ravel()

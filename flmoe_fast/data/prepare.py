@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ def prepare(
                 raise ArgumentError("cache", None, f"a folder for the features of {name}")
             if patches is not None:
                 raise ArgumentError("patches", patches, f"None, because {name} is a sequence of tokens")
-            features = cache_features(cache, backbone, values, batch_size=batch_size, dtype=dtype, progress=progress)
+            listed = cast(Sequence, values)  # only tables and sequences of numbers come as arrays
+            features = cache_features(cache, backbone, listed, batch_size=batch_size, dtype=dtype, progress=progress)
             columns[name], masks[name] = features, features.masks
             encoders[name] = ProjectionEncoder(features.width, hidden)
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -32,7 +33,7 @@ def save_sample(path: str | os.PathLike, **kinds: Mapping[str, torch.Tensor]) ->
     unknown = set(kinds) - set(KINDS)
     if unknown:
         raise ArgumentError("kinds", sorted(unknown), f"some of {KINDS}")
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{kind}.{modality}": np.ascontiguousarray(tensor.detach().cpu().numpy())
         for kind, tensors in kinds.items()
         for modality, tensor in tensors.items()

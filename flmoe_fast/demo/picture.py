@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flmoe_fast.games.token_game import TokenGame
 from flmoe_fast.pipeline.explain import Explanation
 from flmoe_fast.pipeline.faithful.masking import MaskingCurve
 from flmoe_fast.pipeline.show.curves import masking_lines
@@ -36,16 +37,18 @@ def draw(
         What the image shows.
     curves : name of a ranking to its masking curve
     """
-    names = explanation.game.problem.model.config.modalities
+    game = explanation.game
+    assert isinstance(game, TokenGame)
+    names = game.problem.model.config.modalities
     views = [
         View(f"{name} half", "image", tuple(f"row {row}" for row in range(len(half))), half.numpy(), (len(half), 1))
         for name, half in zip(names, halves)
     ]
     with styled():
-        figure = Figure(figsize=(16, 5.4), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-        left, middle, right = figure.subfigures(1, 3, width_ratios=(1.05, 1.0, 1.15))
-        axes = pair_view(explanation.interactions, explanation.game.positions, views, axes=left.subplots())
+        figure = Figure(figsize=(16, 5.4), dpi=150)
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+        left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(1.05, 1.0, 1.15))[0]
+        axes = pair_view(explanation.interactions, game.positions, views, axes=left.subplots())
         axes.set_title(title)
         axes = middle.subplots()
         explanation.interactions.plot(head=0, ax=axes)
@@ -53,6 +56,6 @@ def draw(
         axes.set_xlabel("dot: the 95 % interval excludes zero", labelpad=7)
         axes.tick_params(length=0)
         above, below = right.subplots(2, 1, height_ratios=(1.0, 1.6))
-        importance_rows(explanation.importance_dataframe(), explanation.game.groups, above)
+        importance_rows(explanation.importance_dataframe(), game.groups, above)
         masking_lines(curves, "images", "of the probability", below)
         figure.savefig(path)

@@ -43,8 +43,9 @@ class GroupedGame(Game):
         self.n, self.player_names = len(groups), tuple(groups)
         self.backend, self.more_exact, self.block = game.backend, game.more_exact, game.block
 
+    # Read-only, where other games have an attribute: a plain callable knows its heads from its first call on.
     @property
-    def heads(self) -> tuple[str, ...] | None:
+    def heads(self) -> tuple[str, ...] | None:  # type: ignore[override]
         """Those of the game."""
         return self.game.heads
 

@@ -70,6 +70,8 @@ class TokenGame(Game):
         Names the argument, what came and what was expected.
     """
 
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+
     def __init__(
         self,
         model: FLI2MoE,

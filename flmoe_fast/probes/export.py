@@ -24,7 +24,8 @@ def to_shapiq(result: InteractionResult, index: str = "SII", head: str | int | N
     shapiq = require("shapiq", "shapiq")
     members, values, _ = pair_index(result, index, head)
     entries = {tuple(sorted(pair)): float(value) for pair, value in zip(members.tolist(), values)}
-    singles = result.also.get(SINGLES.get(index))
+    single = SINGLES.get(index)
+    singles = None if single is None else result.also.get(single)
     if singles is not None:
         first = singles.values.reshape(len(singles.members), -1)[:, result.head(head)]
         entries |= {tuple(member): float(value) for member, value in zip(singles.members.tolist(), first)}
@@ -56,9 +57,9 @@ def to_shap(result: InteractionResult, index: str = "SII", head: str | int | Non
     singles = result.also.get(("SV", 1))
     if singles is not None:
         player = singles.members[:, 0]
-        first = singles.values.reshape(len(player), -1)[:, result.head(head)]
+        alone = singles.values.reshape(len(player), -1)[:, result.head(head)]
         beside = np.where(np.eye(n, dtype=bool), 0.0, matrix).sum(1)[player]
-        matrix[player, player] = first - beside
+        matrix[player, player] = alone - beside
     return shap.Explanation(matrix, feature_names=list(result.player_names), error_std=error)
 
 

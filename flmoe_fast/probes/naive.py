@@ -41,14 +41,14 @@ def four_corner_loop(
             second.append(v11 - v10 - v01 + v00)
             value, defined = redundancy_gap(gap, v11, v10, v01, v00)
             gaps.append(value if defined is None else torch.where(defined, value, torch.nan))
-        second, gaps = torch.stack(second), torch.stack(gaps)
-        counted = (~gaps.isnan()).sum(0)
-        spread = (gaps - gaps.nanmean(0)).square().nansum(0) / (counted - 1).clamp(min=1)
+        differences, drawn = torch.stack(second), torch.stack(gaps)
+        counted = (~drawn.isnan()).sum(0)
+        spread = (drawn - drawn.nanmean(0)).square().nansum(0) / (counted - 1).clamp(min=1)
         found.append(
             (
-                second.mean(0),
-                second.std(0) / math.sqrt(samples),
-                gaps.nanmean(0),
+                differences.mean(0),
+                differences.std(0) / math.sqrt(samples),
+                drawn.nanmean(0),
                 (spread / counted.clamp(min=1)).sqrt(),
             )
         )

@@ -86,5 +86,6 @@ class Points:
                 if row not in seen and len(seen) < count:
                     seen.add(row)
                     found.append(row)
-        words = torch.tensor(found, dtype=torch.int64).view(len(found), -1) if found else None
-        return unpack(words, n) if words is not None else torch.zeros(0, n, dtype=torch.bool)
+        if not found:
+            return torch.zeros(0, n, dtype=torch.bool)
+        return unpack(torch.tensor(found, dtype=torch.int64).view(len(found), -1), n)

@@ -7,6 +7,7 @@ may be off (see :mod:`flmoe_fast.probes.surrogate`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,10 +191,9 @@ def _add_linear(average, key, members, grid, n, block, rest, slopes) -> None:
 def _indices(surrogate, key, members, functional, average, total, n) -> Estimate:
     """An index from its closed form and, under the logit link, the sampled rest."""
     process = surrogate.process
-    base = ("SV", 1) if key == ("k-SII", 1) else key
-    efficiency = surrogate.efficiency(
-        members, functionals(process.x, process.rate, members, rule(*base, n)), rule(*base, n)
-    )
+    name, order = ("SV", 1) if key == ("k-SII", 1) else key
+    nodes = rule(name, order, n)
+    efficiency = surrogate.efficiency(members, functionals(process.x, process.rate, members, nodes), nodes)
     if surrogate.link == "identity":
         jackknife, degrees = surrogate.jackknife(functional)
         return Estimate(functional @ process.weights, efficiency * jackknife, degrees, torch.zeros(len(members)))
@@ -214,7 +214,7 @@ def _gap_estimate(surrogate, average, efficiency, total) -> Estimate:
     return Estimate(value[:, 0], variance, degrees, sampling)
 
 
-def _draw(samples: list[torch.Tensor], defined: list[torch.Tensor] = ()) -> Draw:
+def _draw(samples: list[torch.Tensor], defined: Sequence[torch.Tensor] = ()) -> Draw:
     units = unit_means(torch.cat(samples), 2)[..., None]
     share = unit_means(torch.cat(list(defined)), 2)[..., None] if defined else None
     return Draw(torch.arange(units.shape[1]), units, share)

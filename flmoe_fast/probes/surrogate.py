@@ -204,7 +204,7 @@ class Surrogate:
             raise ArgumentError("coalitions", f"{len(coalitions)} of them", f"4 to {MOST_POINTS} for a surrogate")
         x = signs(coalitions)
         links = ("identity", "logit") if link == "auto" and _probabilities(values) else (link,)
-        best = None
+        best: tuple[float, str, Process] | None = None
         for name in ("identity",) if links == ("auto",) else links:
             y = logit(values) if name == "logit" else values
             process = Process(x, y, fit_scales(x, y))
@@ -212,10 +212,11 @@ class Surrogate:
             error = values - (left_out.sigmoid() if name == "logit" else left_out)
             if best is None or float(error.square().mean()) < best[0]:
                 best = (float(error.square().mean()), name, process)
+        assert best is not None  # there is at least one link
         self.loo_error, self.link, self.process = best
         self.values = values
         # The control variate: a process of the values themselves with the same scales.
-        self.plain_mean, self.plain = self.process.solve(values) if self.link == "logit" else (0.0, None)
+        self.plain_mean, self.plain = self.process.solve(values) if self.link == "logit" else (0.0, values.new_zeros(0))
         self.spread = float(values.var())
 
     @property

@@ -181,8 +181,8 @@ def _model(page: Page, contents: RunContents) -> None:
             for record in contents.history
         ]
         text = "Losses by epoch: the total and the task's, and the interaction loss of every expert."
-        pictures = (loss_lines(contents.history), interaction_loss_lines(contents.history, contents.experts))
-        page.figure(pictures, text, pandas.DataFrame(flat))
+        curves = (loss_lines(contents.history), interaction_loss_lines(contents.history, contents.experts))
+        page.figure(curves, text, pandas.DataFrame(flat))
     if contents.predictions:
         weights, logits = contents.predictions["weights"], contents.predictions["expert_logits"]
         table = pandas.DataFrame(
@@ -339,8 +339,8 @@ def _sample(page: Page, contents: RunContents, record: SampleRecord) -> None:
     )
     for m, view in enumerate(record.views):
         if view.kind == "text":
-            order = result.order("abs_sii")[:12]
-            ends = {record.places[p] for pair in result.pairs[order] for p in pair}
+            strongest = result.order("abs_sii")[:12]
+            ends = {record.places[p] for pair in result.pairs[strongest] for p in pair}
             page.tokens(view.tokens, [position for owner, position in ends if owner == m])
     heads = [head for head in (result.heads or ("value",)) if not head.startswith("weighted")]
     for of, name in (("sii", "Shapley interaction"), ("gap", f"{result.gap_kind.capitalize()} redundancy gap")):

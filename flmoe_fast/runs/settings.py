@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,7 @@ def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = data.get("kind")
     if kind not in (*READERS, *MADE):
         raise ArgumentError("data.kind", repr(kind), f"one of {', '.join((*READERS, *MADE))}")
+    allowed: Collection[str]
     if kind in READERS:
         if not isinstance(data.get("path"), str):
             raise ArgumentError("data.path", repr(data.get("path")), "the path of the data set")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -107,14 +107,15 @@ class Study:
         parts = part(training, slice(kept), "train"), part(training, slice(kept, None), "valid")
         classes = tuple(str(digit) for digit in range(CLASSES))
         splits = Splits("digits", MODALITIES, "multiclass", classes, *parts, part(test, slice(None), "test"))
-        encoders = {name: ProjectionEncoder(PIXELS, hidden) for name in MODALITIES}
+        encoders: dict[str, torch.nn.Module] = {name: ProjectionEncoder(PIXELS, hidden) for name in MODALITIES}
         return Prepared(splits, encoders, (TOKENS, TOKENS))
 
     def _hd_xor(self, hidden: int) -> Prepared:
         options = {name: value for name, value in self.settings.data.items() if name != "kind"}
         splits = read_hd_xor(options["path"]) if "path" in options else hd_xor(**options)
         groups = self.settings.model.get("groups")
-        encoders, tokens = {}, []
+        encoders: dict[str, torch.nn.Module] = {}
+        tokens = []
         for name, values in zip(splits.modalities, splits.train.inputs):
             columns = values.shape[1]
             tokens.append(groups or columns)
@@ -184,8 +185,8 @@ class Study:
             return View(name, "image", tuple(f"row {n}" for n in range(TOKENS)), column[row].numpy(), (TOKENS, 1))
         if kind == "text":
             return View(name, "text", tuple(column.names(row)))
-        if kind == "image":
-            backbone = self.backbones[name]
+        if kind == "image" and self.raw is not None:
+            backbone = cast(VisionBackbone, self.backbones[name])
             place = self.raw.ids.index(data.ids[row])
             image = _seen(backbone, self.raw.values[name][place])
             return View(name, "image", tuple(column.names(row)), image, backbone.grid)

@@ -195,7 +195,8 @@ def _write_parquet(file: IO, results: Mapping[int, InteractionResult]) -> None:
 
 
 def _write_safetensors(file: IO, results: Mapping[int, InteractionResult]) -> None:
-    arrays, rest = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    rest: dict[str, Any] = {}
     for sample in sorted(results):
         parts, rest[str(sample)] = results[sample].parts()
         arrays |= {f"{sample}/{name}": np.ascontiguousarray(array) for name, array in parts.items()}

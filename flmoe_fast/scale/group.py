@@ -96,8 +96,9 @@ class SharedGame(Game):
         self.backend, self.more_exact = self.game.backend, self.game.more_exact
         self.block = self.game.block * group.size
 
+    # Read-only, where other games have an attribute: a plain callable knows its heads from its first call on.
     @property
-    def heads(self) -> tuple[str, ...] | None:
+    def heads(self) -> tuple[str, ...] | None:  # type: ignore[override]
         """Those of the game."""
         return self.game.heads
 

@@ -16,12 +16,11 @@ from flmoe_fast.adapt.causal.questions import Question, own_answer
 from flmoe_fast.adapt.causal.reading import Reading, entering, head, read_decoder
 from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, in_dtype
 from flmoe_fast.adapt.layers import Unsupported
-from flmoe_fast.adapt.module_game import ModuleGame, name_players
+from flmoe_fast.adapt.module_game import ModuleGame, PlacedGame, name_players
 from flmoe_fast.adapt.players import NOBODY, PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.steady import steady
 from flmoe_fast.checks import ArgumentError, integer, shape
-from flmoe_fast.games.game import Game
 
 IDS, MASK = "input_ids", "attention_mask"
 #: Numbers of logits, and of states that enter the layers, to hold at a time.
@@ -37,7 +36,7 @@ def is_decoder(model: nn.Module) -> bool:
     return bool(callable(generates) and generates() and not getattr(config, "is_encoder_decoder", False))
 
 
-class DecoderGame(Game):
+class DecoderGame(PlacedGame):
     """A decoder and one prompt as a cooperative game, by the prefix tree of its coalitions.
 
     Absent tokens are hidden from attention and keep their positions, or are replaced by another token. Absent pixels

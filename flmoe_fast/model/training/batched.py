@@ -17,6 +17,7 @@ transformers run one after the other, each with all its passes in one batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,8 @@ class _Passes:
 
     def __init__(self, model: FLI2MoE, features: Sequence[Tensor], masks: Sequence[Tensor] | None):
         self.config = model.config
-        self.fusions = [expert.fusion_model for expert in model.interaction_experts]
+        # Their parts are looked up by name.
+        self.fusions: list[Any] = [expert.fusion_model for expert in model.interaction_experts]
         self.lengths = [feature.shape[1] for feature in features]
         self.masks = masks
         self.valid = None if masks is None else torch.cat([mask.bool() for mask in masks], dim=1)
@@ -138,7 +140,7 @@ class _Passes:
 
     def stack(self, *path: str | int) -> Tensor:
         """Parameter under ``path`` of every expert, (E, ...)."""
-        found = []
+        found: list[Tensor] = []
         for part in self.fusions:
             for name in path:
                 part = part[name] if isinstance(name, int) else getattr(part, name)
@@ -160,6 +162,7 @@ class _Passes:
         passes = [None, *replaced]
         x = self._assemble(versions, passes)
         balance = real.new_zeros(count, len(passes))
+        pooled: Tensor | None = None
         for number in range(self.config.layers):
             first, last = number == 0, number == self.config.layers - 1
             qkv = self._qkv(versions if first else x, number)
@@ -175,6 +178,7 @@ class _Passes:
             else:
                 x = x + self._feed_forward(x, number)
                 pooled = self._pool(x) if last else None
+        assert pooled is not None  # the last layer pools
         latents = pooled.flatten(3)  # (E, P + 1, B, M*H)
         weight = self.stack("network", self.config.layers, "fc", "weight")
         bias = self.stack("network", self.config.layers, "fc", "bias")
@@ -272,7 +276,7 @@ class _Passes:
 
     def _pool(self, x: Tensor) -> Tensor:
         """(E, P, B, L, D) -> (E, P, B, M, D), the mean over the valid tokens of each modality."""
-        if self.valid is None:
+        if self.valid is None or self.masks is None:
             return torch.stack([part.mean(dim=3) for part in x.split(self.lengths, dim=3)], dim=3)
         means = []
         for part, mask in zip(x.split(self.lengths, dim=3), self.masks, strict=True):

@@ -60,8 +60,14 @@ def against_chance(logits: Tensor, targets: Tensor, seen: Tensor, task: str) -> 
     right, loss = _judged(logits, targets, task)
     constant_right, constant_loss = _judged(_guess(seen, task, logits.shape[1]).expand_as(logits), targets, task)
     better = _surely_positive(right - constant_right) or _surely_positive(constant_loss - loss)
-    means = [float(values.mean()) for values in (right, constant_right, loss, constant_loss)]
-    return AgainstChance(len(logits), *means, better)
+    return AgainstChance(
+        samples=len(logits),
+        accuracy=float(right.mean()),
+        constant_accuracy=float(constant_right.mean()),
+        loss=float(loss.mean()),
+        constant_loss=float(constant_loss.mean()),
+        better=better,
+    )
 
 
 def chance_warning(found: AgainstChance | dict, part: str = "validation") -> str | None:

@@ -164,13 +164,13 @@ def training_forward(
     logits = (weights[:, :, None] * expert_logits).sum(dim=1)
     interaction_losses = torch.stack(losses)
     task = task_loss(model, logits, targets)
-    if alone:
+    if networks is not None:
         regularization = network_similarity(networks, features[0])
     else:
         regularization = representation_penalty(regularizer, [own[0] for own in latents_by_pass])
     # Divided by M + 2 however many experts there are, so that fewer experts weigh no more.
-    interaction = interaction_losses.sum() / (len(features) + 2)
-    loss = task + model.config.interaction_weight * interaction + regularizer_weight * regularization
+    differing = interaction_losses.sum() / (len(features) + 2)
+    loss = task + model.config.interaction_weight * differing + regularizer_weight * regularization
     loss = loss + model.config.gate_weight * (gate_loss if gate_gradient else gate_loss.detach())
     return TrainingOutput(loss, task, interaction_losses, logits, expert_logits, weights, regularization, gate_loss)
 
@@ -185,17 +185,18 @@ def _run_passes(
 ) -> tuple[list, list, Tensor]:
     """Logits and latents, E lists of 1 + P tensors each, and the gate loss."""
     if passes != "sequential" and can_batch(model):
-        logits, latents, balance = batched_passes(model, features, absent, replaced, masks)
-        return [tuple(own) for own in logits], [tuple(own) for own in latents], balance.mean()
-    runs, losses = [], []
+        logits, latents, losses = batched_passes(model, features, absent, replaced, masks)
+        return [tuple(own) for own in logits], [tuple(own) for own in latents], losses.mean()
+    runs: list[list[tuple[Tensor, Tensor]]] = []
+    gate_losses = []
     for expert, own in zip(model.interaction_experts, absent):
         runs.append([])
         for inputs in (features, *(_with(features, m, x) for m, x in zip(replaced, own))):
             balance = [features[0].new_zeros(1)]
             runs[-1].append(expert(inputs, masks, balance=balance))
-            losses.append(torch.stack(balance).sum())
-    logits, latents = ([[found[part] for found in run] for run in runs] for part in (0, 1))
-    return logits, latents, torch.stack(losses).mean()
+            gate_losses.append(torch.stack(balance).sum())
+    by_part = [[[found[part] for found in run] for run in runs] for part in (0, 1)]
+    return by_part[0], by_part[1], torch.stack(gate_losses).mean()
 
 
 def _losses_on_logits(model: FLI2MoE) -> bool:

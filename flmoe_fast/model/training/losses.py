@@ -22,8 +22,8 @@ def task_loss(model: FLI2MoE, logits: Tensor, targets: Tensor) -> Tensor:
         return functional.smooth_l1_loss(logits, targets.to(logits.dtype).reshape(logits.shape))
     if model.config.task == "multilabel":
         return functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-    weights = model.config.class_weights
-    weights = None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+    given = model.config.class_weights
+    weights = None if given is None else torch.tensor(given, dtype=logits.dtype, device=logits.device)
     return functional.cross_entropy(logits, targets.long(), weight=weights)
 
 
@@ -43,10 +43,11 @@ def interaction_loss(interaction: int, anchor: Tensor, perturbed: Sequence[Tenso
     count = len(perturbed)
     integer("interaction", interaction, least=0, most=count + 1)
     others = [point for i, point in enumerate(perturbed) if point is not None and i != interaction]
-    if not others or (interaction < count and perturbed[interaction] is None):
+    own = perturbed[interaction] if interaction < count else None
+    if not others or (interaction < count and own is None):
         return anchor.new_zeros(())
-    if interaction < count:
-        return torch.stack([_triplet(anchor, near, perturbed[interaction]) for near in others]).mean()
+    if own is not None:
+        return torch.stack([_triplet(anchor, near, own) for near in others]).mean()
     cosines = torch.stack([_cosine(anchor, other).mean() for other in others])
     return cosines.mean() if interaction == count else (1.0 - cosines).mean()
 
@@ -58,10 +59,11 @@ def regression_interaction(interaction: int, anchor: Tensor, perturbed: Sequence
     """
     count = len(perturbed)
     others = [point for i, point in enumerate(perturbed) if point is not None and i != interaction]
-    if not others or (interaction < count and perturbed[interaction] is None):
+    own = perturbed[interaction] if interaction < count else None
+    if not others or (interaction < count and own is None):
         return anchor.new_zeros(())
     change = torch.stack([functional.mse_loss(anchor, other) for other in others]).mean()
-    return change - functional.mse_loss(anchor, perturbed[interaction]) if interaction < count else change
+    return change if own is None else change - functional.mse_loss(anchor, own)
 
 
 def _triplet(anchor: Tensor, near: Tensor, far: Tensor) -> Tensor:
