@@ -185,8 +185,8 @@ def test_approximator_refuses_and_advances(game):
     first, second = (approximator.approximate(60, call)[(0, 1)] for _ in range(2))
     approximator.set_random_state(1)
     assert first != second and approximator.approximate(60, call)[(0, 1)] == first
-    with pytest.raises(ArgumentError, match="budget: got 19, expected at least 22"):
-        approximator.approximate(20, call)
+    with pytest.raises(ArgumentError, match="budget: got 9, expected at least 16"):
+        approximator.approximate(10, call)
     with pytest.raises(ArgumentError, match="index: got 'SV'"):
         ShapiqApproximator(N, 2, "SV")
     with pytest.raises(ArgumentError, match="pairs: got some pairs"):
@@ -217,7 +217,7 @@ def test_from_shapiq_is_the_same_game(game):
 def test_indices_against_the_exact_computer(values, game):
     """All coalitions as contexts, weighted by the law: every index is exact, and they differ from one another."""
     computer = shapiq.ExactComputer(as_numpy(game), N)
-    result = interactions(game, n=N, contexts=3000, also=tuple(ORDERS), progress=False)
+    result = interactions(game, n=N, contexts=3000, method="grid", also=tuple(ORDERS), progress=False)
     for (name, _), estimate in result.also.items():
         truth = computer(name, 1 if name in ("SV", "BV") else 2)
         true = np.array([truth[tuple(members)] for members in estimate.members.tolist()])
@@ -305,8 +305,8 @@ def test_pairs_of_features(network):
         def value(z, b=b, target=target):
             return network(torch.where(z[:, mask[0]], inputs[b], 0.0))[:, target]
 
-        truth = exact_interactions(value, n=6, progress=False)
-        assert np.abs((found[b].sii - truth.sii) / found[b].sii_stderr).max() < 4.5
+        truth = exact_interactions(value, n=6, progress=False)  # the default enumerates so few features as well
+        assert np.allclose(found[b].sii, truth.sii, rtol=0, atol=1e-12) and (found[b].sii_stderr == 0).all()
     assert not np.allclose(found[0].sii, found[1].sii, atol=1e-3)
 
 
@@ -598,7 +598,7 @@ import flmoe_fast
 from flmoe_fast.environment import MissingExtra
 refused = set()
 for module in pkgutil.walk_packages(flmoe_fast.__path__, "flmoe_fast."):
-    if "gpu.kernels" in module.name or module.name == "flmoe_fast._C":
+    if "gpu.kernels" in module.name or module.name.endswith("_chunk") or module.name == "flmoe_fast._C":
         continue
     try:
         importlib.import_module(module.name)

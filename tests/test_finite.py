@@ -141,6 +141,8 @@ def test_every_class_of_game_is_checked():
         found += [sub for sub in cls.__subclasses__() if sub.__module__.startswith("flmoe_fast")]
     assert len(set(found)) > 8
     for cls in found[1:]:
+        if cls.__call__ is Game.__call__:
+            continue  # says what its subclasses have, and answers nothing itself
         assert hasattr(cls.__call__, "__wrapped__"), cls
         own = cls.corner_values
         assert own is Game.corner_values or hasattr(own, "__wrapped__"), cls

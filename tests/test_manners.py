@@ -48,8 +48,11 @@ def output(process: subprocess.Popen) -> str:
 def test_ctrl_c_answers_within_a_second():
     """In the middle of one long native call."""
     code = """
-    many = coalitions.repeat(40, 1)
     before = game(coalitions)
+    begin = time.perf_counter()
+    game(coalitions)
+    once = time.perf_counter() - begin
+    many = coalitions.repeat(int(10 / once) + 1, 1)  # about ten seconds
     print("ready", flush=True)
     try:
         game(many)
