@@ -194,5 +194,5 @@ def test_fit_and_probe_end_to_end(fields, monkeypatch):
     assert [r["loss"] for r in fitted(again, features, None, targets, **options)] == [r["loss"] for r in history]
     game = TokenGame(model, [f[0] for f in unseen], fill="zero", value="logit")
     result = interactions(game, contexts=8)
-    native = not missing()
+    native = not missing() and config.fusion == "transformer"
     assert result.sii.shape[0] == 9 and result.backend == ("cpu" if native else "torch")

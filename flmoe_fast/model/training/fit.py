@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flmoe_fast.checks import ArgumentError, integer, one_of
+from flmoe_fast.checks import LARGEST_FEATURE, ArgumentError, integer, one_of
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.model.training.examples import Examples, Rows
 from flmoe_fast.model.training.forward import PASSES, TrainingOutput, regularizer_factor, training_forward
@@ -265,9 +265,10 @@ class _Run:
         return out, _share_right(model, out.logits, targets)
 
     def _check_weights(self, error: ArgumentError | None = None) -> None:
-        """Name divergence, which otherwise shows later, as features or logits that are not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
-            raise FloatingPointError(self._diverged("a weight is no longer finite")) from error
+        """Name divergence, which otherwise shows later, as features or logits that nothing can be computed with."""
+        if not all(bool((parameter.abs() < LARGEST_FEATURE).all()) for parameter in self.parameters):
+            what = f"a weight is no longer a number below {LARGEST_FEATURE:g}"
+            raise FloatingPointError(self._diverged(what)) from error
 
     def _diverged(self, what: str) -> str:
         at = f"in epoch {self.state.epoch}, by step {self.state.step}"
