@@ -15,12 +15,14 @@ LATENCY = 5.0
 
 #: A probe that would take minutes, on an engine; it says when it is inside.
 PROBE = """
-    import sys, threading, time
+    import signal, sys, threading
+    import torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     sys.path.insert(0, "tests")
     from edge_shapes import Edge
     from flmoe_fast.cli import INTERRUPTED
     from flmoe_fast import interactions
-    game = Edge("large", (120, 120), (120, 120), hidden=128, heads=4).game(backend=sys.argv[1], dtype=None)
+    game = Edge("large", (120, 120), (120, 120), hidden=128, heads=4).game(backend=sys.argv[1], dtype=torch.float32)
     threading.Timer(1.0, lambda: print("inside", flush=True)).start()
     try:
         interactions(game, rows=range(20), cols=range(120, 140), contexts=4096, progress=False)

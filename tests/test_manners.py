@@ -21,8 +21,9 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = """
-import os, resource, sys, time
+import os, resource, signal, sys, time
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 from edge_shapes import Edge
 torch.set_num_threads({threads})
 edge = Edge("long", (300, 200), (300, 200), hidden=128, heads=2)

@@ -343,8 +343,8 @@ def test_probes_reduce_on_the_device(kind: str, monkeypatch):
     assert torch.equal(drawn.second, v[0] - v[1] - v[2] + v[3])
     gap, defined = redundancy_gap(kind, *v)
     eps = torch.finfo(torch.float64).eps  # of numbers between -2 and 2
-    assert float((run.gap[0].total - unit_means(gap, drawn.per_unit)).abs().max()) <= 8 * eps
-    assert (run.gap[0].defined is None) == (defined is None)
+    assert float((drawn.gap.total - unit_means(gap, drawn.per_unit)).abs().max()) <= 8 * eps
+    assert (drawn.gap.defined is None) == (defined is None)
 
 
 @pytest.mark.parametrize(
