@@ -18,6 +18,7 @@ from gpu_cases import DEEP, DEVICE, LAST, SPARSE_SHAPES, SWITCH, engine, rounded
 
 from flmoe_fast import interactions
 from flmoe_fast.engines import portable, sparse_rows
+from flmoe_fast.engines.gpu.chunk import Part, flops
 from flmoe_fast.engines.gpu.kernels import choice, grouped, order
 from flmoe_fast.engines.gpu.kernels.configs import find
 
@@ -233,7 +234,7 @@ def test_there_are_tiles_for_every_spread(slots: int, networks: int, rows: int):
 
 def test_flops_count_every_product():
     """By hand for three layers of which the first and the last are sparse."""
-    sizes = engine(DEEP).sizes
+    sizes = engine(DEEP).chunk.spec
     tokens, hidden, wide, slots, networks = 7, 16, 32, 2, 6
     found = sizes.length, sizes.hidden, sizes.wide, sizes.slots, sizes.networks
     assert found == (tokens, hidden, wide, slots, networks)
@@ -245,7 +246,7 @@ def test_flops_count_every_product():
     of_networks = 3 * slots * 2 * tokens * hidden * wide
     each = first_keys + projections + 2 * attention + dense + gates + of_networks
     context = 4 * 2 * tokens * (tokens - 3) * hidden
-    assert sizes.flops(5, 2, 3) == 4 * (2 * context + 5 * each)
+    assert flops(sizes, Part(5, 2, varying=3)) == 4 * (2 * context + 5 * each)
 
 
 def test_a_probe_runs_on_the_engine():
