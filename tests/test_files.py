@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 
 import numpy as np
@@ -126,16 +127,43 @@ def test_a_folder_has_one_writer_who_says_who_it_is(tmp_path):
         process.wait()
 
 
-def test_the_only_writer_removes_what_killed_ones_left(tmp_path):
+@pytest.mark.parametrize("shared", (False, True))
+def test_who_is_alone_removes_what_killed_ones_left(shared, tmp_path):
     (tmp_path / "samples").mkdir()
     left = [tmp_path / ".a.json.0123.part", tmp_path / "samples" / ".b.npz.4567.part"]
-    for path in left:
+    process = holder(tmp_path, "shared")
+    for path in (*left, tmp_path / "a.part"):  # the last is somebody's own
         path.write_bytes(b"half")
-    (tmp_path / "a.part").write_bytes(b"somebody's own")
-    with writing_to(tmp_path, "me", shared=True):
-        assert all(path.exists() for path in left)  # it may be the other's
-    with writing_to(tmp_path, "me"):
+    try:
+        with writing_to(tmp_path, "me", shared=True):
+            assert all(path.exists() for path in left)  # it may be the other's
+    finally:
+        process.kill()
+        process.wait()
+    with writing_to(tmp_path, "me", shared=shared):
         assert sorted(path.name for path in tmp_path.rglob("*.part")) == ["a.part"]
+
+
+def test_those_who_share_a_folder_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """One who only looks whether it is alone holds the folder for a moment; another waits for that."""
+    with open(tmp_path / LOCK, "a+") as file:
+        files.fcntl.flock(file, files.fcntl.LOCK_EX)
+        threading.Timer(0.3, files.fcntl.flock, (file, files.fcntl.LOCK_SH)).start()
+        with writing_to(tmp_path, "me", shared=True):
+            pass
+        monkeypatch.setattr(files, "PATIENCE", 0.0)
+        files.fcntl.flock(file, files.fcntl.LOCK_EX)
+        with pytest.raises(BusyError), writing_to(tmp_path, "me", shared=True):
+            pass
+
+
+def test_a_full_disk_names_the_lock(tmp_path, monkeypatch):
+    def full(handle, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(StorageError, match=r"\.lock was not written: the disk is full"), writing_to(tmp_path, "me"):
+        pass
 
 
 def test_archives_that_lie(tmp_path, monkeypatch):
