@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -91,7 +92,14 @@ class Commands:
         send : (signal, seconds), optional
             What it gets, so long after it has begun.
         """
-        self._process.stdin.write(json.dumps([list(map(str, arguments)), before]) + "\n")
+        return self._run(list(map(str, arguments)), before, send)
+
+    def python(self, code: str) -> Ended:
+        """Run Python of this module instead of a command."""
+        return self._run(None, code, None)
+
+    def _run(self, arguments: list[str] | None, before: str, send: tuple[int, float] | None) -> Ended:
+        self._process.stdin.write(json.dumps([arguments, before]) + "\n")
         pid, had = int(self._answer(PATIENCE)), 0.0
         if send is not None:
             number, seconds = send
@@ -144,44 +152,43 @@ def seen(kind: int) -> int:
     return library.fault_seen(kind)
 
 
-def die_at(event: int) -> None:
-    """End this process by SIGKILL: at an even event before a file gets its name, at an odd one after."""
-    _die.append(event)
+def die_at(event: int, name: str = "") -> None:
+    """End this process by SIGKILL at an event: two n before the n-th file gets its name, two n + 1 right after.
+
+    Files whose names do not contain ``name`` do not count.
+    """
+    at_names(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == event else None, name)
 
 
-_die: list[int] = []
-_events = itertools.count()
-
-
-def _count_names() -> None:
-    """Count files that get their names, from now on, and die where that is wanted."""
-    replace = os.replace
-
-    def passed() -> None:
-        if next(_events) in _die:
-            os.kill(os.getpid(), signal.SIGKILL)
+def at_names(call: Callable[[int], object], name: str = "") -> None:
+    """Call with the number of the event, at every one, from now on."""
+    replace, number = os.replace, itertools.count()
 
     @functools.wraps(replace)
-    def watched(*names, **options):
-        passed()
-        replace(*names, **options)
-        passed()
+    def watched(source, target, **options):
+        counts = name in str(target)
+        if counts:
+            call(next(number))
+        replace(source, target, **options)
+        if counts:
+            call(next(number))
 
     os.replace = watched
 
 
-def _command(arguments: list[str], before: str, folder: Path) -> NoReturn:
-    """What a fork does."""
-    status = 1
+def _command(arguments: list[str] | None, before: str, folder: Path, ready: int) -> NoReturn:
+    """What a fork does; it says when it is ready."""
+    status, events = 1, [0]
     try:
         said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         from flmoe_fast.cli import main
 
-        _count_names()
+        at_names(lambda number: events.append(number + 1))
         exec(before, globals())
-        status = main(arguments)
-        calls = {"events": next(_events), **{name: seen(kind) for name, kind in KINDS.items()}}
+        os.write(ready, b".")
+        status = 0 if arguments is None else main(arguments)
+        calls = {"events": events[-1], **{name: seen(kind) for name, kind in KINDS.items()}}
         for kind in KINDS.values() if any(calls[name] for name in KINDS) else ():
             plant(kind, 0)
         (folder / "calls").write_text(json.dumps(calls))
@@ -205,9 +212,13 @@ def _serve(folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     for line in sys.stdin:
         (folder / "calls").unlink(missing_ok=True)
+        told, ready = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _command(*json.loads(line), folder)
+            _command(*json.loads(line), folder, ready)
+        os.close(ready)
+        os.read(told, 1)
+        os.close(told)
         print(pid, flush=True)
         _, status, used = os.wait4(pid, 0)
         print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]), flush=True)

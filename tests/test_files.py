@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -125,6 +126,49 @@ def test_a_folder_has_one_writer_who_says_who_it_is(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_of_several_processes_one_writes(tmp_path):
+    told, children = [], []
+    for number in range(4):
+        here, there = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with writing_to(tmp_path, f"writer {number}"):
+                    os.write(there, b"held")
+                    signal.pause()
+            except BusyError as busy:
+                os.write(there, str(busy).encode())
+            finally:
+                os._exit(0)
+        children.append(child)
+        told.append(here)
+    try:
+        said = [os.read(handle, 1000).decode() for handle in told]
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert said.count("held") == 1
+    assert all(f"{tmp_path} is being written by " in text for text in said if text != "held")
+    with writing_to(tmp_path, "me"):
+        pass
+
+
+def test_a_removed_lock_is_seen(tmp_path, monkeypatch):
+    """Negative control: two write at once."""
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        with writing_to(tmp_path, "one"), pytest.raises(BusyError), writing_to(tmp_path, "two"):
+            pass
+
+
+def test_a_lost_sync_of_the_folder_is_seen(tmp_path, monkeypatch):
+    """Negative control."""
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
+    with pytest.raises(AssertionError):
+        test_bytes_are_synced_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("shared", (False, True))

@@ -59,12 +59,14 @@ class Break:
     """What happens to a command.
 
     ``kind`` is "kill" (at an ``event`` of :func:`tests.commands.die_at`, or after ``seconds``), "interrupt" (after
-    ``seconds``), or a name of :data:`FAULTS`, whose ``event``-th call fails.
+    ``seconds``), or a name of :data:`FAULTS`, whose ``event``-th call fails. ``planted`` is Python that is executed
+    before, for a mistake that should be seen.
     """
 
     kind: str
     event: int | None = None
     seconds: float = 0.0
+    planted: str = ""
 
 
 #: Faults: what is planted, and what the one line that the command ends with says. A broken disk fails once, a full one
@@ -93,15 +95,15 @@ def place(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{kind}.toml", folder / kind
 
 
-def undisturbed(commands: Commands, folder: Path) -> Whole:
+def undisturbed(commands: Commands, folder: Path, settings: str = SETTINGS, names: tuple[str, ...] = STEPS) -> Whole:
     """The run in ``folder``, which is made once, also where several processes ask for it."""
     kept = folder / "steps.json"
     if not kept.is_file():
         making = Path(tempfile.mkdtemp(dir=folder.parent))
         steps = {}
-        for name in STEPS:
+        for name in names:
             path, out = place(making, name)
-            path.write_text(textwrap.dedent(SETTINGS).replace('out = "run"', f'out = "{out.name}"'))
+            path.write_text(textwrap.dedent(settings).replace('out = "run"', f'out = "{out.name}"'))
             if name == "report":
                 shutil.copytree(making / "run", out)
                 shutil.rmtree(out / "samples")
@@ -115,7 +117,8 @@ def undisturbed(commands: Commands, folder: Path) -> Whole:
 
 
 def _finished(commands: Commands, name: str, settings: Path) -> Ended:
-    ended = commands.run(name, settings, "--no-progress", before="plant(WRITE, 0)" if commands.can_plant else "")
+    counting = "plant(WRITE, 0, large=1 << 16)" if commands.can_plant else ""
+    ended = commands.run(name, settings, "--no-progress", before=counting)
     if ended.status:
         raise RuntimeError(f"{name} ended with {ended.status}: {ended.said.strip()[-500:]}")
     return ended
@@ -163,11 +166,11 @@ def _timeless(text: str) -> str:
 
 def broken(commands: Commands, name: str, settings: Path, how: Break) -> tuple[Ended, list[str]]:
     """Run a step that something happens to; how it ended, and what is wrong with that."""
-    before, send, wrong = "", None, []
+    before, send, wrong = how.planted, None, []
     if how.kind in FAULTS:
-        before = FAULTS[how.kind][0].format(how.event)
+        before += "\n" + FAULTS[how.kind][0].format(how.event)
     elif how.event is not None:
-        before = f"die_at({how.event})"
+        before += f"\ndie_at({how.event})"
     else:
         send = signal.SIGKILL if how.kind == "kill" else signal.SIGINT, how.seconds
     ended = commands.run(name, settings, "--no-progress", before=before, send=send)
