@@ -231,8 +231,11 @@ class CpuEngine(Engine):
         modality = torch.bucketize(
             torch.arange(self.problem.length), torch.tensor([start for start, _ in self.problem.segments]), right=True
         )
-        reading = Reading.of_sums(modality - 1, sample.wide_head, sample.stream_head, sample.head_bias)
-
+        means = sample.model.kept(
+            CpuEngine, lambda: Reading.head_of_sums(sample.model.wide_head, sample.model.head)
+        )
+        head = means * sample.shares[:, None]
+        reading = Reading((modality - 1).int(), head, sample.head_bias.contiguous())
         return NativeSample(model, states.residual, reading, sample.room)
 
     @functools.cached_property
