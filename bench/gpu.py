@@ -29,7 +29,7 @@ from bench.baselines import BatchedSDPA
 from bench.cells import Table, markdown, quartiles
 from bench.shapes import SHAPES, Shape
 from bench.timing import read, spread, write
-from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.engine import Reduction, Request
 from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.fastest import FILE
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
@@ -330,7 +330,7 @@ def sanitize() -> None:
             logits = made.evaluate_toggles(contexts, corners.toggled)
             values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
             for kind in GAPS:
-                made.reduce_corners(values, contexts, corners.pairs, corners.single, kind, LEAST_JOINT_COST)
+                made.reduce_corners(values, contexts, Reduction(corners.pairs, corners.single, kind, LEAST_JOINT_COST))
             torch.cuda.synchronize()
             print(shape.name, name, "done", flush=True)
 

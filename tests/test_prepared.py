@@ -44,6 +44,19 @@ def test_a_second_sample_repacks_nothing(backend: str, dtype: torch.dtype, monke
     assert second.engine.sample.model is first.engine.sample.model
 
 
+def test_absent_tokens_are_projected_once_for_samples_filled_alike(monkeypatch):
+    model, products, product = EDGE.model(), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *a, **options: products.append(1) or product(*a, **options))
+    made = []
+    for fill in ("zero", "zero", None):
+        options = {} if fill is None else {"fill": fill}
+        game, before = EDGE.game(model, backend="torch", **options), len(products)
+        made.append(before - sum(made))
+    assert made == [2, 1, 2]
+    coalitions = EDGE.coalitions(game.n)
+    assert torch.equal(game(coalitions), EDGE.game(backend="torch")(coalitions))
+
+
 def written_in_place(model):
     with torch.no_grad():
         model.interaction_experts[0].fusion_model.network[0].attn.proj.weight += 0.1

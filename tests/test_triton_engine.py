@@ -19,6 +19,7 @@ from gpu_cases import DEVICE, GPU, TINY, engine, error_of, limit, rounded_proble
 from flmoe_fast import interactions  # noqa: E402
 from flmoe_fast.checks import ArgumentError  # noqa: E402
 from flmoe_fast.engines.backends import backends  # noqa: E402
+from flmoe_fast.engines.engine import Reduction  # noqa: E402
 from flmoe_fast.engines.gpu import triton as triton_engine  # noqa: E402
 from flmoe_fast.engines.gpu.chunk import Chunk, Part, layout, steps  # noqa: E402
 from flmoe_fast.engines.gpu.kernels import (  # noqa: E402
@@ -312,7 +313,8 @@ def grid():
 
 
 def reduced(grid: CornerGrid, contexts: torch.Tensor, values: torch.Tensor, kind: str = "sum"):
-    return engine(TINY).reduce_corners(values, contexts, grid.pairs, grid.single, kind, LEAST_JOINT_COST)
+    reduction = Reduction(grid.pairs, grid.single, kind, LEAST_JOINT_COST)
+    return engine(TINY).reduce_corners(values, contexts, reduction)
 
 
 @pytest.mark.parametrize("kind", GAPS)

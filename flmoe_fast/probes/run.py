@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from flmoe_fast.coalitions import sample_contexts, unpack
+from flmoe_fast.engines.engine import Reduction
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
@@ -129,10 +130,10 @@ class Run:
         self, grid: CornerGrid, contexts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Second differences and gaps (K, P, O), and where the gaps are defined; reduced where the values are."""
-        asked = grid.toggled, grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST
-        found = self.game.corner_samples(contexts, *asked)
-        if found is not None and all(bool(part.sum().isfinite()) for part in found[:2]):
-            return found
+        reduction = Reduction(grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST)
+        found = self.game.corner_samples(contexts, grid.toggled, reduction)
+        if found is not None and all(bool(part.sum().isfinite()) for part in (found.second, found.gap)):
+            return found.second, found.gap, found.defined
         # Not reduced by the game, or of values that are not finite: asking for these names the coalition.
         corners = grid.corners(contexts, corner_values(self.game, contexts, grid))
         return second_difference(corners), *redundancy_gap(self.gap_kind, *corners)
