@@ -99,7 +99,8 @@ def test_exact_once_everything_is_seen(name, order):
 
 def test_heads_share_one_fit_and_keep_their_scales():
     def three(z: torch.Tensor) -> torch.Tensor:
-        return torch.stack([smooth(z), 100 * smooth(z), torch.full((len(z),), 2.0, dtype=torch.float64)], 1)
+        constant = torch.full((len(z),), 2.0, dtype=torch.float64)
+        return torch.stack([3 * smooth(z), 300 * smooth(z), constant], 1)  # none between bounds that have a link
 
     found = interactions(three, n=N, budget=200, progress=False)
     assert np.allclose(found.sii[:, 1], 100 * found.sii[:, 0], rtol=1e-6)

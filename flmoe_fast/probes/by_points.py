@@ -7,11 +7,12 @@ import torch
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.budget import MOST_ROWS
 from flmoe_fast.probes.drawing import complementary
-from flmoe_fast.probes.draws import LISTED_PLAYERS, SHARED, gap_estimate, levels_of
+from flmoe_fast.probes.draws import SHARED
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate, complete_players
 from flmoe_fast.probes.parity import ParityProcess
+from flmoe_fast.probes.posterior import Posterior
 from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
 
 #: What the variances of indices are multiplied by, since scales are estimated.
@@ -46,18 +47,23 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     process = ParityProcess(drawn, values[:, 0], values[:, 1])
     sii, variance = process.index(grid.pairs, "SII", 2)
     variance = widened(variance)
-    stepped = game.n <= LISTED_PLAYERS and all(levels_of(column) is not None for column in values.flatten(0, 1).T)
-    if stepped:  # the index of the game on its levels, which is exact once every step is found
-        on_levels = gap_estimate(process, grid, "sum", run.seed)
-        sii, variance = -on_levels.value, on_levels.variance
-    gaps, gap_variance, degrees = gaps_of(run, process, grid, sii, variance)
     also = {}
-    for (name, order), members in wanted_members(run, grid).items():
-        found, claimed = process.index(members, "SV" if (name, order) == ("k-SII", 1) else name, order)
-        if (name, order) == ("k-SII", 1):  # the halves are independent: the Shapley value is odd, the SII even
+    for key, members in wanted_members(run, grid).items():
+        found, claimed = process.index(members, *shapley_base(key))
+        if key == ("k-SII", 1):  # the halves are independent: the Shapley value is odd, the SII even
             of = (grid.pairs[:, :, None] == members[:, 0]).any(1).double().T
             found, claimed = found - 0.5 * of @ sii, claimed + 0.25 * (of @ variance.sqrt()).square()
-        also[name, order] = _estimate(game, members, found, widened(claimed).sqrt(), float(len(drawn)))
+        also[key] = members, found, widened(claimed)
+    posterior = Posterior(process, run.seed)
+    for head in posterior.curved:
+        sii[:, head], variance[:, head] = posterior.index(head, grid.pairs, "SII", 2)
+        for key, (members, found, claimed) in also.items():
+            found[:, head], claimed[:, head] = posterior.index(head, members, *key)
+    if run.gap_kind == "sum":
+        gaps, gap_variance, degrees = -sii, variance, float(len(drawn))
+    else:
+        estimate = posterior.gaps(grid, run.gap_kind)
+        gaps, gap_variance, degrees = estimate.value, estimate.variance, estimate.degrees
     noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
     return Found(
         "process",
@@ -69,9 +75,14 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
         torch.full((pairs,), 2 * len(drawn)),
         noise,
         checks,
-        also,
-        {"rough": process.half(1).scales.rough, "levels": stepped},
+        {key: _estimate(game, m, found, v.sqrt(), float(len(drawn))) for key, (m, found, v) in also.items()},
+        {"rough": process.half(1).scales.rough, "scale": posterior.scales},
     )
+
+
+def shapley_base(key: tuple[str, int]) -> tuple[str, int]:
+    """The index that another is read from: k-SII of single players is the Shapley value less half the SII."""
+    return ("SV", 1) if key == ("k-SII", 1) else key
 
 
 def evaluate_pairs(run: Run, drawn: torch.Tensor) -> torch.Tensor:
@@ -87,16 +98,6 @@ def evaluate_pairs(run: Run, drawn: torch.Tensor) -> torch.Tensor:
 def widened(variance: torch.Tensor) -> torch.Tensor:
     """Variances (M, O) that hold: with a share of their mean in each, and room for scales that are estimated."""
     return WIDER * ((1 - SHARED) * variance + SHARED * variance.mean(0))
-
-
-def gaps_of(
-    run: Run, process: ParityProcess, grid: CornerGrid, sii: torch.Tensor, variance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Gaps and their variances (P, O), and degrees of freedom for these and the indices'."""
-    if run.gap_kind == "sum":
-        return -sii, variance, float(len(process.coalitions))
-    found = gap_estimate(process, grid, run.gap_kind, run.seed)
-    return found.value, found.variance, found.degrees
 
 
 def wanted_members(run: Run, grid: CornerGrid) -> dict[tuple[str, int], torch.Tensor]:
