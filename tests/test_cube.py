@@ -11,7 +11,7 @@ from flmoe_fast.probes.cube import codes, spectrum, table_gaps, table_indices, w
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.exact import exact_index, pair_interaction
 from flmoe_fast.probes.gap import GAPS
-from flmoe_fast.probes.link import Logit, left_out_error, link_of
+from flmoe_fast.probes.link import Logit, left_out, link_of, share_of_link
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.surrogate import kernel, signs
 from flmoe_fast.probes.tables import TableSource
@@ -82,15 +82,36 @@ def test_drawn_tables_are_games_of_the_posterior():
     assert 0.3 < float(ratio) < 2
 
 
-def test_link_is_chosen_where_it_predicts_better():
+def test_link_is_used_as_far_as_it_predicts_better():
     odds = 1 + 3 * signs(EVERY) @ torch.linspace(-0.5, 1.5, N, dtype=torch.float64)
-    for values, better in ((odds.sigmoid(), True), ((odds / 20).square().clamp(max=1), False)):
+    shares = []
+    for values in (odds.sigmoid(), (odds / 20).square().clamp(max=1)):
         link = link_of(values)
         assert link is not None
         plain, linked = fitted(values, 32).process, fitted(values, 32, link).process
-        assert (left_out_error(linked, 0, link) < left_out_error(plain, 0, None)) == better
+        shares.append(share_of_link(plain, 0, linked, link))
+    assert shares[0] > 0.8 and shares[1] < 0.2
     assert link_of(odds) is None and link_of((odds / 20).tanh()) == Logit(-1.0, 1.0)
     assert link_of((odds > 0).double()) is None  # nothing between the bounds
+
+
+def test_left_out_errors_are_those_of_leaving_out():
+    """On the logit scale too: the mean of a coalition's and its complement's values, fitted without them."""
+    values = (1 + signs(EVERY) @ torch.linspace(-0.5, 1.5, N, dtype=torch.float64)).sigmoid()
+    link = Logit(0.0, 1.0)
+    process = fitted(values, 32, link).process
+    rest = torch.arange(32) != 5
+    predicted = []
+    for sign in (1, -1):
+        half = process.half(sign)
+        y, mean = (process.values + sign * process.complements)[:, 0] / 2, float(half.mean)  # the mean stays what it is
+        covariance = torch.linalg.inv(half.inverse)
+        weight = torch.linalg.solve(covariance[rest][:, rest], covariance[rest, 5])
+        predicted.append(weight @ (y[rest] - mean) + mean)
+    even, odd = predicted
+    upper, lower = link.inverse(even + odd), link.inverse(even - odd)
+    true = (link.inverse(process.values[5, 0]) + link.inverse(process.complements[5, 0])) / 2
+    assert float(left_out(process, 0, link)[5]) == pytest.approx(float(true - (upper + lower) / 2), rel=1e-6)
 
 
 def test_linked_values_are_closer_and_covered():
@@ -103,12 +124,12 @@ def test_linked_values_are_closer_and_covered():
 
     truth = exact_interactions(probability, n=10, progress=False)
     inside, errors = [], []
-    for seed in range(4):
+    for seed in range(3):
         found = interactions(probability, n=10, budget=128, seed=seed, progress=False)
-        assert found.about["scale"] == ["logit"]
+        assert found.about["logit_share"][0] > 0.5
         # The same values on a scale that has no bounds: no link is tried.
         plain = interactions(lambda z: 2 + 3 * probability(z), n=10, budget=128, seed=seed, progress=False)
-        assert plain.about["scale"] == ["identity"]
+        assert plain.about["logit_share"] == [0.0]
         errors.append([np.square(found.sii - truth.sii).sum(), np.square(plain.sii / 3 - truth.sii).sum()])
         for of, true in (("sii", truth.sii), ("gap", truth.gap)):
             low, high = found.interval(of=of)

@@ -76,7 +76,7 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
         noise,
         checks,
         {key: _estimate(game, m, found, v.sqrt(), float(len(drawn))) for key, (m, found, v) in also.items()},
-        {"rough": process.half(1).scales.rough, "scale": posterior.scales},
+        {"rough": process.half(1).scales.rough, "logit_share": posterior.logit_share, "levels": posterior.levels},
     )
 
 
