@@ -11,7 +11,7 @@ from flmoe_fast.probes.cube import codes, spectrum, table_gaps, table_indices, w
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.exact import exact_index, pair_interaction
 from flmoe_fast.probes.gap import GAPS
-from flmoe_fast.probes.link import Logit, left_out, link_of, share_of_link
+from flmoe_fast.probes.link import Logit, left_out, link_of, share_of_link, unseen_weights
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.surrogate import kernel, signs
 from flmoe_fast.probes.tables import TableSource
@@ -80,6 +80,30 @@ def test_drawn_tables_are_games_of_the_posterior():
     assert torch.allclose(found[:, 0], value[:, 0], rtol=0, atol=0.2 * float(variance.max().sqrt()))
     ratio = found[:, 1:].var(1).mean() / variance.mean()
     assert 0.3 < float(ratio) < 2
+
+
+def test_weights_of_what_was_not_seen():
+    """Independent errors of all values that were not evaluated give the interactions the variance that they say."""
+    z = complementary(N, 40, 0)
+    errors = torch.randn(4000, 2**N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors[:, codes(z)] = errors[:, codes(~z)] = 0
+    simulated = table_indices(errors, PAIRS, "SII", 2).square().mean()
+    # Of the even half's errors, whose variance is half that of the values'.
+    assert float(unseen_weights(z).sum()) / 2 == pytest.approx(float(simulated), rel=0.05)
+
+
+def test_no_step_is_certain_before_all_is_seen():
+    """AND of four: seldom seen, its interactions are no certain zeros; a game that never varied has no error bar."""
+    inside = []
+    for seed in range(6):
+        found = interactions(lambda z: z[:, :4].all(1).double(), n=10, budget=48, seed=seed, progress=False)
+        truth = exact_interactions(lambda z: z[:, :4].all(1).double(), n=10, progress=False)
+        low, high = found.interval()
+        assert (high > low).all()
+        inside.append((low <= truth.sii) & (truth.sii <= high))
+    assert np.mean(inside) >= 0.9
+    flat = interactions(lambda z: torch.full((len(z),), 3.0), n=10, budget=48, progress=False)
+    assert not flat.sii.any() and np.isnan(flat.sii_stderr).all() and np.isnan(flat.gap_stderr).all()
 
 
 def test_link_is_used_as_far_as_it_predicts_better():

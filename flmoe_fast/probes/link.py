@@ -65,14 +65,18 @@ def share_of_link(process: ParityProcess, head: int, linked: ParityProcess, link
     Squares are weighted as the coalitions that were not evaluated enter an interaction, by how many are left of a size.
     """
     plain, other = left_out(process, head), left_out(linked, 0, link)
-    weight = _weights(process.coalitions)
+    weight = unseen_weights(process.coalitions)
     change = plain - other
     total = float((weight * change.square()).sum())
     return min(1.0, max(0.0, float((weight * plain * change).sum()) / total)) if total > 0 else 0.0
 
 
-def _weights(coalitions: torch.Tensor) -> torch.Tensor:
-    """Weights (m,) of the squared errors of complementary pairs of coalitions (m, n)."""
+def unseen_weights(coalitions: torch.Tensor) -> torch.Tensor:
+    """Weights (m,) of the squared errors of complementary pairs of coalitions (m, n) for those that were not evaluated.
+
+    Where every value errs by the same e, independently, the weights times e^2 sum up to the variance of an interaction,
+    as a mean over all pairs of players.
+    """
     n = coalitions.shape[1]
     size = coalitions.sum(1)
     size = torch.minimum(size, n - size)
@@ -80,5 +84,6 @@ def _weights(coalitions: torch.Tensor) -> torch.Tensor:
     for s in size.unique().tolist():
         rows = size == s
         seen, there = int(rows.sum()), math.comb(n, s) / (2 if 2 * s == n else 1)
-        found[rows] = (root_mean_weight(n, s) / math.comb(n, s)) ** 2 * (there - seen) / seen
+        mean_square = n / (n - 1) * (root_mean_weight(n, s) / math.comb(n, s)) ** 2
+        found[rows] = 4 * mean_square * (there - seen) / seen  # a value and its complement's weigh the same
     return found

@@ -12,7 +12,7 @@ import torch
 from flmoe_fast.probes.cube import table_gaps, table_indices
 from flmoe_fast.probes.draws import DRAWS, Drawn, GapEstimate, gap_estimate, levels_of, sampled_gaps
 from flmoe_fast.probes.grid import CornerGrid
-from flmoe_fast.probes.link import Logit, link_of, share_of_link
+from flmoe_fast.probes.link import Logit, link_of, share_of_link, unseen_weights
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.tables import TableGames, TableSource
 
@@ -24,7 +24,7 @@ LEAST_SHARE = 0.05
 INDEX_DRAWS = 32
 #: What the variances of such indices are multiplied by, how much more for every scale that was estimated from the
 #: points at hand, and the share of the pairs' mean variance in each pair's.
-WIDER, SCALES, SHARED = 1.25, 4.0, 0.2
+WIDER, SCALES, SHARED = 1.4, 4.0, 0.2
 
 
 class Posterior:
@@ -63,6 +63,7 @@ class Posterior:
                     self._try(head, link)
         self.curved = [head for head in range(self.heads) if self.levels[head] or self.logit_share[head] > 0]
         self._tables = {head: self._drawn(head, INDEX_DRAWS) for head in self.curved}
+        self._apart = {head: self._difference(head) for head in self._linked}
 
     def _try(self, head: int, link: Logit) -> None:
         process = self.process
@@ -81,14 +82,33 @@ class Posterior:
         # The same random numbers on both scales, so that what is not known does not average out.
         return torch.lerp(found, self._linked[head].draw(0, count), share) if share > 0 else found
 
+    def _difference(self, head: int) -> torch.Tensor:
+        """What the two predictions (1, 2^n) of a head differ by, times the geometric mean of their shares."""
+        share = self.logit_share[head]
+        plain, linked = self._plain.draw(head, 2)[:1], self._linked[head].draw(0, 2)[:1]
+        return (share * (1 - share)) ** 0.5 * (plain - linked)
+
     def index(self, head: int, members: torch.Tensor, name: str, order: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and variances (M,) of an index of ``members`` (M, order) of a curved head."""
         found = self._index(self._tables[head], members, name, order)
         mean, variance = found[:, 1:].mean(1), found[:, 1:].var(1)
         if self.levels[head]:
-            mean, variance = (found[:, 0] + mean) / 2, variance + (found[:, 0] - mean).square()
+            mean, variance = (found[:, 0] + mean) / 2, variance + (found[:, 0] - mean).square() + self._missed(head)
+        if head in self._apart:
+            variance = variance + self._index(self._apart[head], members, name, order)[:, 0].square()
         wider = WIDER * (1 + SCALES * self.process.coalitions.shape[1] / len(self.process.coalitions))
         return mean, wider * ((1 - SHARED) * variance + SHARED * variance.mean())
+
+    def _missed(self, head: int) -> float:
+        """Variance of an interaction that a step adds which none of the evaluated values shows.
+
+        By Laplace's rule of succession an unseen value is wrong with a chance of one in as many as were seen, and then
+        by up to the range of the values. No estimate of a stepped game is exact before everything is seen.
+        """
+        upper, lower = self.process.values[:, head], self.process.complements[:, head]
+        span = torch.maximum(upper.max(), lower.max()) - torch.minimum(upper.min(), lower.min())
+        chance = 1 / (2 * len(upper) + 2)
+        return float(chance * span.square() / 2 * unseen_weights(self.process.coalitions).sum())
 
     def _index(self, tables: torch.Tensor, members: torch.Tensor, name: str, order: int) -> torch.Tensor:
         if (name, order) != ("k-SII", 1):
