@@ -19,7 +19,7 @@ from flmoe_fast.probes.parity import ParityProcess
 #: Shares of the range this close to a bound count as that close, in logits.
 EDGE = 1e-6
 #: Share of the values that may lie at a bound.
-MOST_SATURATED = 0.1
+MOST_SATURATED = 0.7
 
 
 @dataclass(frozen=True)
