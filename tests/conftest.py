@@ -16,7 +16,10 @@ from flmoe_fast import coalitions
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; without a GPU nothing else can run
-torch.set_num_threads(1)  # test shapes are tiny: two threads would mostly wait for each other
+# Test shapes are tiny: two threads would mostly wait for each other. Processes that tests start have one thread too,
+# and so the same last bits.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header() -> str:
