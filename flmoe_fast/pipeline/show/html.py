@@ -235,8 +235,8 @@ def as_svg(axes: Axes, prefix: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # The part of it that is seen is as large as what was drawn, since layouts leave too little room above titles of axes
-    # that keep their aspect. matplotlib's own way to the same end draws everything twice.
+    # What is seen of it is as large as what was drawn: layouts leave too little room above titles of axes that keep
+    # their aspect. matplotlib's own way to the same end draws everything twice.
     box = figure.get_tightbbox().padded(MARGIN)
     left, top, width, height = 72 * box.x0, 72 * (figure.get_figheight() - box.y1), 72 * box.width, 72 * box.height
     # As wide as it was drawn where there is room.
