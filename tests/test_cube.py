@@ -11,7 +11,7 @@ from flmoe_fast.probes.cube import codes, spectrum, table_gaps, table_indices, w
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.exact import exact_index, pair_interaction
 from flmoe_fast.probes.gap import GAPS
-from flmoe_fast.probes.link import Logit, left_out_error, link_of
+from flmoe_fast.probes.link import Logit, left_out, link_of, share_of_link, unseen_weights
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.surrogate import kernel, signs
 from flmoe_fast.probes.tables import TableSource
@@ -82,15 +82,60 @@ def test_drawn_tables_are_games_of_the_posterior():
     assert 0.3 < float(ratio) < 2
 
 
-def test_link_is_chosen_where_it_predicts_better():
+def test_weights_of_what_was_not_seen():
+    """Independent errors of all values that were not evaluated give the interactions the variance that they say."""
+    z = complementary(N, 40, 0)
+    errors = torch.randn(4000, 2**N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors[:, codes(z)] = errors[:, codes(~z)] = 0
+    simulated = table_indices(errors, PAIRS, "SII", 2).square().mean()
+    # Of the even half's errors, whose variance is half that of the values'.
+    assert float(unseen_weights(z).sum()) / 2 == pytest.approx(float(simulated), rel=0.05)
+
+
+def test_no_step_is_certain_before_all_is_seen():
+    """AND of four: seldom seen, its interactions are no certain zeros; a game that never varied has no error bar."""
+    inside = []
+    for seed in range(6):
+        found = interactions(lambda z: z[:, :4].all(1).double(), n=10, budget=48, seed=seed, progress=False)
+        truth = exact_interactions(lambda z: z[:, :4].all(1).double(), n=10, progress=False)
+        low, high = found.interval()
+        assert (high > low).all()
+        inside.append((low <= truth.sii) & (truth.sii <= high))
+    assert np.mean(inside) >= 0.9
+    flat = interactions(lambda z: torch.full((len(z),), 3.0), n=10, budget=48, progress=False)
+    assert not flat.sii.any() and np.isnan(flat.sii_stderr).all() and np.isnan(flat.gap_stderr).all()
+
+
+def test_link_is_used_as_far_as_it_predicts_better():
     odds = 1 + 3 * signs(EVERY) @ torch.linspace(-0.5, 1.5, N, dtype=torch.float64)
-    for values, better in ((odds.sigmoid(), True), ((odds / 20).square().clamp(max=1), False)):
+    shares = []
+    for values in (odds.sigmoid(), (odds / 20).square().clamp(max=1)):
         link = link_of(values)
         assert link is not None
         plain, linked = fitted(values, 32).process, fitted(values, 32, link).process
-        assert (left_out_error(linked, 0, link) < left_out_error(plain, 0, None)) == better
+        shares.append(share_of_link(plain, 0, linked, link))
+    assert shares[0] > 0.8 and shares[1] < 0.2
     assert link_of(odds) is None and link_of((odds / 20).tanh()) == Logit(-1.0, 1.0)
     assert link_of((odds > 0).double()) is None  # nothing between the bounds
+
+
+def test_left_out_errors_are_those_of_leaving_out():
+    """On the logit scale too: the mean of a coalition's and its complement's values, fitted without them."""
+    values = (1 + signs(EVERY) @ torch.linspace(-0.5, 1.5, N, dtype=torch.float64)).sigmoid()
+    link = Logit(0.0, 1.0)
+    process = fitted(values, 32, link).process
+    rest = torch.arange(32) != 5
+    predicted = []
+    for sign in (1, -1):
+        half = process.half(sign)
+        y, mean = (process.values + sign * process.complements)[:, 0] / 2, float(half.mean)  # the mean stays what it is
+        covariance = torch.linalg.inv(half.inverse)
+        weight = torch.linalg.solve(covariance[rest][:, rest], covariance[rest, 5])
+        predicted.append(weight @ (y[rest] - mean) + mean)
+    even, odd = predicted
+    upper, lower = link.inverse(even + odd), link.inverse(even - odd)
+    true = (link.inverse(process.values[5, 0]) + link.inverse(process.complements[5, 0])) / 2
+    assert float(left_out(process, 0, link)[5]) == pytest.approx(float(true - (upper + lower) / 2), rel=1e-6)
 
 
 def test_linked_values_are_closer_and_covered():
@@ -103,12 +148,12 @@ def test_linked_values_are_closer_and_covered():
 
     truth = exact_interactions(probability, n=10, progress=False)
     inside, errors = [], []
-    for seed in range(4):
+    for seed in range(3):
         found = interactions(probability, n=10, budget=128, seed=seed, progress=False)
-        assert found.about["scale"] == ["logit"]
+        assert found.about["logit_share"][0] > 0.5
         # The same values on a scale that has no bounds: no link is tried.
         plain = interactions(lambda z: 2 + 3 * probability(z), n=10, budget=128, seed=seed, progress=False)
-        assert plain.about["scale"] == ["identity"]
+        assert plain.about["logit_share"] == [0.0]
         errors.append([np.square(found.sii - truth.sii).sum(), np.square(plain.sii / 3 - truth.sii).sum()])
         for of, true in (("sii", truth.sii), ("gap", truth.gap)):
             low, high = found.interval(of=of)

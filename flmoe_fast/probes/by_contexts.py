@@ -15,7 +15,7 @@ import torch
 
 from flmoe_fast.coalitions import pack
 from flmoe_fast.probes.budget import MOST_ROWS, Spending
-from flmoe_fast.probes.by_points import evaluate_pairs, widened
+from flmoe_fast.probes.by_points import estimate_of, evaluate_pairs, widened
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine
@@ -54,6 +54,10 @@ def by_contexts(run: Run, grid: CornerGrid, spending: Spending) -> Found:
     share = torch.where(off > 0, off / (off + doubt), 0.0)
     variance = torch.maximum(widened(claimed), share * stderr.square())
     gaps, gap_stderr, _ = combine([draw.gap], pairs, borrowed=BORROWED)
+    also = others_of(run.game, [draw])
+    for key, members in run.members_of_triples().items():
+        values, square = process.index(members, *key)
+        also[key] = estimate_of(run.game, members, values, widened(square).sqrt(), float(len(rows.coalitions)))
     return Found(
         "process and grid",
         smooth + share * excess,
@@ -64,7 +68,7 @@ def by_contexts(run: Run, grid: CornerGrid, spending: Spending) -> Found:
         contexts_of([draw], pairs),
         noise,
         checks,
-        others_of(run.game, [draw]),
+        also,
         {"unbiased_share": share.tolist(), "rough": process.half(1).scales.rough},
     )
 

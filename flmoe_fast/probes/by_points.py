@@ -31,7 +31,7 @@ def by_enumeration(run: Run, grid: CornerGrid) -> Found:
     also = {}
     for (name, order), members in wanted_members(run, grid).items():
         found = exact_index(rows, n, members, name, order)
-        also[name, order] = _estimate(game, members, found, torch.zeros_like(found), float("inf"))
+        also[name, order] = estimate_of(game, members, found, torch.zeros_like(found), float("inf"))
     spread = rows.var(0).clamp(min=torch.finfo(rows.dtype).tiny)
     noise, checks = fresh_noise_share(game, grid, run.seed, spread)
     zero = torch.zeros_like(sii)
@@ -64,6 +64,8 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     else:
         estimate = posterior.gaps(grid, run.gap_kind)
         gaps, gap_variance, degrees = estimate.value, estimate.variance, estimate.degrees
+    flat = values.flatten(0, 1).var(0) == 0  # where nothing varied, nothing tells how much anything might
+    variance[:, flat] = gap_variance[:, flat] = torch.nan
     noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
     return Found(
         "process",
@@ -75,8 +77,8 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
         torch.full((pairs,), 2 * len(drawn)),
         noise,
         checks,
-        {key: _estimate(game, m, found, v.sqrt(), float(len(drawn))) for key, (m, found, v) in also.items()},
-        {"rough": process.half(1).scales.rough, "scale": posterior.scales},
+        {key: estimate_of(game, m, found, v.sqrt(), float(len(drawn))) for key, (m, found, v) in also.items()},
+        {"rough": process.half(1).scales.rough, "logit_share": posterior.logit_share, "levels": posterior.levels},
     )
 
 
@@ -110,11 +112,12 @@ def wanted_members(run: Run, grid: CornerGrid) -> dict[tuple[str, int], torch.Te
             members = grid.players[:, None] if order == 1 else grid.pairs
         if len(members):
             found[name, order] = members
-    return found
+    return found | run.members_of_triples()
 
 
-def _estimate(
+def estimate_of(
     game: Game, members: torch.Tensor, values: torch.Tensor, stderr: torch.Tensor, degrees: float
 ) -> IndexEstimate:
+    """What is said of an index of ``members`` (M, order) with values and standard errors (M, O)."""
     freedom = torch.full((len(members),), degrees, dtype=torch.float64)
     return IndexEstimate(members.numpy(), per_head(game, values), per_head(game, stderr), freedom.numpy())

@@ -273,7 +273,9 @@ def exact_weights(x: torch.Tensor, members: torch.Tensor, name: str, order: int)
 
 
 def _symmetric(nodes: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return bool(torch.allclose(nodes[1], nodes[1].flip(0)))
+    """Whether present and absent count alike, so that an index depends on one half only."""
+    u, weights = nodes
+    return bool(torch.allclose(weights, weights.flip(0)) and torch.allclose(u, 1 - u.flip(0)))
 
 
 def _prior(

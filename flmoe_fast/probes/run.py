@@ -14,7 +14,7 @@ from flmoe_fast.engines.engine import Reduction
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
-from flmoe_fast.probes.indices import IndexEstimate, complete_players, contrast
+from flmoe_fast.probes.indices import OF_TRIPLES, IndexEstimate, complete_players, contrast, probability
 from flmoe_fast.probes.moments import Draw, combine, unit_means
 
 #: Contexts and pairs that are evaluated once more in higher precision.
@@ -76,10 +76,26 @@ class DrawnGrid:
 class Run:
     """Evaluates for one call and counts what it costs."""
 
-    def __init__(self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int):
-        self.game, self.gap_kind, self.seed, self.also = game, gap, seed, also
+    def __init__(
+        self,
+        game: Game,
+        gap: str,
+        seed: int,
+        progress: bool,
+        also: tuple[tuple[str, int], ...],
+        total: int,
+        triples: torch.Tensor | None = None,
+    ):
+        self.game, self.gap_kind, self.seed, self.also, self.triples = game, gap, seed, also, triples
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
+
+    def members_of_triples(self) -> dict[tuple[str, int], torch.Tensor]:
+        """Members (T, 3) of every index of order 3 that was asked for."""
+        if self.triples is None:
+            return {}
+        names = ["SII", *(name for name, order in self.also if order == 2 and probability(name)[0] in OF_TRIPLES)]
+        return {(name, 3): self.triples for name in names}
 
     def spend(self, count: int) -> None:
         """Count evaluations that were made."""

@@ -32,7 +32,7 @@ class TableSource:
         self, process: ParityProcess, link: Logit | None, values: torch.Tensor, complements: torch.Tensor, seed: int
     ):
         self.process, self.link, self._seen = process, link, (values, complements)
-        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._seed = seed % 2**63
         n = process.coalitions.shape[1]
         self._size = 2**n
         here = codes(process.coalitions)
@@ -42,9 +42,12 @@ class TableSource:
         self._odd = sizes(n) % 2 == 1
 
     def draw(self, head: int, count: int) -> torch.Tensor:
-        """Values (1 + count, 2^n) of one head: of the posterior mean, then of ``count`` draws, an even number."""
+        """Values (1 + count, 2^n) of one head: of the posterior mean, then of ``count`` draws, an even number.
+
+        The same every time, and of the same random numbers for every process.
+        """
         even, odd = self._halves
-        prior = self._prior(head, count // 2)
+        prior = self._prior(head, count // 2, torch.Generator().manual_seed(self._seed + head))
         here, there = (prior[:, at] for at in self._at)
         solved = [
             torch.cat([half.solved[:, head, None].T, -(here + half.sign * there) / 2 @ half.inverse])
@@ -62,17 +65,17 @@ class TableSource:
             tables[:, at] = seen[:, head]
         return tables
 
-    def _prior(self, head: int, count: int) -> torch.Tensor:
+    def _prior(self, head: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draws (count, 2^n) from the prior, their rough part included."""
         variance = [half.amplitude[head] * own for half, own in zip(self._halves, self._spectra)]
-        found = torch.randn(count, self._size, generator=self._generator, dtype=torch.float64)
+        found = torch.randn(count, self._size, generator=generator, dtype=torch.float64)
         found = walsh(found.mul_(torch.where(self._odd, variance[1], variance[0]).sqrt()))
         for half in self._halves:
-            found += self._rough(half, head, count)
+            found += self._rough(half, head, count, generator)
         return found
 
-    def _rough(self, half: Half, head: int, count: int) -> torch.Tensor:
-        upper = torch.randn(count, self._size // 2, generator=self._generator, dtype=torch.float64)
+    def _rough(self, half: Half, head: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        upper = torch.randn(count, self._size // 2, generator=generator, dtype=torch.float64)
         upper *= (half.amplitude[head] * half.scales.rough).sqrt()
         return torch.cat([upper, half.sign * upper.flip(1)], 1)
 
