@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_TESTS = tuple(f"tests/test_{what}.py" for what in ("coalitions", "cpu_engine", "parity", "threads"))
-#: The deselected tests start processes of their own or measure memory, which means nothing here, or are of Python alone.
+#: The deselected tests start processes of their own or measure memory, which means nothing here; or run no C++ of ours.
 SELECTION = "not subprocess and not memory and not triton and not fused"
 WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 LEVELS = {"avx2": ["-mavx2", "-mfma"], "avx512": WIDE,
