@@ -314,12 +314,16 @@ def measure(
     return rows_of(made, seconds, noise, rates)
 
 
+#: Width, heads and layers of a model for every width that has fused kernels.
+FUSED = ((64, 2, 3), (128, 4, 2), (256, 2, 2))
+
+
 def sanitize() -> None:
     """One small chunk in every precision, of dense and of sparse blocks, to be run under compute-sanitizer."""
     dense = SHAPES["digits"]
     fused = [
         replace(dense, name=f"digits-fused-{hidden}", hidden=hidden, heads=heads, layers=layers)
-        for hidden, heads, layers in ((64, 2, 3), (128, 4, 2), (256, 2, 2))
+        for hidden, heads, layers in FUSED
     ]
     for shape in (dense, *fused, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
         game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
