@@ -44,7 +44,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
 	@$(FLMOE) demo --out $(OUT)
 
-test: lint types host-test nvcc-check pytest
+# What compiles and what reads, side by side; then the tests, which have the machine to themselves.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory --output-sync=target -j $(MAX_JOBS) lint types host-test nvcc-check
+	@$(MAKE) --no-print-directory pytest
 
 bench: extension
 	$(PY) -m pytest bench $(ARGS)

@@ -97,9 +97,10 @@ class InOrder(Products):
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.dtype != torch.float32:  # the head and the routing are float64 in every engine
             return a @ b
-        total = a[..., :1] * b[..., :1, :]
-        for i in range(1, a.shape[-1]):
-            total.addcmul_(a[..., i : i + 1], b[..., i : i + 1, :])
+        columns, rows = a.split(1, -1), b.split(1, -2)
+        total = columns[0] * rows[0]
+        for column, row in zip(columns[1:], rows[1:]):
+            total.addcmul_(column, row)
         return total
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from flmoe_fast.games.game import Game
-from flmoe_fast.probes.budget import MOST_ROWS
+from flmoe_fast.probes.budget import LEAST_BUDGET, MOST_ROWS
+from flmoe_fast.probes.cube import codes
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.draws import SHARED
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
@@ -17,14 +18,20 @@ from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
 
 #: What the variances of indices are multiplied by, since scales are estimated.
 WIDER = 1.25
+#: Complementary pairs of the first batch, where something else than the budget may end a probe.
+FIRST_ROWS = 64
 
 
 def by_enumeration(run: Run, grid: CornerGrid) -> Found:
     """Exact indices and gaps from all 2^n values."""
+    values = enumerate_values(run.game)
+    run.spend(2**run.game.n)
+    return _from_table(run, grid, values if values.dim() == 2 else values[:, None])
+
+
+def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
+    """From all values (2^n, O)."""
     game, n, pairs = run.game, run.game.n, len(grid.pairs)
-    values = enumerate_values(game)
-    rows = values if values.dim() == 2 else values[:, None]
-    run.spend(2**n)
     both = [pair_interaction(rows, n, i, j, run.gap_kind) for i, j in grid.pairs.tolist()]
     sii, gaps = torch.stack([s for s, _ in both]), torch.stack([g for _, g in both])
     exact = torch.full((pairs,), torch.inf, dtype=torch.float64)
@@ -35,15 +42,45 @@ def by_enumeration(run: Run, grid: CornerGrid) -> Found:
     spread = rows.var(0).clamp(min=torch.finfo(rows.dtype).tiny)
     noise, checks = fresh_noise_share(game, grid, run.seed, spread)
     zero = torch.zeros_like(sii)
-
     return Found("enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also)
 
 
 def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     """Estimates from a process fitted to complementary pairs of coalitions, drawn by the law that the SII asks for."""
+    drawn = complementary(run.game.n, min(budget // 2, MOST_ROWS), run.seed)
+    parts: list[torch.Tensor] = []
+    done, found = 0, None
+    for total in run.stopping.totals(min(FIRST_ROWS, len(drawn)), len(drawn)):
+        try:
+            parts.append(evaluate_pairs(run, drawn[done:total]))
+        except KeyboardInterrupt:
+            if run.stopping.interrupted(done >= LEAST_BUDGET // 2):
+                break
+            raise
+        done, found = total, None
+        if done == 2 ** (run.game.n - 1):
+            return _from_table(run, grid, _table(drawn, torch.cat(parts)))
+        if done == len(drawn):
+            break
+        if run.stopping.until is not None:
+            found = _from_points(run, grid, drawn[:done], torch.cat(parts))
+            if run.stopping.ends(found.sii, found.sii_stderr):
+                break
+        if run.stopping.late():
+            break
+    return found or _from_points(run, grid, drawn[:done], torch.cat(parts))
+
+
+def _table(drawn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """All values (2^n, O) from those of every complementary pair."""
+    found = torch.empty(2 * len(drawn), values.shape[2], dtype=values.dtype)
+    found[codes(drawn)], found[codes(~drawn)] = values[:, 0], values[:, 1]
+    return found
+
+
+def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.Tensor) -> Found:
+    """Estimates from coalitions (m, n) with the values (m, 2, O) of these and of their complements."""
     game, pairs = run.game, len(grid.pairs)
-    drawn = complementary(game.n, min(budget // 2, MOST_ROWS), run.seed)
-    values = evaluate_pairs(run, drawn)
     process = ParityProcess(drawn, values[:, 0], values[:, 1])
     sii, variance = process.index(grid.pairs, "SII", 2)
     variance = widened(variance)

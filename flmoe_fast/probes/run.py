@@ -16,6 +16,7 @@ from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import OF_TRIPLES, IndexEstimate, complete_players, contrast, probability
 from flmoe_fast.probes.moments import Draw, combine, unit_means
+from flmoe_fast.probes.stopping import Stopping
 
 #: Contexts and pairs that are evaluated once more in higher precision.
 NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
@@ -73,6 +74,32 @@ class DrawnGrid:
     values: torch.Tensor | None
 
 
+def joined(draws: list[DrawnGrid]) -> DrawnGrid:
+    """Draws on one grid, all with their values, as one."""
+    if len(draws) == 1:
+        return draws[0]
+    first = draws[0]
+
+    def both(parts: list[Draw]) -> Draw:
+        defined = [part.defined for part in parts if part.defined is not None]
+        return Draw(first.chosen, torch.cat([part.total for part in parts]), torch.cat(defined) if defined else None)
+
+    values = [draw.values for draw in draws if draw.values is not None]
+    return DrawnGrid(
+        first.chosen,
+        torch.cat([draw.contexts for draw in draws]),
+        first.per_unit,
+        torch.cat([draw.second for draw in draws]),
+        both([draw.sii for draw in draws]),
+        both([draw.gap for draw in draws]),
+        {
+            key: (members, torch.cat([draw.others[key][1] for draw in draws]))
+            for key, (members, _) in first.others.items()
+        },
+        torch.cat(values) if values else None,
+    )
+
+
 class Run:
     """Evaluates for one call and counts what it costs."""
 
@@ -85,8 +112,10 @@ class Run:
         also: tuple[tuple[str, int], ...],
         total: int,
         triples: torch.Tensor | None = None,
+        stopping: Stopping | None = None,
     ):
         self.game, self.gap_kind, self.seed, self.also, self.triples = game, gap, seed, also, triples
+        self.stopping = stopping or Stopping()
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
 
