@@ -33,6 +33,7 @@ FLMOE := $(PY) -m flmoe_fast.cli
 endif
 EXTENSION := build/.extension
 CPU_EXTENSION := build/.cpu-extension
+BUILD_LOG := build/extension.log
 
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -43,7 +44,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
 	@$(FLMOE) demo --out $(OUT)
 
-test: lint types host-test nvcc-check pytest
+# What compiles and what reads, side by side; then the tests, which have the machine to themselves.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory --output-sync=target -j $(MAX_JOBS) lint types host-test nvcc-check
+	@$(MAKE) --no-print-directory pytest
 
 bench: extension
 	$(PY) -m pytest bench $(ARGS)
@@ -71,15 +75,16 @@ portable-check: $(INSTALLED)
 	$(PY) csrc/check.py portable
 
 # Every CUDA source for every shipped architecture: no warnings, no spills. Says so and passes where there is no nvcc.
-nvcc-check: $(INSTALLED)
-	$(PY) csrc/check.py nvcc
+nvcc-check: extension
+	$(PY) csrc/check.py nvcc $(BUILD_LOG)
 
 # What every Triton kernel needs, compiled for every shipped GPU architecture: the table, and the file tests compare with.
 budgets: $(INSTALLED)
 	$(PY) tests/test_triton_compile.py
 
+# A file stays with one process, so that what its tests share is made once.
 pytest: extension
-	$(PY) -m pytest -n $(MAX_JOBS) $(ARGS)
+	$(PY) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
 
 # Thousands of random cases, mutated files, killed runs and sanitizers; goes on where it stopped. MINUTES=... says how long.
 MINUTES ?= 40
@@ -114,9 +119,9 @@ extension: $(EXTENSION)
 # Built beside the sources, which is where an editable install, or a Python of one's own, finds the package. Where
 # it cannot be built there is no stamp, so that a compiler installed later is noticed.
 $(EXTENSION): $(BUILD_INPUTS) $(INSTALLED)
-	@echo "building the extension"
-	@$(PY) setup.py -q build_ext --inplace
-	@mkdir -p $(dir $@); if ls flmoe_fast/_C*.so >/dev/null 2>&1; then touch $@; fi
+	@echo "building the extension: minutes, with an nvcc (FLMOE_CUDA=off leaves the kernels for GPUs out)"
+	@mkdir -p $(dir $@); $(PY) setup.py -q build_ext --inplace >$(BUILD_LOG) 2>&1 || { cat $(BUILD_LOG); exit 1; }
+	@if ls flmoe_fast/_C*.so >/dev/null 2>&1; then touch $@; else tail -n 1 $(BUILD_LOG); fi
 
 $(CPU_EXTENSION): $(BUILD_INPUTS) $(RUNS)
 	@echo "building the engine for CPUs"

@@ -29,7 +29,7 @@ from bench.baselines import BatchedSDPA
 from bench.cells import Table, markdown, quartiles
 from bench.shapes import SHAPES, Shape
 from bench.timing import read, spread, write
-from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.engine import Reduction, Request
 from flmoe_fast.engines.gpu.cuda import FUSED_PRECISIONS, CudaEngine
 from flmoe_fast.engines.gpu.fastest import FILE
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
@@ -314,12 +314,16 @@ def measure(
     return rows_of(made, seconds, noise, rates)
 
 
+#: Width, heads and layers of a model for every width that has fused kernels.
+FUSED = ((64, 2, 3), (128, 4, 2), (256, 2, 2))
+
+
 def sanitize() -> None:
     """One small chunk in every precision, of dense and of sparse blocks, to be run under compute-sanitizer."""
     dense = SHAPES["digits"]
     fused = [
         replace(dense, name=f"digits-fused-{hidden}", hidden=hidden, heads=heads, layers=layers)
-        for hidden, heads, layers in ((64, 2, 3), (128, 4, 2), (256, 2, 2))
+        for hidden, heads, layers in FUSED
     ]
     for shape in (dense, *fused, replace(dense, name="digits-gshard", layers=3, gate="gshard", ffn_experts=4)):
         game = shape.game(heads=("mixture",), backend="torch", device=DEVICE)
@@ -330,7 +334,7 @@ def sanitize() -> None:
             logits = made.evaluate_toggles(contexts, corners.toggled)
             values = Heads(("mixture",), "prob", 0).values(logits).unflatten(0, (2, -1))
             for kind in GAPS:
-                made.reduce_corners(values, contexts, corners.pairs, corners.single, kind, LEAST_JOINT_COST)
+                made.reduce_corners(values, contexts, Reduction(corners.pairs, corners.single, kind, LEAST_JOINT_COST))
             torch.cuda.synchronize()
             print(shape.name, name, "done", flush=True)
 

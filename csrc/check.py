@@ -3,9 +3,10 @@
 ``python csrc/check.py host`` builds the host tests under sanitizers with CMake and runs them.
 ``python csrc/check.py portable`` builds cpu_test for a 64-bit Arm and, with every level in one program, for x86-64, and
 runs both under QEMU: on Arm, and on x86-64 processors that lack the newer levels.
-``python csrc/check.py nvcc`` compiles every CUDA source for every architecture shipped, treats each warning, each
-register spill and each product that cannot run on by itself as an error, and prints what every kernel uses. Without the
-tools, each prints why it was skipped and succeeds.
+``python csrc/check.py nvcc [LOG]`` compiles every CUDA source for every architecture shipped, treats each warning, each
+register spill and each product that cannot run on by itself as an error, and prints what every kernel uses; what the
+log of a build of the extension tells already is taken from there. Without the tools, each prints why it was skipped and
+succeeds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +44,8 @@ NVCC_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
 #: Groups of 64 rows in a block of the fused kernels, their last template argument; code for others is a stub. Nothing
 #: is shipped for plain sm_90, but whoever compiles it has to get kernels that compute.
 GROUPS = {"sm_80": 1, "sm_90a": 2, "sm_90": 1}
+#: Every width has these.
+KERNELS = {"fused_chain", "fused_last"}
 #: What ptxas says where it has to wait for every product of Hopper's by itself.
 SERIALIZED = "wgmma.mma_async instructions are serialized"
 RESOURCES = re.compile(
@@ -129,19 +133,30 @@ def compiled(compiler: str, source: Path, arch: str) -> tuple[bool, str]:
         command = [compiler, *NVCC_FLAGS, f"-arch={arch}", str(source), "-o", str(Path(scratch) / "out.cubin")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     log = result.stdout + result.stderr
-    kernels = list(RESOURCES.finditer(log))
-    if result.returncode or not kernels or SERIALIZED in log:
+    if result.returncode:
         return False, f"{source.name} for {arch} failed:\n{log}"
-    good, lines = True, []
+    return judged(log, source, arch)
+
+
+def judged(log: str, source: Path, arch: str) -> tuple[bool, str]:
+    """Whether the compiler's log of one source is as it must be for one architecture, and what to print of it."""
+    kernels = [kernel for kernel in RESOURCES.finditer(log) if kernel["arch"] == arch]
+    if not kernels or SERIALIZED in log:
+        return False, f"{source.name} for {arch} failed:\n{log}"
+    good, lines, seen = True, [], set()
     for kernel in kernels:
         name, arguments = kernel_name(kernel["name"])
         wrong = fault(kernel, arguments[-1] == GROUPS[arch])
         good &= not wrong
         if arguments[-1] != GROUPS[arch] and not wrong:
             continue
+        seen.add(name)
         label = f"{name}<{', '.join(map(str, arguments))}>"
         line = f"{source.name:20} {arch:7} {label:28} {int(kernel['registers']):3} registers"
         lines.append(f"{line}, {wrong}  FAILED" if wrong else line)
+    if not seen >= KERNELS:
+        good = False
+        lines.append(f"{source.name:20} {arch:7} has no {', '.join(sorted(KERNELS - seen))}  FAILED")
     return good, "\n".join(lines)
 
 
@@ -155,14 +170,30 @@ def fault(kernel: re.Match[str], wanted: bool) -> str:
     return f"{stack} B stack, {stores + loads} B spilled" if stack + stores + loads else ""
 
 
-def nvcc() -> int:
-    """Compile every .cu for every architecture. Returns an exit status."""
+def logged(path: str, source: Path) -> str | None:
+    """The part about one source of a build's log, in which Ninja announces every object; None where it has none."""
+    parts = re.split(r"^\[\d+/\d+\] ", Path(path).read_text(errors="replace"), flags=re.MULTILINE)
+    said = [part for part in parts if part.startswith("Building CUDA object") and f"{source.name}.o\n" in part]
+    return said[-1] if said else None
+
+
+def nvcc(log: str | None = None) -> int:
+    """Compile every .cu for every architecture that a build's log does not tell of. Returns an exit status."""
     compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if not compiler:
         print("nvcc check: skipped, there is no nvcc")
         return 0
     failed = False
-    tasks = [(compiler, source, arch) for source in sorted(CSRC.rglob("width_*.cu")) for arch in ARCHS]
+    tasks = []
+    for source in sorted(CSRC.rglob("width_*.cu")):
+        said = logged(log, source) if log is not None and Path(log).exists() else None
+        for arch in ARCHS:
+            if said is None or f"'{arch}'" not in said:
+                tasks.append((compiler, source, arch))
+                continue
+            good, text = judged(said, source, arch)
+            print(text, flush=True)
+            failed |= not good
     tasks.append((compiler, CSRC / "fused" / "width_64.cu", "sm_90"))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or "2")) as pool:
         for good, text in pool.map(lambda task: compiled(*task), tasks):
@@ -172,7 +203,8 @@ def nvcc() -> int:
 
 
 if __name__ == "__main__":
-    checks = {"host": host, "portable": portable, "nvcc": nvcc}
-    if len(sys.argv) != 2 or sys.argv[1] not in checks:
-        sys.exit(f"usage: python {Path(__file__).name} {'|'.join(checks)}")
-    sys.exit(checks[sys.argv[1]]())
+    checks: dict[str, Callable[..., int]] = {"host": host, "portable": portable, "nvcc": nvcc}
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    if asked not in checks or len(sys.argv) > (3 if asked == "nvcc" else 2):
+        sys.exit(f"usage: python {Path(__file__).name} {'|'.join(checks)} (after nvcc: the log of a build)")
+    sys.exit(checks[asked](*sys.argv[2:]))

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+from flmoe_fast.engines.engine import Reduction
 from flmoe_fast.engines.gpu.chunk import PLAIN
 from flmoe_fast.engines.gpu.kernels import (
     attention,
@@ -167,7 +168,8 @@ def compile_all(arch: str, precisions: list[str], depths: tuple[int, ...] = ()) 
                 words, varies = engine.coalition_words(edge.coalitions(problem.n, 2))
                 engine.plan(words, varies, group=2).run()
                 pair, values = torch.tensor([[0, 1]]), torch.zeros(1, 4, 1, dtype=torch.float64)
-                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), pair, 1 + pair, "ratio", 0.0)
+                reduction = Reduction(pair, 1 + pair, "ratio", 0.0)
+                engine.reduce_corners(values, torch.ones(1, 2, dtype=torch.bool), reduction)
                 assert not names
     return found
 

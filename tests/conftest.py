@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from flmoe_fast import coalitions
+from tests.interpreter import searching_once
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; without a GPU nothing else can run
-torch.set_num_threads(1)  # test shapes are tiny: two threads would mostly wait for each other
+# Test shapes are tiny: two threads would mostly wait for each other. Processes that tests start have one thread too,
+# and so the same last bits.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header() -> str:
@@ -46,29 +50,9 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def quick_interpreter():
-    """Spare the interpreter looking through all of triton.language again at every call of a kernel's helper.
-
-    It replaces the language's functions at every such call, nested ones too, where nothing is left to replace.
-    """
-    import triton
-
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    search = getattr(interpreter, "_patch_builtin", None)  # not a public name: without it the tests are only slower
-    is_builtin = triton.language.core.is_builtin
-    replaceable: dict[object, list[str]] = {}
-
-    def search_once(package, *arguments):
-        if package not in replaceable:
-            replaceable[package] = [name for name in dir(package) if is_builtin(getattr(package, name, None))]
-        names = replaceable[package]
-        if names and is_builtin(getattr(package, names[0])):
-            search(package, *arguments)
-
-    if search is not None:
-        interpreter._patch_builtin = search_once
-    yield
-    if search is not None:
-        interpreter._patch_builtin = search
+    """See :func:`searching_once`."""
+    with searching_once():
+        yield
 
 
 @pytest.fixture

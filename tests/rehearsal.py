@@ -24,6 +24,7 @@ torch.cuda.get_device_name = lambda device=None: "rehearsal"
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 from bench import gpu, shapes, tune  # noqa: E402 - after what it stands on
+from tests.interpreter import searching_once  # noqa: E402
 
 TINY = shapes.Shape("tiny", ("a", "b"), (2, 1), 16, 1, 2, 2, "multiclass")
 clock = itertools.count(1)
@@ -48,9 +49,10 @@ tune.ROUNDS, tune.candidates = 1, lambda kernel, used: [replace(used, warps=2)] 
 torch.compile = lambda module, **how: module
 
 module, *sys.argv[1:] = sys.argv[1:]
-if module == "bench.gpu":
-    gpu.main()
-elif module == "bench.tune":
-    tune.main()
-else:
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+with searching_once():
+    if module == "bench.gpu":
+        gpu.main()
+    elif module == "bench.tune":
+        tune.main()
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -48,30 +48,6 @@ def python(code: str) -> str:
     return result.stdout
 
 
-def check(what: str) -> str:
-    """Run one of the source checks; what it printed."""
-    command = [sys.executable, str(ROOT / "csrc" / "check.py"), what]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def test_shared_core_under_sanitizers():
-    output = check("host")
-    if "skipped" in output:
-        pytest.skip(output.strip())
-    assert "checks passed" in output
-
-
-def test_every_kernel_compiles_without_spills():
-    output = check("nvcc")
-    if "skipped" in output:
-        pytest.skip(output.strip())
-    for arch in ("sm_80", "sm_90a"):
-        for kernel in ("fused_chain", "fused_last"):
-            assert any(arch in line and f" {kernel}<" in line for line in output.splitlines()), (arch, kernel)
-
-
 @pytest.fixture(scope="module")
 def checks():
     """csrc/check.py as a module."""
@@ -95,6 +71,30 @@ def test_code_that_would_compute_nothing_is_seen(checks, used, wanted, found):
     log = "Compiling entry function '_Z5fusedILi2EEv' for 'sm_90'\n0 bytes stack frame, 0 bytes spill stores, "
     (kernel,) = checks.RESOURCES.finditer(f"{log}0 bytes spill loads\nptxas info    : {used}\n")
     assert checks.fault(kernel, wanted) == found
+
+
+def test_the_log_of_a_build_is_judged(checks, tmp_path):
+    """`make nvcc-check` reads a build's log: the part about a source, its kernels, their spills, what is serialized."""
+    used = "Used 167 registers, used 1 barriers, 496 bytes cmem[0]"
+    entry = (
+        "Compiling entry function '_Z{}{}ILi{}EEv' for 'sm_80'\n{} bytes stack frame, 0 bytes spill stores, 0 bytes "
+    )
+    entry += f"spill loads\nptxas info    : {used}\n"
+
+    def written(*kernels, spilled=0, more=""):
+        said = "".join(entry.format(len(name), name, 1, spilled) for name in kernels) + more
+        text = f"[1/9] Building CXX object a.o\n[2/9] Building CUDA object x/width_64.cu.o\n{said}[3/9] Linking _C.so\n"
+        (tmp_path / "build.log").write_text(text)
+        return checks.logged(str(tmp_path / "build.log"), checks.CSRC / "fused" / "width_64.cu")
+
+    def good(said):
+        return checks.judged(said, checks.CSRC / "fused" / "width_64.cu", "sm_80")[0]
+
+    assert good(written("fused_chain", "fused_last"))
+    assert not good(written("fused_chain"))
+    assert not good(written("fused_chain", "fused_last", spilled=8))
+    assert not good(written("fused_chain", "fused_last", more=checks.SERIALIZED))
+    assert checks.logged(str(tmp_path / "build.log"), checks.CSRC / "fused" / "width_128.cu") is None
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")

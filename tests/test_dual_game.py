@@ -117,7 +117,7 @@ def test_players_of_one_side_only():
 def test_causal_text_ends_where_it_is_read():
     game = DualEncoderGame(encoders.clip(), inputs(0), [tokens(0, "remove"), patches()])
     engine = game._towers["text"][1].engine
-    assert engine.causal and engine.length == 5 and engine.reads.tolist() == [4] and engine.packed
+    assert engine.causal and engine.problem.length == 5 and engine.reads.tolist() == [4] and engine.packed
 
 
 def test_float32_and_its_float64_twin():

@@ -121,7 +121,7 @@ def test_what_is_left_out():
     """Padding is not computed, removed tokens neither, and the last layer only for what the head reads."""
     game = EncoderGame(encoders.bert(), text_inputs(), words("remove"), value="logit")
     engine = game.tower.engine
-    assert engine.length == 6 and engine.reads.tolist() == [0] and engine.packed
+    assert engine.problem.length == 6 and engine.reads.tolist() == [0] and engine.packed
     sizes = [tokens.shape[1] for _, tokens in engine._groups(torch.eye(4).bool())]
     assert sizes == [3]  # start, end, and one player
     pooled = EncoderGame(encoders.ready(encoders.Pooled(True)), text_inputs(), words("remove"), value="logit")

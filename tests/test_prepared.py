@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from edge_shapes import EDGES, SPARSE_EDGES, Edge
-from parity import flat, relative, truth
+from parity import all_of, exact, flat, relative
 from transformers import ViTConfig, ViTForImageClassification
 
 from flmoe_fast import accelerate, image_players, native
@@ -42,6 +42,19 @@ def test_a_second_sample_repacks_nothing(backend: str, dtype: torch.dtype, monke
     second = EDGE.game(model, backend=backend, dtype=dtype)
     assert torch.equal(second(coalitions), values)
     assert second.engine.sample.model is first.engine.sample.model
+
+
+def test_absent_tokens_are_projected_once_for_samples_filled_alike(monkeypatch):
+    model, products, product = EDGE.model(), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *a, **options: products.append(1) or product(*a, **options))
+    made = []
+    for fill in ("zero", "zero", None):
+        options = {} if fill is None else {"fill": fill}
+        game, before = EDGE.game(model, backend="torch", **options), len(products)
+        made.append(before - sum(made))
+    assert made == [2, 1, 2]
+    coalitions = EDGE.coalitions(game.n)
+    assert torch.equal(game(coalitions), EDGE.game(backend="torch")(coalitions))
 
 
 def written_in_place(model):
@@ -128,9 +141,8 @@ def test_gated_games_copy_and_pickle():
 
 def test_the_prepared_sample_is_the_reference_routing():
     """Routing is float64 from the sample on, in an engine of float32 too."""
-    samples, expected = truth(EDGE)
-    found = EDGE.game(dtype=torch.float32, backend="torch").engine.evaluate(samples)
-    assert relative(found.weights, expected.weights[: len(samples)]) <= 1e-12
+    found = EDGE.game(dtype=torch.float32, backend="torch").engine.evaluate(all_of(EDGE))
+    assert relative(found.weights, exact(EDGE)[:, -found.weights.shape[1] :]) <= 1e-12
     assert flat(found).dtype == torch.float64
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from flmoe_fast.probes.budget import MOST_PLAYERS
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.exact import enumerate_values, exact_index
 from flmoe_fast.probes.gap import GAPS
-from flmoe_fast.probes.indices import mass
+from flmoe_fast.probes.indices import mass, rule
 from flmoe_fast.probes.parity import ParityProcess
 
 N = 10
@@ -81,7 +83,13 @@ def test_ends_are_taken_whole_and_first():
 # ---- the process
 
 
-@pytest.mark.parametrize("name, order", [("SII", 2), ("STII", 2), ("FSII", 2), ("BII", 2), ("SV", 1), ("FSII", 1)])
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        *(("SII", 2), ("STII", 2), ("FSII", 2), ("BII", 2), ("SV", 1), ("FSII", 1), ("BV(0.7)", 1), ("BII(0.3)", 2)),
+        *(("SII", 3), ("STII", 3), ("FSII", 3), ("BII", 3)),
+    ],
+)
 def test_exact_once_everything_is_seen(name, order):
     """Any game, any index: the closed form, the enumeration and the definition agree, and no variance is left."""
     n = 6
@@ -99,7 +107,8 @@ def test_exact_once_everything_is_seen(name, order):
 
 def test_heads_share_one_fit_and_keep_their_scales():
     def three(z: torch.Tensor) -> torch.Tensor:
-        return torch.stack([smooth(z), 100 * smooth(z), torch.full((len(z),), 2.0, dtype=torch.float64)], 1)
+        constant = torch.full((len(z),), 2.0, dtype=torch.float64)
+        return torch.stack([3 * smooth(z), 300 * smooth(z), constant], 1)  # none between bounds that have a link
 
     found = interactions(three, n=N, budget=200, progress=False)
     assert np.allclose(found.sii[:, 1], 100 * found.sii[:, 0], rtol=1e-6)
@@ -137,6 +146,58 @@ def test_closer_than_the_methods_it_replaces():
             squares.append(np.square(found.sii - truth).sum() / np.square(truth).sum())
         error[method] = np.mean(squares)
     assert error["auto"] < 0.25 * error["grid"] and error["auto"] < 1.5 * error["surrogate"]
+
+
+FACTORIAL = math.factorial
+
+
+@pytest.mark.parametrize(
+    "name, order, weight",
+    [
+        ("STII", 3, lambda n, s: 3 / n * FACTORIAL(s) * FACTORIAL(n - 1 - s) / FACTORIAL(n - 1)),
+        ("FSII", 3, lambda n, s: 30 * FACTORIAL(s + 2) * FACTORIAL(n - s - 1) / FACTORIAL(n + 2)),
+        ("BII(0.3)", 2, lambda n, s: 0.3**s * 0.7 ** (n - 2 - s)),
+    ],
+)
+def test_masses_of_published_weights(name, order, weight):
+    """Weights of one coalition as published, against masses of sizes and against the quadrature."""
+    n = 9
+    nodes, weights = rule(name, order, n)
+    for s, share in enumerate(mass(name, order, n).tolist()):
+        assert share == pytest.approx(math.comb(n - order, s) * weight(n, s), rel=1e-12)
+        assert float((weights * nodes**s * (1 - nodes) ** (n - order - s)).sum()) == pytest.approx(weight(n, s))
+
+
+def test_triples_come_from_the_same_evaluations():
+    """Exact at full budget; close to the truth and covered below; refused where no estimate would be made."""
+    triples = [(7, 3, 5), *itertools.combinations(range(5), 3)]
+    game = functools.partial(smooth, seed=1)
+    values = enumerate_values(CallableGame(game, N))
+    full = interactions(game, n=N, budget=2**N, triples=triples, also=("STII", "FSII", "BII(0.4)"), progress=False)
+    for name in ("SII", "STII", "FSII", "BII(0.4)"):
+        truth = [by_definition(values, N, tuple(sorted(three)), name) for three in triples]
+        assert full.also[name, 3].values == pytest.approx(truth, abs=1e-10)
+    some = interactions(game, n=N, budget=300, triples=triples, progress=False)
+    found, truth = some.also["SII", 3], full.also["SII", 3].values
+    assert (np.abs(found.values - truth) <= 4 * found.stderr).all() and (found.stderr > 0).all()
+    assert np.square(found.values - truth).sum() < 0.25 * np.square(truth).sum()
+    assert list(some.index("SII", 3)["k"])[:2] == [7, 2]
+    for wrong in ({"method": "grid"}, {"budget": 10}, {"triples": [(0, 1, 1)]}, {"triples": [(0, 1, N)]}):
+        with pytest.raises(ArgumentError, match="triples|budget"):
+            interactions(game, n=N, **{"budget": 300, "triples": triples, "progress": False, **wrong})
+
+
+def test_simultaneous_intervals_hold_for_all_pairs_at_once():
+    """In nine games of ten; the intervals of single pairs, of the same estimates, hardly ever all hold."""
+    drawn = np.random.default_rng(0).normal(size=(400, 45))
+    found = interactions(smooth, n=N, budget=100, progress=False)
+    every = {True: 0.0, False: 0.0}
+    for errors in drawn:
+        one = replace(found, sii=errors, sii_stderr=np.ones(45), degrees=np.full(45, np.inf))
+        for simultaneous in every:
+            low, high = one.interval(0.9, simultaneous=simultaneous)
+            every[simultaneous] += float(((low <= 0) & (0 <= high)).all()) / len(drawn)
+    assert 0.86 < every[True] < 0.95 and every[False] < 0.05  # 1 - 0.1 to two standard errors; 0.9^45
 
 
 def test_enumeration_takes_over_where_it_is_cheaper():

@@ -82,6 +82,12 @@ def run(command, path):
     assert main([command, str(path), "--no-progress"]) == 0
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without their pictures, which are most of their time: for tests that read the words."""
+    monkeypatch.setattr("flmoe_fast.pipeline.show.html.as_svg", lambda axes, prefix: "<svg ></svg>")
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     path = settings_in(tmp_path_factory.mktemp("unbroken") / "a")
@@ -155,7 +161,7 @@ def test_another_model_explains_anew(unbroken, tmp_path):
     assert np.array_equal(after.interactions.sii, whole.interactions.sii)
 
 
-def test_finished_records_stay_until_they_are_replaced(unbroken, killed, tmp_path, capsys):
+def test_finished_records_stay_until_they_are_replaced(unbroken, killed, tmp_path, capsys, undrawn):
     shutil.copytree(unbroken.parent, tmp_path / "f")
     path = tmp_path / "f" / "run.toml"
     samples = path.parent / "run" / "samples"
@@ -184,7 +190,7 @@ def test_finished_records_stay_until_they_are_replaced(unbroken, killed, tmp_pat
     assert "Explained with other settings" not in (path.parent / "run" / "report.html").read_text()
 
 
-def test_a_model_at_chance_is_said_by_every_step(unbroken, tmp_path, capsys):
+def test_a_model_at_chance_is_said_by_every_step(unbroken, tmp_path, capsys, undrawn):
     shutil.copytree(unbroken.parent, tmp_path / "g")
     path = tmp_path / "g" / "run.toml"
     scores = path.parent / "run" / "metrics.json"
@@ -203,7 +209,7 @@ def test_a_model_at_chance_is_said_by_every_step(unbroken, tmp_path, capsys):
     assert says in capsys.readouterr().err and not json.loads(scores.read_text())["chance"]["better"]
 
 
-def test_method_and_indices_of_the_settings_reach_the_report(unbroken, tmp_path):
+def test_method_and_indices_of_the_settings_reach_the_report(unbroken, tmp_path, undrawn):
     shutil.copytree(unbroken.parent, tmp_path / "e")
     path = tmp_path / "e" / "run.toml"
     more = 'samples = 1\nbudget = 120\nmethod = "surrogate"\nalso = ["SV", "FSII"]\ncandidates = 3\n'

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flmoe_fast.adapt.encoder_game import BACKENDS, MODEL_TOLERANCE, check_with_model, in_dtype, more_exact
+from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_dtype, more_exact
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, PlacedGame, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
+from flmoe_fast.engines.choose import STACK_BACKENDS
 
 #: Keywords that belong to the text; all others are the image's.
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
@@ -74,7 +75,7 @@ class DualEncoderGame(PlacedGame):
         stacks: list[Stack] | None = None,
     ):
         one_of("value", value, VALUES)
-        self._backend = one_of("backend", backend, BACKENDS)
+        self._backend = one_of("backend", backend, STACK_BACKENDS)
         self.value, self.memory = value, integer("memory", memory, least=1)
         self.model, inputs, self.dtype = in_dtype(model, inputs, dtype)
         self._stacks = stacks if self.model is model else None

@@ -15,10 +15,8 @@ from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.adapt.tower import Stack, Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
+from flmoe_fast.engines.choose import STACK_BACKENDS
 
-BACKENDS = ("auto", "cpu", "torch")
-#: Tokens that are worth asking for at a time.
-BLOCK_TOKENS = 1 << 16
 #: Largest difference between the engine and the model on the coalitions that are checked when a game is made,
 #: relative to the largest number. Rounding stays far below it; a head that is not understood does not.
 MODEL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -27,9 +25,9 @@ MODEL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 class EncoderGame(PlacedGame):
     """A transformer with one encoder stack and one sample as a cooperative game, on the encoder engine.
 
-    The model's own embeddings and head are used as they are; the layers between them run on the engine, which shares
-    what coalitions have in common and leaves out what nobody reads (:mod:`flmoe_fast.adapt.stack_engine`). Every layer,
-    and the whole model on three coalitions, are compared with the model itself when the game is made.
+    The model's own embeddings and head are used as they are; the layers between them run on an engine, which shares
+    what coalitions have in common and leaves out what nobody reads (:mod:`flmoe_fast.engines.torch_stack`). Every
+    layer, and the whole model on three coalitions, are compared with the model itself when the game is made.
 
     Parameters
     ----------
@@ -81,12 +79,12 @@ class EncoderGame(PlacedGame):
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
         self.score = Score(self.model, target, value, heads)
-        one_of("backend", backend, BACKENDS)
+        one_of("backend", backend, STACK_BACKENDS)
         self._make_tower(stacks=stacks if self.model is model else None, backend=backend)
         check_with_model(self.tower)
         self.score.settle(self.tower.full)
         self.heads = self.score.heads
-        self.block = max(1, BLOCK_TOKENS // self.tower.engine.length)
+        self.block = self.tower.engine.block
 
     @property
     def target(self) -> int | None:
@@ -117,13 +115,15 @@ class EncoderGame(PlacedGame):
         return twin
 
     def about(self) -> dict[str, Any]:
-        engine = self.tower.engine
+        engine, reason = self.tower.engine, self.tower.reason
+        tokens = engine.problem.length
         return {
             **self.score.about(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "places": [list(place) for place in self.places],
-            "path": f"engine: {len(engine.layers)} layers of {self.tower.stack.name}, {engine.length} tokens",
+            "path": f"engine: {len(self.tower.stack.layers)} layers of {self.tower.stack.name}, {tokens} tokens",
             **engine.about(),
+            **({"backend": engine.name, "reason": reason} if reason else {}),
         }
 
     def _make_tower(self, **known: Any) -> None:

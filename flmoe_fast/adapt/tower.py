@@ -12,22 +12,19 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from flmoe_fast.adapt import native_stack
-from flmoe_fast.adapt.around import eager, instead, visible_keys
-from flmoe_fast.adapt.layers import LayerParts, PackedEncoderLayer, Unsupported, fold, read_layer
-from flmoe_fast.adapt.native_stack import NativeStackEngine
+from flmoe_fast.adapt.around import eager, instead, torch_mask, visible_keys
+from flmoe_fast.adapt.layers import LayerParts, Unsupported, fold, read_layer
 from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
-from flmoe_fast.adapt.stack_engine import StackEngine, StackProblem
 from flmoe_fast.adapt.steady import steady
-from flmoe_fast.checks import ArgumentError
-from flmoe_fast.engines import stack as engine_stack
-from flmoe_fast.engines.cpu_model import NativeModel
-from flmoe_fast.engines.levels import usable_level
+from flmoe_fast.engines.choose import choose
+from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.problem import StackProblem
+from flmoe_fast.engines.stack import PreparedStack
+from flmoe_fast.engines.torch_stack import TorchStack
 
 #: Largest relative difference between a layer and what was read of it, both in float64. Anything a layer does beside
 #: what a plain one does is far larger; some models take the softmax in float32 whatever the rest is in.
@@ -42,35 +39,19 @@ MOST_READS = 8
 class Stack:
     """The encoder layers of a model: a list of modules, where they are, and what has been read of them.
 
-    One that is kept serves any number of samples: its weights are packed once for each arithmetic, and its layers are
-    compared with what was read of them once.
+    One that is kept serves any number of samples: engines lay out its weights once, and its layers are compared with
+    what was read of them once.
     """
 
     name: str
     layers: list[nn.Module]
     parts: list[LayerParts] = field(default_factory=list)
     compared: bool = False
-    _packed: dict[tuple, tuple[PackedEncoderLayer, ...]] = field(default_factory=dict)
-    _native: dict[str, NativeModel] = field(default_factory=dict)
 
     @functools.cached_property
-    def folded(self) -> engine_stack.Stack:
-        """The layers as engines describe them."""
-        return fold(self.parts)
-
-    def native(self) -> NativeModel:
-        """The layers packed for the native engine."""
-        level = usable_level()
-        if level not in self._native:
-            self._native[level] = NativeModel(self.folded, level)
-        return self._native[level]
-
-    def packed(self, dtype: torch.dtype, device: torch.device) -> tuple[PackedEncoderLayer, ...]:
-        """The layers for the engine."""
-        if (dtype, device) not in self._packed:
-            count = range(len(self.parts))
-            self._packed[dtype, device] = tuple(PackedEncoderLayer.of(self.folded, i, dtype, device) for i in count)
-        return self._packed[dtype, device]
+    def prepared(self) -> PreparedStack:
+        """The layers as engines take them."""
+        return PreparedStack(fold(self.parts))
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -136,6 +117,8 @@ class Tower:
     ----------
     full : Tensor (1, ...)
         What is read of the model's own output for the full sample.
+    engine, reason
+        What evaluates coalitions, and what about the model keeps a faster one from it.
 
     Raises
     ------
@@ -180,16 +163,10 @@ class Tower:
             self._length, self._hidden = like._length, like._hidden
             states, absent = (self._states(coalition)[0][0].cpu() for coalition in (everyone, ~everyone))
             mixed = None if like.problem.mixed is None else self._mixed_states
-            self.problem = replace(like.problem, present=states, absent=absent, mixed=mixed)
+            here = replace(like.problem, model=self.stack.prepared, mixed=mixed)
+            self.problem = replace(here, present=states, absent=absent)
         device = next(model.parameters()).device
-        layers = self.stack.packed(dtype, device)
-        reason = native_stack.why_not(self.problem, self.stack.folded, dtype, device)
-        if backend == "cpu" and reason:
-            raise ArgumentError("backend", f"'cpu', but {reason}", "'torch', or 'auto' to use what there is")
-        if backend == "torch" or reason:
-            self.engine = StackEngine(self.problem, layers, memory)
-        else:
-            self.engine = NativeStackEngine(self.problem, layers, memory, self.stack.native())
+        self.engine, self.reason = choose(Request(dtype, device, self.problem, backend, memory=memory))
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
@@ -262,7 +239,7 @@ class Tower:
             seen.entering = tensors[0]
             seen.mask = next((t for t in tensors[1:] if t.dim() == 4), None)
             if isinstance(module, nn.TransformerEncoderLayer):
-                seen.mask = _torch_mask(kwargs)
+                seen.mask = torch_mask(kwargs)
 
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
         with steady(self.model), eager(self.model), instead(self.stack.layers, None, self._returned):
@@ -318,6 +295,7 @@ class Tower:
         if bool(removes.any()):
             _keys_remain(removed, allowed, reads)
         return StackProblem(
+            self.stack.prepared,
             present=full.cpu(),
             absent=nobody[0].cpu(),
             owner=owner,
@@ -391,9 +369,11 @@ class Tower:
         after = after[0] if isinstance(after, tuple) else after
         everyone = torch.arange(before.shape[1])
         nobody = torch.full_like(everyone, NOBODY)
-        problem = StackProblem(before[0], before[0], nobody, nobody >= 0, allowed, everyone)
-        packed = PackedEncoderLayer.of(self.stack.folded, index, double, before.device)
-        ours = StackEngine(problem, (packed,), 1 << 30).evaluate(torch.ones(1, 1, dtype=torch.bool))
+        stack = self.stack.prepared.stack
+        alone = PreparedStack(replace(stack, layers=(stack.layers[index],)))
+        problem = StackProblem(alone, before[0], before[0], nobody, nobody >= 0, allowed, everyone)
+        engine = TorchStack(problem, dtype=double, device=before.device, memory=1 << 30)
+        ours = engine.evaluate(torch.ones(1, 1, dtype=torch.bool))
         # Nobody ever sees what a model makes of padding.
         seen = slice(None) if allowed is None else allowed.any(0).to(before.device)
         error = float((ours - after).abs()[:, seen].max() / after.abs()[:, seen].max())
@@ -414,15 +394,3 @@ def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: tor
     if not bool(visible.any()):
         got = "players who own every token that attention can see"
         raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
-
-
-def _torch_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
-    """The masks of PyTorch's own encoder layers as one additive mask (1, 1, 1 or L, L)."""
-    total: torch.Tensor | None = None
-    for name, axes in (("src_mask", (None, None)), ("src_key_padding_mask", (slice(None), None, None))):
-        mask = given.get(name)
-        if mask is None:
-            continue
-        mask = torch.zeros(mask.shape).masked_fill(mask.cpu(), -torch.inf) if mask.dtype == torch.bool else mask.cpu()
-        total = mask[axes] if total is None else total + mask[axes]
-    return total

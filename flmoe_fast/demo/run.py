@@ -64,11 +64,11 @@ class Size:
     """
 
     epochs: int = 10
-    contexts: int = 512
+    contexts: int = 128
     naive_pairs: int = 4
     naive_samples: int = 64
-    masked_images: int = 60
-    masking_contexts: int = 24
+    masked_images: int = 40
+    masking_contexts: int = 8
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -337,8 +337,7 @@ def _mask(
         # Every image has draws of its own. With the same random tokens everywhere, the controls of different images
         # would not be independent, and the standard error over images too small.
         own = seed + image
-        # A ranking of one image among many: the grid's own means take a tenth of a fit's time.
-        result = interactions(game, contexts=size.masking_contexts, method="grid", seed=own, progress=False)
+        result = interactions(game, contexts=size.masking_contexts, seed=own, progress=False)
         evaluations += result.evaluations
         for samples, by in zip(masked.values(), ("sii", "gap")):
             samples.append(mask_pairs(game, result.pairs[result.order(by)], repeats=REPEATS, seed=own))

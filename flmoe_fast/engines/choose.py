@@ -5,29 +5,35 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, overload
 
 import torch
 
 from flmoe_fast.checks import ArgumentError, one_of
-from flmoe_fast.engines.engine import Engine, Request
+from flmoe_fast.engines.engine import Engine, Request, TokenEngine
+from flmoe_fast.engines.problem import StackProblem, TokenProblem
 
-#: Every backend's engines, imported when one is asked for; of several, the first that fits the model.
-ENGINES = {
-    "cpu": ("cpu:CpuEngine",),
-    "torch": ("portable:TorchEngine", "gated:GatedEngine"),
-    "triton": ("gpu.triton:TritonEngine",),
-    "cuda": ("gpu.cuda:CudaEngine",),
-    "reference": ("reference:ReferenceEngine",),
+#: Every backend's engines for a kind of problem, imported when one is asked for; of several, the first that fits.
+ENGINES: dict[type, dict[str, tuple[str, ...]]] = {
+    TokenProblem: {
+        "cpu": ("cpu:CpuEngine",),
+        "torch": ("portable:TorchEngine", "gated:GatedEngine"),
+        "triton": ("gpu.triton:TritonEngine",),
+        "cuda": ("gpu.cuda:CudaEngine",),
+        "reference": ("reference:ReferenceEngine",),
+    },
+    StackProblem: {"cpu": ("cpu_stack:CpuStack",), "torch": ("torch_stack:TorchStack",)},
 }
-BACKENDS = ("auto", *ENGINES)
+#: What a game of an FL-I2MoE can be asked to run on, and one of somebody else's encoder.
+BACKENDS, STACK_BACKENDS = (("auto", *ENGINES[kind]) for kind in (TokenProblem, StackProblem))
 #: Backends on a GPU, which have a choice of precisions.
 ON_GPU = ("triton", "cuda")
 
 
-def engines(backend: str) -> list[type[Engine]]:
-    """The engines of a backend."""
+def engines(backend: str, problem: TokenProblem | StackProblem | None = None) -> list[type[Engine]]:
+    """The engines of a backend for a problem; without one those of an FL-I2MoE's."""
     found = []
-    for path in ENGINES[backend]:
+    for path in ENGINES[TokenProblem if problem is None else type(problem)].get(backend, ()):
         module, _, name = path.partition(":")
         found.append(getattr(importlib.import_module(f"flmoe_fast.engines.{module}"), name))
     return found
@@ -35,11 +41,15 @@ def engines(backend: str) -> list[type[Engine]]:
 
 def why_not(request: Request) -> str:
     """What keeps the backend of a request from it; empty if nothing does."""
-    reasons = [engine.why_not(request) for engine in engines(request.backend)]
+    reasons = [engine.why_not(request) for engine in engines(request.backend, request.problem)]
     return reasons[0] if all(reasons) else ""
 
 
-def choose(request: Request) -> tuple[Engine, str]:
+@overload
+def choose(request: Request[TokenProblem]) -> tuple[TokenEngine, str]: ...
+@overload
+def choose(request: Request[StackProblem]) -> tuple[Engine[StackProblem, torch.Tensor], str]: ...
+def choose(request: Request) -> tuple[Any, str]:
     """The engine of a request, and what about the model, not the machine, keeps a faster one from it.
 
     "auto" takes the fastest backend of the device that can run the model, and always finds one. A backend asked for by
@@ -50,15 +60,15 @@ def choose(request: Request) -> tuple[Engine, str]:
     ArgumentError
         The backend is unknown or cannot run the request, or ``precision`` is given to one that has no choice of it.
     """
-    one_of("backend", request.backend, BACKENDS)
+    one_of("backend", request.backend, ("auto", *ENGINES[type(request.known_problem)]))
     if request.backend != "auto":
         _check_precision(request, request.backend)
-        kinds = engines(request.backend)
+        kinds = engines(request.backend, request.problem)
         fitting = [kind for kind in kinds if not kind.unfit(request)]
         return (fitting or kinds)[0].make(request), ""
     reasons: list[str] = []
     for backend in _candidates(request):
-        for kind in engines(backend):
+        for kind in engines(backend, request.problem):
             reason = kind.unfit(request)
             if not reason and not kind.missing(request):
                 _check_precision(request, backend)
@@ -81,7 +91,7 @@ def _check_precision(request: Request, backend: str) -> None:
 
 def _candidates(request: Request) -> Sequence[str]:
     """Backends that "auto" tries, fastest first."""
-    if request.device.type == "cuda":
+    if request.device.type == "cuda" and isinstance(request.problem, TokenProblem):
         return _fastest_on_gpu(request), "torch", "reference"
     return "cpu", "torch", "reference"
 

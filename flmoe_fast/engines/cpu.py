@@ -24,12 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.engines import levels
 from flmoe_fast.engines.cpu_model import NativeModel, NativeSample, PatternSums, Reading
-from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
+from flmoe_fast.engines.engine import Request, TokenEngine
 from flmoe_fast.engines.first_layer import Routing, TwoStates
-from flmoe_fast.engines.portable import misplaced_padding
 from flmoe_fast.engines.prepared import PreparedSample
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.scratch import Scratch
@@ -61,7 +59,7 @@ class Patterns:
         return sum(len(patterns) for _, patterns in self.groups)
 
 
-class CpuEngine(Engine):
+class CpuEngine(levels.AtLevel, TokenEngine):
     """Evaluates coalitions of one :class:`TokenProblem` in float32 on the CPU, on ``torch.get_num_threads()`` threads.
 
     Parameters
@@ -77,22 +75,11 @@ class CpuEngine(Engine):
     """
 
     name = "cpu"
+    instead = "the extension, a CPU device, torch.float32 and experts that are transformers"
 
-    def __init__(
-        self,
-        problem: TokenProblem,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        memory: int = DEFAULT_MEMORY,
-        level: str | None = None,
-    ):
-        reason = self.why_not(Request(dtype, torch.device(device), problem))
-        if reason:
-            expected = "the extension, a CPU device, torch.float32 and experts that are transformers"
-            raise ArgumentError("backend", f"'cpu', but {reason}", expected)
+    def __init__(self, problem: TokenProblem, *, level: str | None = None, **options: Any):
+        super().__init__(problem, **options)
         self.level = levels.usable_level(level)
-        self.problem, self.memory = problem, integer("memory", memory, least=1)
         self.sample = PreparedSample(problem)
         self.states = TwoStates.of(self.sample, torch.float32, torch.device("cpu"))
         self.routing = Routing.of(self.sample, torch.device("cpu"))
@@ -111,27 +98,7 @@ class CpuEngine(Engine):
         fusion = request.problem.model.config.fusion
         if fusion != "transformer":
             return f"the model's experts are no transformers (fusion {fusion!r})"
-        return misplaced_padding(request.problem)
-
-    @classmethod
-    def make(cls, request: Request) -> CpuEngine:
-        """The engine of a request."""
-        memory = DEFAULT_MEMORY if request.memory is None else request.memory
-        return cls(request.known_problem, dtype=request.dtype, device=request.device, memory=memory)
-
-    @property
-    def arithmetic(self) -> str:
-        """Operands of the level's matrix products."""
-        return levels.levels()[self.level][0]
-
-    @property
-    def more_exact(self) -> str:
-        """How to get the same game with less rounding, for a person to read."""
-        return "dtype=torch.float64" if self.arithmetic == "fp32" else "backend='torch', or dtype=torch.float64"
-
-    def about(self) -> dict[str, Any]:
-        """Level and arithmetic."""
-        return {"level": self.level, "arithmetic": self.arithmetic}
+        return request.problem.misplaced_padding
 
     # ---- public -----------------------------------------------------------------------------------------------------
 
@@ -231,8 +198,9 @@ class CpuEngine(Engine):
         modality = torch.bucketize(
             torch.arange(self.problem.length), torch.tensor([start for start, _ in self.problem.segments]), right=True
         )
-        reading = Reading.of_sums(modality - 1, sample.wide_head, sample.stream_head, sample.head_bias)
-
+        means = sample.model.kept(CpuEngine, lambda: Reading.head_of_sums(sample.model.wide_head, sample.model.head))
+        head = means * sample.shares[:, None]
+        reading = Reading((modality - 1).int(), head, sample.head_bias.contiguous())
         return NativeSample(model, states.residual, reading, sample.room)
 
     @functools.cached_property

@@ -121,11 +121,10 @@ class Reading:
     bias: torch.Tensor  # (E, K)
 
     @staticmethod
-    def of_sums(slot: torch.Tensor, wide: torch.Tensor, stream: torch.Tensor, bias: torch.Tensor) -> Reading:
+    def head_of_sums(wide: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """From heads on the last hidden activations (E, S, X, F, K) and on the final stream (E, S, H, K)."""
         wide, stream = wide.permute(0, 4, 1, 2, 3), stream.permute(0, 3, 1, 2)
-        head = torch.cat([_pad_last(wide).flatten(3), _pad_last(stream)], dim=-1)
-        return Reading(slot.int(), head.contiguous(), bias.contiguous())
+        return torch.cat([_pad_last(wide).flatten(3), _pad_last(stream)], dim=-1).contiguous()
 
     @staticmethod
     def of_tokens(reads: torch.Tensor, length: int, last: Layer, scale: float) -> Reading:
@@ -214,6 +213,7 @@ def _pad_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(tensor: torch.Tensor, rows: bool = True) -> torch.Tensor:
-    """A contiguous copy whose last axis, and the one before it unless it has one row, are whole cells."""
+    """A contiguous tensor whose last axis, and the one before it unless it has one row, are whole cells."""
     below = -tensor.shape[-2] % CELL if rows and tensor.shape[-2] > 1 else 0
-    return F.pad(tensor, (0, -tensor.shape[-1] % CELL, 0, below)).contiguous()
+    padding = (0, -tensor.shape[-1] % CELL, 0, below)
+    return (F.pad(tensor, padding) if any(padding) else tensor).contiguous()

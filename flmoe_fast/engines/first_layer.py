@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,23 @@ class FirstWeights:
     values_vary: torch.Tensor  # (E, h, 2J, d)
 
 
+class Latest:
+    """The latest result of a computation, for as long as its input stays the same.
+
+    Samples of one model are mostly filled alike, so what is computed of absent tokens is there already. Threads may
+    share one: input and result are replaced together.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, given: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        kept = self._kept
+        if kept is None or not torch.equal(kept[0], given):
+            self._kept = kept = given.clone(), compute()
+        return kept[1]
+
+
 @dataclass(frozen=True)
 class TwoStates:
     """Layer-1 quantities of both states of every valid token; state 1 is the token itself, state 0 its fill."""
@@ -52,12 +70,22 @@ class TwoStates:
 
         weights, bias, out_bias = sample.model.kept(
             ("first layer", dtype, str(device)),
-            lambda: tuple(cast(part) for part in (*layer.projections(), layer.out_bias)),
+            lambda: tuple(cast(part) for part in (layer.projections()[0], layer.q_bias, layer.out_bias)),
         )
+        filled = sample.model.kept(("filled", dtype, str(device)), Latest)
+
+        def project(tokens: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            rows = F.layer_norm(tokens, tokens.shape[-1:], eps=layer.norm1.epsilon)
+            torch.bmm(rows.expand(stack.count, -1, -1), weights, out=out)
+            out[..., : stack.attended] += bias
+            return out
+
         x = cast(sample.tokens)
-        rows = F.layer_norm(x, x.shape[-1:], eps=layer.norm1.epsilon).flatten(1, 2)  # (1 or E, 2L, H)
-        qkv = torch.baddbmm(bias, rows.expand(stack.count, -1, -1), weights)  # (E, 2L, 3D)
-        q, k, v = qkv.unflatten(1, (2, -1)).unflatten(3, (3, stack.heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        absent, present = x.unbind(1)  # (1 or E, L, H)
+        qkv = x.new_empty(2, stack.count, x.shape[2], weights.shape[2])
+        project(present, qkv[1])
+        qkv[0] = filled(absent, lambda: project(absent, qkv[0]).clone())
+        q, k, v = qkv.unflatten(3, (3, stack.heads, -1)).permute(3, 1, 4, 0, 2, 5)
         residual = x if stack.residual else torch.zeros_like(x)
         return TwoStates(residual + out_bias[:, None], q, k, v)
 

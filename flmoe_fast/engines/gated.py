@@ -6,15 +6,16 @@ per sample, a coalition's fusion layer is a sum of M rows of a table of 2 M, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.checks import ArgumentError
-from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
+from flmoe_fast.engines.engine import Request, TokenEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 
-class GatedEngine(Engine):
+class GatedEngine(TokenEngine):
     """Evaluates coalitions of a :class:`TokenProblem` whose experts are InterpretCC.
 
     Parameters
@@ -29,22 +30,10 @@ class GatedEngine(Engine):
 
     name = "torch"
 
-    def __init__(
-        self,
-        problem: TokenProblem,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        memory: int = DEFAULT_MEMORY,
-    ):
-        model = problem.model
+    def __init__(self, problem: TokenProblem, **options: Any):
+        super().__init__(problem, **options)
+        model, dtype = problem.model, self.dtype
         config = model.config
-        reason = self.unfit(Request(dtype, torch.device(device), problem))
-        if reason:
-            raise ArgumentError("model", reason, "fusion 'interpretcc'")
-        self.problem = problem
-        self.dtype = dtype
-        self.device = torch.device(device)
         self.count, self.temperature = len(config.modalities), config.temperature
         state = {k: v.detach().to(self.device, torch.float64) for k, v in model.state_dict().items()}
 
@@ -72,24 +61,13 @@ class GatedEngine(Engine):
         self.inputs = both
         self.players = problem.players.to(self.device)
         per_coalition = config.experts * 4 * config.hidden + 8 * self.count * config.hidden
-        self.chunk = max(1, memory // (per_coalition * self.table.element_size()))
-
-    @classmethod
-    def missing(cls, request: Request) -> str:
-        """Nothing: PyTorch is always there."""
-        return ""
+        self.chunk = max(1, self.memory // (per_coalition * self.table.element_size()))
 
     @classmethod
     def unfit(cls, request: Request) -> str:
         """Every fusion but InterpretCC."""
         fusion = None if request.problem is None else request.problem.model.config.fusion
         return "" if fusion in (None, "interpretcc") else f"fusion {fusion!r}"
-
-    @classmethod
-    def make(cls, request: Request) -> GatedEngine:
-        """The engine of a request."""
-        memory = DEFAULT_MEMORY if request.memory is None else request.memory
-        return cls(request.known_problem, dtype=request.dtype, device=request.device, memory=memory)
 
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of arbitrary coalitions ``(C, n)`` bool."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -51,3 +52,28 @@ def missing(dtype: torch.dtype, device: torch.device) -> str:
     if dtype != torch.float32:
         return f"the dtype is {dtype}, and the engine computes in float32"
     return ""
+
+
+class AtLevel:
+    """What an engine that runs at an instruction level says of itself.
+
+    Attributes
+    ----------
+    level : str
+    """
+
+    level: str
+
+    @property
+    def arithmetic(self) -> str:
+        """Operands of the level's matrix products."""
+        return levels()[self.level][0]
+
+    @property
+    def more_exact(self) -> str:
+        """How to get the same game with less rounding, for a person to read."""
+        return "dtype=torch.float64" if self.arithmetic == "fp32" else "backend='torch', or dtype=torch.float64"
+
+    def about(self) -> dict[str, Any]:
+        """Level and arithmetic."""
+        return {"level": self.level, "arithmetic": self.arithmetic}

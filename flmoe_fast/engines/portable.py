@@ -16,12 +16,12 @@ From the layer-1 output projection on, every token of every coalition is differe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.checks import ArgumentError, integer
-from flmoe_fast.engines.engine import DEFAULT_MEMORY, Engine, Request
+from flmoe_fast.engines.engine import Request, TokenEngine
 from flmoe_fast.engines.first_layer import Routing, TwoStates
 from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
 from flmoe_fast.engines.problem import Logits, TokenProblem
@@ -64,20 +64,7 @@ class SharedAttention:
     varying: torch.Tensor  # (J,) index into valid
 
 
-def misplaced_padding(problem: TokenProblem) -> str:
-    """What keeps the engines that leave padding out from a problem; empty if nothing does."""
-    if not problem.model.config.slots_limit:
-        return ""
-    # Padding behind a modality's last valid token only counts; before one it would take that token's place.
-    start = 0
-    for length, (first, last) in zip(problem.padded_lengths, problem.segments):
-        if last > first and int(problem.valid[last - 1]) - start != last - first - 1:
-            return "the capacity of sparse feed-forward blocks is limited, and padding precedes valid tokens"
-        start += length
-    return ""
-
-
-class TorchEngine(Engine):
+class TorchEngine(TokenEngine):
     """Evaluates coalitions of one :class:`TokenProblem` in chunks of bounded memory.
 
     Parameters
@@ -97,36 +84,19 @@ class TorchEngine(Engine):
     """
 
     name = "torch"
+    instead = "backend='auto' or 'reference'"
 
-    def __init__(
-        self,
-        problem: TokenProblem,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        memory: int = DEFAULT_MEMORY,
-    ):
-        self.device = torch.device(device)
-        reason = self.unfit(Request(dtype, self.device, problem))
-        if reason:
-            raise ArgumentError("backend", f"{self.name!r}, but {reason}", "backend='auto' or 'reference'")
-        self.problem = problem
-        self.dtype = dtype
-        self.memory = integer("memory", memory, least=1)
+    def __init__(self, problem: TokenProblem, **options: Any):
+        super().__init__(problem, **options)
         self.sample = PreparedSample(problem)
         self.stack = self.sample.model.stack
         self.packed = self.sample.model.kept(
-            (LaidOut, dtype, str(self.device)), lambda: LaidOut.of(self.sample.model, dtype, self.device)
+            (LaidOut, self.dtype, str(self.device)), lambda: LaidOut.of(self.sample.model, self.dtype, self.device)
         )
-        self.states = TwoStates.of(self.sample, dtype, self.device)
+        self.states = TwoStates.of(self.sample, self.dtype, self.device)
         self.routing = Routing.of(self.sample, self.device)
         self.players = problem.players.to(self.device)
         self._scratch = Scratch()
-
-    @classmethod
-    def missing(cls, request: Request) -> str:
-        """Nothing: PyTorch is always there."""
-        return ""
 
     @classmethod
     def unfit(cls, request: Request) -> str:
@@ -135,13 +105,7 @@ class TorchEngine(Engine):
             return ""
         if request.problem.model.config.fusion == "interpretcc":
             return "InterpretCC has no token sequence"
-        return misplaced_padding(request.problem)
-
-    @classmethod
-    def make(cls, request: Request) -> TorchEngine:
-        """The engine of a request."""
-        memory = DEFAULT_MEMORY if request.memory is None else request.memory
-        return cls(request.known_problem, dtype=request.dtype, device=request.device, memory=memory)
+        return request.problem.misplaced_padding
 
     # ---- public: two ways to name coalitions ------------------------------------------------------------------
 

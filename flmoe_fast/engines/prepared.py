@@ -11,21 +11,17 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
 
 import torch
 
 from flmoe_fast.engines.fold import Weights, fold
 from flmoe_fast.engines.problem import TokenProblem
-from flmoe_fast.engines.stack import Stack
+from flmoe_fast.engines.stack import PreparedStack
 from flmoe_fast.model.network import FLI2MoE, sinusoid
 from flmoe_fast.model.sparse import slots_per_network
 
-T = TypeVar("T")
 
-
-class PreparedModel:
+class PreparedModel(PreparedStack):
     """A model's experts as stacks, its heads and its routing; everything float64 on the CPU.
 
     Attributes
@@ -42,7 +38,7 @@ class PreparedModel:
 
     def __init__(self, model: FLI2MoE):
         config, weights = model.config, Weights(model)
-        self.stack: Stack = fold(weights)
+        super().__init__(fold(weights))
         name = "classification_head.fc" if config.fusion == "moepp" else f"network.{config.layers}.fc"
         head, self.head_bias = weights.pair(name)
         self.head = head.mT.unflatten(1, (len(config.modalities), -1)).contiguous()
@@ -54,19 +50,6 @@ class PreparedModel:
         )
         self.temperature = float(config.temperature)
         self._learned = weights("pos_embed")[:, 0] if config.generation == "original" else None
-        self._keep()
-
-    def _keep(self) -> None:
-        self._kept: dict[Hashable, Any] = {}
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what engines laid out, which they do again."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._keep()
 
     def positions(self, length: int) -> torch.Tensor:
         """What is added to each of ``length`` positions: (1, length, H), or learned per expert (E, length, H)."""
@@ -88,13 +71,6 @@ class PreparedModel:
         last = self.stack.layers[-1]
         shift = last.down_bias if last.networks is None else last.networks.down_bias
         return torch.einsum("exh,emhk->emxk", shift[:, 0].unflatten(0, (len(self.head), -1)), self.head)
-
-    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returned the first time that it was asked for by ``key``."""
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = make()
-            return self._kept[key]
 
 
 class PreparedSample:

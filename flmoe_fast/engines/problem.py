@@ -1,11 +1,17 @@
-"""One sample, one model: everything about a coalition evaluation that does not change between coalitions."""
+"""One sample, one model: everything about a coalition evaluation that does not change between coalitions.
+
+There are two kinds: an FL-I2MoE and its tokens, and the encoder stack of somebody else's model.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from flmoe_fast.engines.stack import PreparedStack
 from flmoe_fast.model.network import FLI2MoE
 
 
@@ -55,11 +61,74 @@ class TokenProblem:
         """Number of valid tokens L."""
         return int(self.valid.numel())
 
+    @property
+    def misplaced_padding(self) -> str:
+        """What keeps engines that leave padding out from the problem; empty if nothing does."""
+        if not self.model.config.slots_limit:
+            return ""
+        # Padding behind a modality's last valid token only counts; before one it would take that token's place.
+        start = 0
+        for length, (first, last) in zip(self.padded_lengths, self.segments):
+            if last > first and int(self.valid[last - 1]) - start != last - first - 1:
+                return "the capacity of sparse feed-forward blocks is limited, and padding precedes valid tokens"
+            start += length
+        return ""
+
     def presence(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Presence of every valid token (C, L) bool in coalitions (C, n); tokens that are not players are present."""
         tokens = torch.ones(len(coalitions), self.length, dtype=torch.bool, device=coalitions.device)
         tokens[:, self.players.to(coalitions.device)] = coalitions
         return tokens
+
+
+@dataclass(frozen=True)
+class StackProblem:
+    """One sample before an encoder stack: L tokens, n players.
+
+    Attributes
+    ----------
+    model : PreparedStack
+    present, absent : Tensor (L, H)
+        Both states of every token as they enter the first layer. Equal where a token has no owner.
+    owner : LongTensor (L,)
+        The player who owns a token, or -1.
+    removed : BoolTensor (L,)
+        Tokens that are hidden from attention when absent, instead of taking their other state.
+    allowed : BoolTensor (L, L) or None
+        Which query (row) may attend to which key; None: everybody to everybody.
+    reads : LongTensor (R,)
+        Tokens whose final state the head of the model reads.
+    mixed : function or None
+        States (C, L, H) of coalitions (C, n) where tokens have more than two states, because several players share
+        them; then ``present``, ``absent`` and ``owner`` are not used.
+    """
+
+    model: PreparedStack
+    present: torch.Tensor
+    absent: torch.Tensor
+    owner: torch.Tensor
+    removed: torch.Tensor
+    allowed: torch.Tensor | None
+    reads: torch.Tensor
+    mixed: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @functools.cached_property
+    def reaching(self) -> torch.Tensor:
+        """Tokens (L',), ascending, from which information can reach the tokens that are read."""
+        if self.allowed is None:
+            return torch.arange(len(self.owner))
+        reached = torch.zeros(len(self.owner), dtype=torch.bool)
+        reached[self.reads.cpu()] = True
+        while True:
+            more = reached | self.allowed.cpu()[reached].any(0)
+            if bool((more == reached).all()):
+                return reached.nonzero()[:, 0]
+            reached = more
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that matter, L'."""
+        return len(self.reaching)
 
 
 @dataclass(frozen=True)

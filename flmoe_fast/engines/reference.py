@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
-from flmoe_fast.engines.engine import Engine, Request
+from flmoe_fast.engines.engine import TokenEngine
 from flmoe_fast.engines.problem import Logits, TokenProblem
 
 
-class ReferenceEngine(Engine):
+class ReferenceEngine(TokenEngine):
     """Replaces absent tokens by their fills and runs the whole model once per coalition.
 
     Nothing is shared, batched, dropped or reordered; positions, key masks and padding are those of the full input.
@@ -18,28 +19,9 @@ class ReferenceEngine(Engine):
 
     name = "reference"
 
-    def __init__(
-        self, problem: TokenProblem, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ):
-        self.problem = problem
-        self.dtype = dtype
-        self.device = torch.device(device)
+    def __init__(self, problem: TokenProblem, *, dtype: torch.dtype = torch.float64, **options: Any):
+        super().__init__(problem, dtype=dtype, **options)
         self.model = copy.deepcopy(problem.model).eval().to(device=self.device, dtype=dtype)
-
-    @classmethod
-    def missing(cls, request: Request) -> str:
-        """Nothing: PyTorch is always there."""
-        return ""
-
-    @classmethod
-    def unfit(cls, request: Request) -> str:
-        """Nothing: it runs the model as it is."""
-        return ""
-
-    @classmethod
-    def make(cls, request: Request) -> ReferenceEngine:
-        """The engine of a request."""
-        return cls(request.known_problem, dtype=request.dtype, device=request.device)
 
     def evaluate(self, coalitions: torch.Tensor) -> Logits:
         """Logits and routing of coalitions ``(C, n)`` bool."""

@@ -16,11 +16,14 @@ All folding is exact algebra, done in float64 so that an engine's cast is the on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 #: Scores times this are for softmaxes in base 2.
 LOG2E = 1.0 / math.log(2.0)
@@ -141,3 +144,35 @@ class Stack:
     def networks(self) -> int:
         """X, networks of a sparse block; 0 where all are dense."""
         return max(0 if layer.networks is None else layer.networks.gate.shape[2] for layer in self.layers)
+
+
+class PreparedStack:
+    """A stack, and what engines have laid out of it: any number of samples and threads share both.
+
+    Attributes
+    ----------
+    stack : Stack
+    """
+
+    def __init__(self, stack: Stack):
+        self.stack = stack
+        self._keep()
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returned the first time that it was asked for by ``key``."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            return self._kept[key]
+
+    def _keep(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what engines laid out, which they do again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer
+from flmoe_fast.engines.engine import Corners, Reduction
 
 #: Coalitions handed to a plain callable at a time.
 CALL_ROWS = 4096
@@ -65,19 +66,10 @@ class Game:
         values = self((contexts[:, None] ^ toggled).flatten(0, 1))
         return values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
-    def corner_samples(
-        self,
-        contexts: torch.Tensor,
-        toggled: torch.Tensor,
-        pairs: torch.Tensor,
-        single: torch.Tensor,
-        kind: str,
-        least: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Second differences and gaps (K, P, O) of a corner grid, and where a ratio is defined (else None).
+    def corner_samples(self, contexts: torch.Tensor, toggled: torch.Tensor, reduction: Reduction) -> Corners | None:
+        """Second differences and gaps of a corner grid's coalitions, named as for :meth:`corner_values`; on the CPU.
 
-        None where the game leaves it to the caller to reduce :meth:`corner_values`. See
-        :meth:`flmoe_fast.engines.engine.Engine.reduce_corners` for the arguments.
+        None where the game leaves it to the caller to reduce :meth:`corner_values`.
         """
         return None
 

@@ -10,7 +10,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.engines.choose import choose
-from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.engine import Corners, Reduction, Request
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
 from flmoe_fast.games.sample import lay_out, name_players
@@ -143,21 +143,13 @@ class TokenGame(Game):
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
     @torch.no_grad()
-    def corner_samples(
-        self,
-        contexts: torch.Tensor,
-        toggled: torch.Tensor,
-        pairs: torch.Tensor,
-        single: torch.Tensor,
-        kind: str,
-        least: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    def corner_samples(self, contexts: torch.Tensor, toggled: torch.Tensor, reduction: Reduction) -> Corners | None:
         if not self.engine.reduces:
             return None
         values = self._heads.values(self.engine.evaluate_toggles(contexts, toggled))
         values = values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
-        found = self.engine.reduce_corners(values, contexts, pairs, single, kind, least)
-        return found.second.cpu(), found.gap.cpu(), None if found.defined is None else found.defined.cpu()
+        found = self.engine.reduce_corners(values, contexts, reduction)
+        return Corners(found.second.cpu(), found.gap.cpu(), None if found.defined is None else found.defined.cpu())
 
     def precise(self) -> TokenGame | None:
         """This game in float64 on the torch engine, or the reference where that cannot run; None if it already is."""

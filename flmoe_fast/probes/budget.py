@@ -39,10 +39,13 @@ def spend(grid: CornerGrid, contexts: int | None, budget: int | None) -> Spendin
     return Spending(budget, affordable - affordable % 2 if affordable >= 4 else affordable)
 
 
-def default_way(n: int, spending: Spending) -> tuple[str, str]:
-    """Which way the default goes, "enumeration", "points", "contexts" or "grid", and why, for a person to read."""
+def default_way(n: int, spending: Spending, ended: bool = False) -> tuple[str, str]:
+    """Which way the default goes, "enumeration", "points", "contexts" or "grid", and why, for a person to read.
+
+    ``ended``: something else than the budget may end it, so that half of it has to be worth something.
+    """
     total, contexts = spending.evaluations, spending.contexts
-    if n < 63 and 2**n <= total:
+    if n < 63 and 2**n <= total and not (ended and 2**n <= 2 * MOST_ROWS):
         return "enumeration", f"all {2**n} coalitions cost no more than the budget"
     if contexts >= LEAST_CONTEXTS and n > MOST_PLAYERS:
         return "contexts", f"{n} players, more than {MOST_PLAYERS}, and a budget for {contexts} contexts"

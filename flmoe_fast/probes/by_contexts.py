@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 
 from flmoe_fast.coalitions import pack
-from flmoe_fast.probes.budget import MOST_ROWS, Spending
-from flmoe_fast.probes.by_points import evaluate_pairs, widened
+from flmoe_fast.probes.budget import LEAST_CONTEXTS, MOST_ROWS, Spending
+from flmoe_fast.probes.by_points import estimate_of, evaluate_pairs, widened
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine
@@ -26,6 +26,7 @@ from flmoe_fast.probes.run import (
     Found,
     Run,
     contexts_of,
+    joined,
     noise_share,
     others_of,
     second_difference,
@@ -40,10 +41,33 @@ ROWS = 1 << 12
 
 def by_contexts(run: Run, grid: CornerGrid, spending: Spending) -> Found:
     """Estimates from antithetic contexts on a corner grid, and what is left of the budget at random."""
+    draws: list[DrawnGrid] = []
+    done, found = 0, None
+    for total in run.stopping.totals(LEAST_CONTEXTS, spending.contexts // 2 * 2, step=2):
+        try:
+            draws.append(run.draw(grid, torch.arange(len(grid.pairs)), total - done, replicate=len(draws), keep=True))
+        except KeyboardInterrupt:
+            if run.stopping.interrupted(len(draws) > 0):
+                break
+            raise
+        done, found = total, None
+        if done == spending.contexts // 2 * 2:
+            break
+        if run.stopping.until is not None:
+            found = _from_grid(run, grid, joined(draws), 0)
+            if run.stopping.ends(found.sii, found.sii_stderr):
+                break
+        if run.stopping.late():
+            break
+    left = 0 if run.stopping.asked else (spending.evaluations - run.evaluations) // 2
+    return found or _from_grid(run, grid, joined(draws), left)
+
+
+def _from_grid(run: Run, grid: CornerGrid, draw: DrawnGrid, more: int) -> Found:
+    """Estimates from one draw and ``more`` complementary pairs of coalitions at random."""
     pairs = len(grid.pairs)
-    draw = run.draw(grid, torch.arange(pairs), spending.contexts // 2 * 2, keep=True)
     noise, checks = noise_share(run.game, grid, draw)
-    extra = complementary(run.game.n, (spending.evaluations - run.evaluations) // 2, run.seed)
+    extra = complementary(run.game.n, more, run.seed)
     rows = _Rows(draw, grid, extra, evaluate_pairs(run, extra) if len(extra) >= LEAST_EXTRA else None)
     process = ParityProcess(rows.coalitions, rows.values[:, 0], rows.values[:, 1], rows.fitted)
     smooth, claimed = process.index(grid.pairs, "SII", 2)
@@ -54,6 +78,10 @@ def by_contexts(run: Run, grid: CornerGrid, spending: Spending) -> Found:
     share = torch.where(off > 0, off / (off + doubt), 0.0)
     variance = torch.maximum(widened(claimed), share * stderr.square())
     gaps, gap_stderr, _ = combine([draw.gap], pairs, borrowed=BORROWED)
+    also = others_of(run.game, [draw])
+    for key, members in run.members_of_triples().items():
+        values, square = process.index(members, *key)
+        also[key] = estimate_of(run.game, members, values, widened(square).sqrt(), float(len(rows.coalitions)))
     return Found(
         "process and grid",
         smooth + share * excess,
@@ -64,7 +92,7 @@ def by_contexts(run: Run, grid: CornerGrid, spending: Spending) -> Found:
         contexts_of([draw], pairs),
         noise,
         checks,
-        others_of(run.game, [draw]),
+        also,
         {"unbiased_share": share.tolist(), "rough": process.half(1).scales.rough},
     )
 

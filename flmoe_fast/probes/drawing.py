@@ -54,7 +54,7 @@ def _stratum_size(n: int, size: int) -> int:
 def _counts(n: int, count: int) -> tuple[list[int], list[bool]]:
     """Pairs to take of each smaller size 0..n//2, and which sizes are taken whole."""
     sizes = range(n // 2 + 1)
-    weight = [_root_mean_weight(n, s) * (0.5 if 2 * s == n else 1.0) for s in sizes]
+    weight = [root_mean_weight(n, s) * (0.5 if 2 * s == n else 1.0) for s in sizes]
     there = [_stratum_size(n, s) for s in sizes]
     counts, whole = [0] * len(weight), [False] * len(weight)
     left = min(count, sum(there))
@@ -74,7 +74,7 @@ def _counts(n: int, count: int) -> tuple[list[int], list[bool]]:
     return counts, whole
 
 
-def _root_mean_weight(n: int, s: int) -> float:
+def root_mean_weight(n: int, s: int) -> float:
     """Root mean square of the SII's weights over pairs of players, times the number of coalitions of size s."""
     total = 0.0
     if s >= 2:

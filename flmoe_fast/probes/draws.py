@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from flmoe_fast.coalitions import pack, sample_contexts, unpack
-from flmoe_fast.probes.exact import size_law
 from flmoe_fast.probes.gap import redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import successive_variance
@@ -32,10 +32,8 @@ from flmoe_fast.probes.surrogate import signs
 
 #: Random features of a prior draw.
 FEATURES = 512
-#: Most players whose every coalition is read, and values of gaps that are taken at most.
-LISTED_PLAYERS, WORK = 16, 1 << 24
-#: Draws: as many as the work allows.
-MOST_DRAWS, FEWEST_DRAWS = 16, 8
+#: Draws, in pairs of opposite deviations.
+DRAWS = 8
 #: Share of the left-out errors that those of about the same prediction are.
 LOCAL = 1 / 16
 #: Most levels.
@@ -43,8 +41,8 @@ LEVELS = 16
 #: Share of the pairs' mean variance in each pair's.
 SHARED = 0.2
 #: What variances are multiplied by, since a ratio's joint costs are estimated too, and how much more for every scale
-#: that was estimated from the points at hand. Chosen by the coverage on the games of bench/accuracy.py.
-WIDER, SCALES = {"sum": 1.25, "max": 1.25, "strict": 1.25, "ratio": 4.0}, 4.0
+#: that was estimated from the points at hand. Chosen by the coverage on tables of public models' games.
+WIDER, SCALES = {"sum": 1.25, "max": 0.8, "strict": 0.65, "ratio": 1.4}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
 #: These contexts are independent of all that are evaluated on the game.
@@ -61,55 +59,33 @@ class GapEstimate:
     degrees: float
 
 
-def gap_estimate(process: ParityProcess, grid: CornerGrid, kind: str, seed: int) -> GapEstimate:
-    """Gaps of the grid's pairs: over every context where these are few, over sampled ones elsewhere."""
-    n, outputs, pairs = process.coalitions.shape[1], process.values.shape[1], len(grid.pairs)
-    listed = WORK // max(1, pairs * outputs * 2 ** (n - 2)) if n <= LISTED_PLAYERS else 0
-    sampling: torch.Tensor | float = 0.0
-    if listed >= FEWEST_DRAWS:
-        draws = min(MOST_DRAWS, listed - listed % 2)
-        gaps = _over_every_context(Drawn(process, draws, seed), grid.pairs, kind)
-    else:
-        contexts = max(FEWEST_CONTEXTS, READINGS // grid.evaluations // 2 * 2)
-        gaps, sampling = _over_sampled_contexts(Drawn(process, FEWEST_DRAWS, seed), grid, kind, contexts, seed)
-    smooth, rough = gaps[:, 0], gaps[:, 1:]  # (P, O), (P, D, O)
+class Games(Protocol):
+    """Games drawn from a posterior, whose values can be asked for."""
+
+    def values(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (C, 1 + D, O) of coalitions (C, n) and of their complements: first the posterior mean, then draws."""
+
+
+def gap_estimate(
+    gaps: torch.Tensor, kind: str, process: ParityProcess, sampling: torch.Tensor | float = 0.0
+) -> GapEstimate:
+    """From gaps (P, 1 + D, O) of the posterior mean and of every draw, and the variance due to sampling contexts."""
+    smooth, rough = gaps[:, 0], gaps[:, 1:]
     mean = rough.mean(1)
     variance = rough.var(1) + (mean - smooth).square()
     variance = (1 - SHARED) * variance + SHARED * variance.nanmean(0)
-    wider = WIDER[kind] * (1 + SCALES * n / len(process.coalitions))
+    wider = WIDER[kind] * (1 + SCALES * process.coalitions.shape[1] / len(process.coalitions))
     return GapEstimate((smooth + mean) / 2, wider * variance + sampling, float(rough.shape[1]))
 
 
-def _over_every_context(drawn: Drawn, pairs: torch.Tensor, kind: str) -> torch.Tensor:
-    """Gaps (P, 1 + D, O) of the posterior mean and of every draw."""
-    n = drawn.process.coalitions.shape[1]
-    codes = torch.arange(2 ** (n - 1))
-    upper, lower = drawn.values(((codes[:, None] >> torch.arange(n)) & 1).bool())
-    table = torch.cat([upper, lower.flip(0)])  # by code: the complement of c is 2^n - 1 - c
-    law = size_law(n)
-    codes = torch.arange(2**n)
-    size = ((codes[:, None] >> torch.arange(n)) & 1).sum(1)
-    found = []
-    for i, j in pairs.tolist():
-        neither = codes[((codes >> i) & 1 == 0) & ((codes >> j) & 1 == 0)]
-        corners = (neither | (1 << i) | (1 << j), neither | (1 << i), neither | (1 << j), neither)
-        v11, v10, v01, v00 = (table[corner] for corner in corners)
-        value, defined = redundancy_gap(kind, v11, v10, v01, v00)
-        weight = law[size[neither]]
-        total = torch.einsum("c,cdo->do", weight, value)
-        found.append(total if defined is None else total / torch.einsum("c,cdo->do", weight, defined.double()))
-    return torch.stack(found)
-
-
-def _over_sampled_contexts(
-    drawn: Drawn, grid: CornerGrid, kind: str, contexts: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`_over_every_context`, and the variance (P, O) that is due to sampling contexts."""
-    n = drawn.process.coalitions.shape[1]
+def sampled_gaps(games: Games, grid: CornerGrid, kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaps (P, 1 + D, O) over sampled contexts, and the variance (P, O) that is due to sampling them."""
+    n = grid.toggled.shape[1]
+    contexts = max(FEWEST_CONTEXTS, READINGS // grid.evaluations // 2 * 2)
     chosen = unpack(sample_contexts(n, contexts, seed=seed, replicate=REPLICATE).words, n)
     gaps, share = [], []
     for block in chosen[::2].split(max(1, ROWS // grid.evaluations)):
-        both = drawn.values((block[:, None] ^ grid.toggled).flatten(0, 1))
+        both = games.values((block[:, None] ^ grid.toggled).flatten(0, 1))
         pair = []
         for rows, values in zip((block, ~block), both):
             v11, v10, v01, v00 = grid.corners(rows, values.unflatten(0, (len(block), -1)))
@@ -140,9 +116,7 @@ class Drawn:
         self.generator = torch.Generator().manual_seed(seed % 2**63)
         self._halves = {sign: _DrawnHalf(process.half(sign), count // 2, self.generator) for sign in (1, -1)}
         self._seen = torch.cat([process.values, process.complements])
-        self._least, self._most = self._seen.min(0).values, self._seen.max(0).values
-        self._levels = [levels_of(column) for column in self._seen.T]
-        self._local = _local_scales(process, self._seen)
+        self._spreads = [Spread(process, head) for head in range(self.outputs)]
         words = pack(torch.cat([process.coalitions, ~process.coalitions]))
         self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
 
@@ -155,7 +129,7 @@ class Drawn:
         (even, even_by), (odd, odd_by) = (
             self._halves[sign].values(signs(coalitions), self.generator) for sign in (1, -1)
         )
-        both = self._spread(even + odd, even_by + odd_by), self._spread(even - odd, even_by - odd_by)
+        both = self._drawn(even + odd, even_by + odd_by), self._drawn(even - odd, even_by - odd_by)
         number = torch.tensor([self._known.get(row, -1) for row in map(tuple, pack(coalitions).tolist())])
         known = (number >= 0).nonzero()[:, 0]
         if len(known):
@@ -165,20 +139,10 @@ class Drawn:
                 part[known] = self._seen[where][:, None]
         return both
 
-    def _spread(self, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        """Means (C, O) and, on both sides of them, deviations (C, D / 2, O) of the size errors have there."""
-        size = torch.empty_like(mean)
-        for head, (predicted, scale) in enumerate(self._local):
-            at = torch.searchsorted(predicted, mean[:, head].contiguous()).clamp(max=len(predicted) - 1)
-            size[:, head] = scale[at]
-        deviation = deviation * size[:, None]
-        values = torch.cat([mean[:, None], mean[:, None] + deviation, mean[:, None] - deviation], 1)
-        values = values.clamp(self._least, self._most)
-        for head, levels in enumerate(self._levels):
-            if levels is not None:
-                between = (levels[1:] + levels[:-1]) / 2
-                values[..., head] = levels[torch.bucketize(values[..., head].contiguous(), between)]
-        return values
+    def _drawn(self, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        """Values (C, 1 + D, O) around means (C, O) from deviations (C, D / 2, O)."""
+        parts = [spread.draws(mean[:, h], deviation[:, :, h].T).T for h, spread in enumerate(self._spreads)]
+        return torch.stack(parts, 2)
 
 
 def levels_of(values: torch.Tensor) -> torch.Tensor | None:
@@ -187,23 +151,37 @@ def levels_of(values: torch.Tensor) -> torch.Tensor | None:
     return levels if len(levels) <= min(LEVELS, len(values) // 8) else None
 
 
-def _local_scales(process: ParityProcess, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For every head, predictions in ascending order and how the errors around each compare with what is expected."""
-    even, odd = process.half(1), process.half(-1)
-    left_out = torch.cat([even.left_out + odd.left_out, even.left_out - odd.left_out])
-    claimed = even.amplitude / even.precision[:, None] + odd.amplitude / odd.precision[:, None]
-    ratio = left_out.square() / torch.cat([claimed, claimed]).clamp(min=torch.finfo(values.dtype).tiny)
-    predicted = values - left_out
-    count = len(values)
-    reach = max(4, int(LOCAL * count / 2))
-    low = (torch.arange(count) - reach).clamp(min=0)
-    high = (torch.arange(count) + reach + 1).clamp(max=count)
-    found = []
-    for head in range(values.shape[1]):
-        order = predicted[:, head].argsort()
-        sums = torch.cat([torch.zeros(1, dtype=values.dtype), ratio[order, head].cumsum(0)])
-        found.append((predicted[order, head].contiguous(), ((sums[high] - sums[low]) / (high - low)).sqrt()))
-    return found
+class Spread:
+    """How far the values of one head deviate from their prediction, and what values there are.
+
+    Left-out errors are compared with what the process expects of them, around every predicted value.
+    """
+
+    def __init__(self, process: ParityProcess, head: int):
+        even, odd = process.half(1), process.half(-1)
+        seen = torch.cat([process.values[:, head], process.complements[:, head]])
+        self._least, self._most, self.levels = seen.min(), seen.max(), levels_of(seen)
+        parts = even.left_out[:, head], odd.left_out[:, head]
+        left_out = torch.cat([parts[0] + parts[1], parts[0] - parts[1]])
+        claimed = even.amplitude[head] / even.precision + odd.amplitude[head] / odd.precision
+        ratio = left_out.square() / torch.cat([claimed, claimed]).clamp(min=torch.finfo(seen.dtype).tiny)
+        count = len(seen)
+        reach = max(4, int(LOCAL * count / 2))
+        low = (torch.arange(count) - reach).clamp(min=0)
+        high = (torch.arange(count) + reach + 1).clamp(max=count)
+        order = (seen - left_out).argsort()
+        sums = torch.cat([torch.zeros(1, dtype=seen.dtype), ratio[order].cumsum(0)])
+        self._predicted = (seen - left_out)[order].contiguous()
+        self._size = ((sums[high] - sums[low]) / (high - low)).sqrt()
+
+    def draws(self, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        """Means (C,) and draws on both sides of them, (1 + D, C), from the process's deviations (D / 2, C)."""
+        at = torch.searchsorted(self._predicted, mean.contiguous()).clamp(max=len(self._predicted) - 1)
+        deviation = deviation * self._size[at]
+        values = torch.cat([mean[None], mean + deviation, mean - deviation]).clamp_(self._least, self._most)
+        if self.levels is None:
+            return values
+        return self.levels[torch.bucketize(values, (self.levels[1:] + self.levels[:-1]) / 2)]
 
 
 class _DrawnHalf:

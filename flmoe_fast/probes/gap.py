@@ -33,15 +33,15 @@ def redundancy_gap(
     kind: str, v11: torch.Tensor, v10: torch.Tensor, v01: torch.Tensor, v00: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gap of each context, and where it is defined (None: everywhere). Undefined gaps are returned as zero."""
-    both = v11 - v00
     total = v10 + v01 - v11 - v00  # d_ij - d_i - d_j
     if kind == "sum":
         return total, None
     if kind == "ratio":
+        both = v11 - v00
         defined = both > LEAST_JOINT_COST
         ratio = (total / torch.where(defined, both, torch.ones_like(both))).clamp(-1.0, 1.0)
         return torch.where(defined, ratio, torch.zeros_like(ratio)), defined
-    worst = both - torch.maximum(v11 - v01, v11 - v10).clamp(min=0.0)
+    worst = torch.minimum(torch.minimum(v10, v01), v11) - v00  # d_ij - max(0, d_i, d_j)
     if kind == "max":
         return worst, None
     return torch.minimum(worst, total).clamp(min=0.0), None

@@ -13,12 +13,15 @@ index     order  mass of size s among the r = n - order other players
 ========  =====  ============================================================================================
 SV        1      1 / (r + 1)
 BV, BII   1, 2   binomial(r, s) / 2^r: the Banzhaf value and interaction
+BV(p)     1, 2   binomial(r, s) p^s (1 - p)^(r - s): weighted, everybody present with probability p; so does BII(p)
 STII      2      Shapley-Taylor of order 2: 2 (n - 1 - s) / (n (n - 1))
 FSII      2      Faithful Shapley of order 2: 6 (s + 1) (n - 1 - s) / ((n - 1) n (n + 1))
 FSII      1      (4 - 6 (s + 1) / (n + 1)) / n; some masses are negative
 k-SII     2      the SII
 k-SII     1      the Shapley value minus half the SII of all pairs of the player (needs every one of them)
 ========  =====  ============================================================================================
+
+Triples have SII, which is their k-SII, BII, STII and FSII of order 3: the latter two with the density of u below.
 
 FSII and k-SII of both orders together with the empty coalition's value approximate the game; the SII alone does not.
 """
@@ -34,8 +37,9 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, one_of
 
-#: Orders of each index.
+#: Orders of each index, and those that triples have.
 ORDERS = {"SV": (1,), "BV": (1,), "BII": (2,), "STII": (2,), "FSII": (1, 2), "k-SII": (1, 2)}
+OF_TRIPLES = ("SII", "BII", "STII", "FSII")
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,24 @@ def wanted_indices(also: Sequence[str] | str) -> tuple[tuple[str, int], ...]:
     """Check the names of indices; one (name, order) each."""
     names = (also,) if isinstance(also, str) else tuple(also)
     for name in names:
-        one_of("also", name, tuple(ORDERS))
+        one_of("also", probability(name)[0], tuple(ORDERS))
     if len(set(names)) < len(names):
         raise ArgumentError("also", repr(names), "distinct names")
-    return tuple((name, order) for name in names for order in ORDERS[name])
+    return tuple((name, order) for name in names for order in ORDERS[probability(name)[0]])
+
+
+def probability(name: str) -> tuple[str, float]:
+    """The index of a name and the probability p of a weighted Banzhaf index, "BV(p)" or "BII(p)"; 1/2 elsewhere."""
+    base, bracket, rest = name.partition("(")
+    if not bracket or base not in ("BV", "BII"):
+        return name, 0.5
+    try:
+        p = float(rest.removesuffix(")")) if rest.endswith(")") else math.nan
+    except ValueError:
+        p = math.nan
+    if not 0 < p < 1:
+        raise ArgumentError("also", repr(name), f"{base}(p) with a p between 0 and 1, such as {base}(0.3)")
+    return base, p
 
 
 def mass(index: str, order: int, n: int) -> torch.Tensor:
@@ -74,33 +92,49 @@ def mass(index: str, order: int, n: int) -> torch.Tensor:
     """
     others = n - order
     s = torch.arange(others + 1, dtype=torch.float64)
-    if index in ("SV", "SII", "k-SII"):
+    base, p = probability(index)
+    if base in ("SV", "SII", "k-SII"):
         return torch.full_like(s, 1.0 / (others + 1))
-    if index in ("BV", "BII"):
+    if base in ("BV", "BII"):
         logs = [math.lgamma(others + 1) - math.lgamma(k + 1) - math.lgamma(others - k + 1) for k in range(others + 1)]
-        return (torch.tensor(logs, dtype=torch.float64) - others * math.log(2.0)).exp()
-    if index == "STII":
-        return 2.0 * (n - 1 - s) / (n * (n - 1))
-    if order == 2:
-        return 6.0 * (s + 1) * (n - 1 - s) / ((n - 1) * n * (n + 1))
-    return (4.0 - 6.0 * (s + 1) / (n + 1)) / n
+        return (torch.tensor(logs, dtype=torch.float64) + s * math.log(p) + (others - s) * math.log1p(-p)).exp()
+    if base == "FSII" and order == 1:
+        return (4.0 - 6.0 * (s + 1) / (n + 1)) / n
+    # The density of u is that of a beta distribution, and the size's law beta-binomial.
+    a, b = _beta(base, order)
+    logs = [
+        math.lgamma(others + 1) - math.lgamma(k + 1) - math.lgamma(others - k + 1)
+        + math.lgamma(k + a) + math.lgamma(others - k + b) - math.lgamma(others + a + b)
+        + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+        for k in range(others + 1)
+    ]  # fmt: skip
+    return torch.tensor(logs, dtype=torch.float64).exp()
+
+
+def _beta(index: str, order: int) -> tuple[int, int]:
+    """Density of u for the top order of STII, order (1 - u)^(order - 1), and of FSII, ~ (u (1 - u))^(order - 1)."""
+    return (1, order) if index == "STII" else (order, order)
 
 
 def rule(index: str, order: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quadrature of an index over u, when every other player is present with probability u: nodes and weights (Q,).
 
-    The density is 1 for the Shapley indices, 2 (1 - u) for STII, 6 u (1 - u) for FSII of pairs, 4 - 6 u for FSII of
-    single players, and a point mass at 1/2 for the Banzhaf indices. Gauss-Legendre nodes make it exact for products
-    over n players up to 128 nodes; beyond 256 players 128 nodes are exact to rounding.
+    The density is 1 for the Shapley indices, that of a beta distribution for STII and FSII (2 (1 - u) and 6 u (1 - u)
+    for pairs), 4 - 6 u for FSII of single players, and a point mass for the Banzhaf indices, at 1/2 or p.
+    Gauss-Legendre nodes make it exact for products over n players up to 128 nodes; beyond 256 players 128 nodes are
+    exact to rounding.
     """
-    if index in ("BV", "BII"):
-        return torch.full((1,), 0.5, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    base, p = probability(index)
+    if base in ("BV", "BII"):
+        return torch.full((1,), p, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     node, weight = np.polynomial.legendre.leggauss(min(128, n // 2 + 2))
     u, weights = torch.from_numpy((node + 1) / 2), torch.from_numpy(weight / 2)
-    if index == "STII":
-        return u, weights * 2 * (1 - u)
-    if index == "FSII":
-        return u, weights * (6 * u * (1 - u) if order == 2 else 4 - 6 * u)
+    if base == "FSII" and order == 1:
+        return u, weights * (4 - 6 * u)
+    if base in ("STII", "FSII"):
+        a, b = _beta(base, order)
+        scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+        return u, weights * scale * u ** (a - 1) * (1 - u) ** (b - 1)
     return u, weights
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
-from flmoe_fast.probes.budget import Spending, default_way, spend
+from flmoe_fast.probes.budget import LEAST_BUDGET, Spending, default_way, spend
 from flmoe_fast.probes.by_contexts import by_contexts
 from flmoe_fast.probes.by_grid import by_grid
 from flmoe_fast.probes.by_points import by_enumeration, by_points
@@ -18,9 +18,10 @@ from flmoe_fast.probes.by_surrogate import LEAST_POINTS, by_surrogate
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
-from flmoe_fast.probes.pairs import Pairs, resolve_pairs
+from flmoe_fast.probes.pairs import Pairs, resolve_pairs, resolve_triples
 from flmoe_fast.probes.result import InteractionResult, checked_names
 from flmoe_fast.probes.run import Found, Run, per_head
+from flmoe_fast.probes.stopping import Stopping
 from flmoe_fast.probes.surrogate import MOST_POINTS
 
 METHODS = ("auto", "grid", "surrogate")
@@ -42,6 +43,10 @@ def interactions(
     gap: str = DEFAULT_GAP,
     adaptive: bool | None = None,
     also: Sequence[str] | str = (),
+    triples: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    until: float | str | None = None,
+    seconds: float | None = None,
+    on_interrupt: str = "raise",
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> InteractionResult:
@@ -80,10 +85,24 @@ def interactions(
     adaptive : bool, optional
         Spend the second half of a budget on the pairs whose estimates vary most (chosen by their variance only).
         Only for "grid" with a budget; by default yes where that is at least 24 contexts.
-    also : sequence of "SV", "BV", "BII", "STII", "FSII", "k-SII"
+    also : sequence of "SV", "BV", "BII", "BV(p)", "BII(p)", "STII", "FSII", "k-SII"
         Other indices to estimate from the same evaluations (:mod:`flmoe_fast.probes.indices`): single players' for the
         players of the pairs, k-SII of single players only where all their pairs are probed. They are in
-        ``result.also``; ``result.index(name, order)`` is a table.
+        ``result.also``; ``result.index(name, order)`` is a table. "BII(0.3)": everybody else is present with
+        probability 0.3.
+    triples : (T, 3) players, optional
+        Interactions of order 3 to estimate from the same evaluations, by the default method only:
+        ``result.also["SII", 3]``, and of BII, STII and FSII where ``also`` has them.
+    until : float or str, optional
+        Stop before the budget is spent once no interaction's standard error exceeds this: a number, or a percentage of
+        the largest interaction such as "5%". Looked at whenever evaluations have grown by half; a standard error that
+        was stopped at is the smallest so far, and flatters a little. By the default method only, like ``seconds``.
+    seconds : float, optional
+        Stop evaluating after this time.
+    on_interrupt : "raise" or "return"
+        "return": an interrupt ends the evaluations, not the call. ``result.about["stopped"]`` says what ended a probe
+        before its budget was spent: "until", "seconds" or "interrupt". What does never changes what was evaluated
+        before.
     names : sequence of n str, optional
         What the players are called in tables and pictures, such as words or columns; the game's own names otherwise.
     progress : bool
@@ -111,10 +130,17 @@ def interactions(
     called = game.player_names if names is None else checked_names(names, game.n)
     chosen = resolve_pairs(game, pairs, rows, cols)
     grid = CornerGrid.of(chosen, game.n)
+    three = None if triples is None else resolve_triples(triples, game.n)
+    if three is not None and method != "auto":
+        raise ArgumentError("triples", f'triples with method="{method}"', "the default method")
+    stopping = Stopping.of(until, seconds, on_interrupt)
+    if stopping.asked and method != "auto":
+        name = "until" if until is not None else "seconds" if seconds is not None else "on_interrupt"
+        raise ArgumentError(name, f'it with method="{method}"', "the default method")
     if adaptive and (budget is None or method != "grid"):
         raise ArgumentError("adaptive", True, 'a budget to allocate and method="grid", or adaptive=False')
     spending = spend(grid, contexts, budget)
-    run = Run(game, gap, seed, progress, wanted, spending.evaluations)
+    run = Run(game, gap, seed, progress, wanted, spending.evaluations, three, stopping)
     with run.bar:
         if method == "grid":
             found = by_grid(run, grid, spending, budget is not None and adaptive is not False)
@@ -155,13 +181,16 @@ def interactions(
 
 def _by_default(run: Run, grid: CornerGrid, spending: Spending) -> Found:
     """The default's estimates, with the reason for the way it went."""
-    way, why = default_way(run.game.n, spending)
+    way, why = default_way(run.game.n, spending, run.stopping.asked)
     if way == "enumeration":
         found = by_enumeration(run, grid)
     elif way == "points":
         found = by_points(run, grid, spending.evaluations)
     elif way == "contexts":
         found = by_contexts(run, grid, spending)
-    else:
+    elif run.triples is None:
         found = by_grid(run, grid, spending, adaptive=False)
-    return replace(found, facts={"why": why, **found.facts})
+    else:
+        raise ArgumentError("budget", spending.evaluations, f"at least {LEAST_BUDGET} evaluations for triples")
+    stopped = {} if run.stopping.reason is None else {"stopped": run.stopping.reason}
+    return replace(found, facts={"why": why, **stopped, **found.facts})

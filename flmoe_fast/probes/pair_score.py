@@ -113,7 +113,8 @@ def summary(result: InteractionResult) -> str:
     heads = "" if result.heads is None else f" of {result.heads[0]!r} (first of {len(result.heads)} heads)"
     noise = np.asarray(result.noise_share)
     worst = f", rounding {np.nanmax(noise):.1e} of the variance" if np.isfinite(noise).any() else ""
+    ended = f", ended by {result.about['stopped']!r}" if "stopped" in result.about else ""
     return (
         f"InteractionResult: {len(result)} pairs{heads}, {result.evaluations:,} evaluations "
-        f"({result.about.get('method', 'grid')}, backend {result.backend!r}){worst}"
+        f"({result.about.get('method', 'grid')}, backend {result.backend!r}){worst}{ended}"
     )

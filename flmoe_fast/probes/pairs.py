@@ -54,6 +54,20 @@ def resolve_pairs(
     return chosen
 
 
+def resolve_triples(triples: object, n: int) -> torch.Tensor:
+    """Distinct triples (T, 3) of distinct players, each in ascending order."""
+    chosen = _integers("triples", triples)
+    if chosen.dim() != 2 or chosen.shape[1] != 3 or not len(chosen):
+        raise ArgumentError("triples", f"shape {tuple(chosen.shape)}", "at least one triple, shape (T, 3)")
+    _in_range("triples", chosen, n)
+    chosen = chosen.sort(dim=1).values
+    if bool((chosen.diff(dim=1) == 0).any()):
+        raise ArgumentError("triples", "a player more than once in a triple", "three different players")
+    if len(chosen.unique(dim=0)) < len(chosen):
+        raise ArgumentError("triples", "a triple more than once", "distinct triples")
+    return chosen
+
+
 def _default_pairs(game: Game) -> torch.Tensor:
     if game.groups is None:
         return torch.combinations(torch.arange(game.n), 2)

@@ -29,9 +29,11 @@ from scipy.optimize import minimize
 from flmoe_fast.probes.indices import mass, rule
 from flmoe_fast.probes.surrogate import functionals, signs
 
-#: Complementary pairs from which scales are estimated; more change them little.
-FIT_POINTS = 512
-FIT_STEPS = 40
+#: Complementary pairs from which scales are estimated; more change them little. The search begins with fewer.
+FIT_POINTS, FIRST_POINTS = 256, 256
+FIRST_STEPS, FIT_STEPS = 30, 12
+#: Half the sum of rates up to which one exponential gives both halves of a kernel.
+LARGEST_SHIFT = 150.0
 #: Bounds of the logarithms of a player's rate and of the rough part's share.
 RATES, ROUGH = (-9.0, 3.0), (math.log(1e-8), 3.0)
 #: Indices read at a time.
@@ -46,8 +48,11 @@ def parity_kernel(x: torch.Tensor, y: torch.Tensor, rate: torch.Tensor, sign: in
 
 def _both(x: torch.Tensor, y: torch.Tensor, rate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the correlation of x with y, and of x with the complement of y."""
-    product, shift = (x * (0.5 * rate)) @ y.T, 0.5 * rate.sum()
-    return (product - shift).exp_().mul_(0.5), (-product - shift).exp_().mul_(0.5)
+    product, shift = (x * (0.5 * rate)) @ y.T, 0.5 * float(rate.sum())
+    same = product.sub_(shift).exp_().mul_(0.5)
+    if shift < LARGEST_SHIFT:  # the two multiply to exp(-2 shift) / 4, which is far from underflow
+        return same, same.reciprocal().mul_(0.25 * math.exp(-2 * shift))
+    return same, ((x * (-0.5 * rate)) @ y.T).sub_(shift).exp_().mul_(0.5)
 
 
 @dataclass(frozen=True)
@@ -58,21 +63,44 @@ class Scales:
     rough: float
 
 
-def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int) -> Scales:
+def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int, start: Scales | None = None) -> Scales:
     """Scales of largest marginal likelihood for signs x (m, n) and values y (m, O) of one half.
+
+    The search begins at ``start``, where that is given.
 
     Amplitudes and, in the even half, constant means are profiled out; the heads count alike. A weak prior keeps the
     rates of players near their common level where the data do not tell them apart.
     """
     y = y[:, y.var(0) > 0] if len(y) > 1 else y[:, :0]
-    m, n = x.shape
-    start = np.append(np.full(n, math.log(3.5 / n)), -4.0)
+    n = x.shape[1]
     bounds = np.array([RATES] * n + [ROUGH])
-    start = np.clip(start, *bounds.T)
-    if not y.shape[1]:
-        return Scales(torch.from_numpy(start[:n]).exp(), math.exp(start[n]))
+    theta = np.append(np.full(n, math.log(3.5 / n)), -4.0)
+    if start is not None:
+        theta = np.append(start.rate.log().numpy(), math.log(start.rough))
+    theta = np.clip(theta, *bounds.T)
+    if y.shape[1]:
+        step = -(-len(x) // FIRST_POINTS)
+        stages = [(x[::step], y[::step], FIRST_STEPS)]
+        if step > 1 and sign > 0:
+            stages.append((x, y, FIT_STEPS))
+        for points, values, steps in stages:
+            likelihood = _Likelihood(points, values, sign)
+            found = minimize(likelihood, theta, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps})
+            theta = found.x
+    return Scales(torch.from_numpy(theta[:n]).exp(), math.exp(theta[n]))
 
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """Minus the logarithm of the penalised marginal likelihood of one half, with its gradient."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    sign: int
+
+    def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
+        x, y, sign = self.x, self.y, self.sign
+        m, n = x.shape
         rates = torch.from_numpy(theta[:n])
         rate, rough = rates.exp(), math.exp(theta[n])
         same, other = _both(x, x, rate)
@@ -91,15 +119,12 @@ def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int) -> Scales:
         value = 0.5 * m * float(amplitude.log().mean()) + float(factor.diagonal().log().sum())
         value += 0.5 * float((rates - level).square().sum()) + float((level + 2.0).square()) / 8.0
         scaled = solved / (amplitude * len(amplitude)).sqrt()
-        slope = inverse - scaled @ scaled.T
-        along, across = slope * same, slope * other * sign
-        differ = along.sum() - ((along @ x) * x).sum(0) + across.sum() + ((across @ x) * x).sum(0)
-        gradient = -0.25 * rate * differ + (rates - level) + (level + 2.0) / (4.0 * n)
+        slope = inverse.addmm_(scaled, scaled.T, alpha=-1.0)
         noise = 0.5 * rough * float(slope.diagonal().sum())
+        total = float((slope * covariance).sum()) - rough * float(slope.diagonal().sum())
+        differ = total - ((slope.mul_(same.sub_(other, alpha=sign)) @ x) * x).sum(0)
+        gradient = -0.25 * rate * differ + (rates - level) + (level + 2.0) / (4.0 * n)
         return value, np.append(gradient.numpy(), noise)
-
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": FIT_STEPS})
-    return Scales(torch.from_numpy(found.x[:n]).exp(), math.exp(found.x[n]))
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,8 @@ class Half:
     sign : 1 (even) or -1 (odd)
     fitted : LongTensor, optional
         Rows from which the scales are estimated.
+    start : Scales, optional
+        Where the search for scales begins.
 
     Attributes
     ----------
@@ -131,9 +158,16 @@ class Half:
         What is left of every value after predicting it from the others.
     """
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, sign: int, fitted: torch.Tensor | None = None):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        sign: int,
+        fitted: torch.Tensor | None = None,
+        start: Scales | None = None,
+    ):
         rows = torch.arange(len(x))[:: -(-len(x) // FIT_POINTS)] if fitted is None else fitted
-        self.x, self.sign, self.scales = x, sign, fit_scales(x[rows], y[rows], sign)
+        self.x, self.sign, self.scales = x, sign, fit_scales(x[rows], y[rows], sign, start)
         covariance = parity_kernel(x, x, self.scales.rate, sign)
         covariance.diagonal().add_(self.scales.rough)
         self.factor = _factor(covariance)
@@ -204,7 +238,8 @@ class ParityProcess:
         """The even (1) or odd (-1) half, fitted when it is first asked for."""
         if sign not in self._halves:
             y = (self.values + sign * self.complements) / 2
-            self._halves[sign] = Half(signs(self.coalitions), y, sign, self.fitted)
+            start = self._halves[1].scales if 1 in self._halves else None
+            self._halves[sign] = Half(signs(self.coalitions), y, sign, self.fitted, start)
         return self._halves[sign]
 
     def index(self, members: torch.Tensor, name: str, order: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +273,9 @@ def exact_weights(x: torch.Tensor, members: torch.Tensor, name: str, order: int)
 
 
 def _symmetric(nodes: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return bool(torch.allclose(nodes[1], nodes[1].flip(0)))
+    """Whether present and absent count alike, so that an index depends on one half only."""
+    u, weights = nodes
+    return bool(torch.allclose(weights, weights.flip(0)) and torch.allclose(u, 1 - u.flip(0)))
 
 
 def _prior(

@@ -168,14 +168,18 @@ class InteractionResult:
         return getattr(self, name).reshape(len(self.pairs), -1)[:, self.head(head)]
 
     def interval(
-        self, level: float = 0.95, of: str = "sii", head: str | int | None = None
+        self, level: float = 0.95, of: str = "sii", head: str | int | None = None, simultaneous: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends (P,) of the confidence interval of ``of`` ("sii" or "gap") for one head."""
+        """Lower and upper ends (P,) of the confidence interval of ``of`` ("sii" or "gap") for one head.
+
+        ``simultaneous`` intervals hold for all P pairs at once, however they depend on each other (Bonferroni's, each
+        of level ``1 - (1 - level) / P``): a ranking may be read off where they do not overlap.
+        """
         one_of("of", of, ("sii", "gap"))
         if not 0.0 < level < 1.0:
             raise ArgumentError("level", repr(level), "a number between 0 and 1")
         centre, stderr = self.column(of, head), self.column(of + "_stderr", head)
-        half = half_width(stderr, self.degrees, level)
+        half = half_width(stderr, self.degrees, 1 - (1 - level) / len(self.pairs) if simultaneous else level)
         return centre - half, centre + half
 
     def order(self, by: str = "abs_sii", head: str | int | None = None) -> np.ndarray:
@@ -240,7 +244,7 @@ class InteractionResult:
 
         one_of("index", (name, order), tuple(self.also))
         found = self.also[name, order]
-        columns = dict(zip("ij", found.members.T))
+        columns = dict(zip("ijk", found.members.T))
         value, stderr = (a.reshape(len(found.members), -1)[:, self.head(head)] for a in (found.values, found.stderr))
         half = half_width(stderr, found.degrees, 0.95)
         columns |= {"value": value, "stderr": stderr, "low": value - half, "high": value + half}
@@ -258,8 +262,9 @@ class InteractionResult:
         if not parts:
             return pandas.DataFrame(columns=["index", "order", "i", "j", "value", "stderr", "low", "high"])
         table = pandas.concat(parts, ignore_index=True)
-        first = ["index", "order", *(["head"] if self.heads else []), *(c for c in "ij" if c in table)]
-        table[[c for c in "ij" if c in table]] = table[[c for c in "ij" if c in table]].astype("Int64")
+        players = [column for column in "ijk" if column in table]
+        first = ["index", "order", *(["head"] if self.heads else []), *players]
+        table[players] = table[players].astype("Int64")
         return table[[*first, "value", "stderr", "low", "high"]]
 
     def plot(self, head: str | int | None = None, of: str = "sii", kind: str = "matrix", ax=None):

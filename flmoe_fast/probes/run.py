@@ -11,11 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from flmoe_fast.coalitions import sample_contexts, unpack
+from flmoe_fast.engines.engine import Reduction
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
-from flmoe_fast.probes.indices import IndexEstimate, complete_players, contrast
+from flmoe_fast.probes.indices import OF_TRIPLES, IndexEstimate, complete_players, contrast, probability
 from flmoe_fast.probes.moments import Draw, combine, unit_means
+from flmoe_fast.probes.stopping import Stopping
 
 #: Contexts and pairs that are evaluated once more in higher precision.
 NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
@@ -73,13 +75,57 @@ class DrawnGrid:
     values: torch.Tensor | None
 
 
+def joined(draws: list[DrawnGrid]) -> DrawnGrid:
+    """Draws on one grid, all with their values, as one."""
+    if len(draws) == 1:
+        return draws[0]
+    first = draws[0]
+
+    def both(parts: list[Draw]) -> Draw:
+        defined = [part.defined for part in parts if part.defined is not None]
+        return Draw(first.chosen, torch.cat([part.total for part in parts]), torch.cat(defined) if defined else None)
+
+    values = [draw.values for draw in draws if draw.values is not None]
+    return DrawnGrid(
+        first.chosen,
+        torch.cat([draw.contexts for draw in draws]),
+        first.per_unit,
+        torch.cat([draw.second for draw in draws]),
+        both([draw.sii for draw in draws]),
+        both([draw.gap for draw in draws]),
+        {
+            key: (members, torch.cat([draw.others[key][1] for draw in draws]))
+            for key, (members, _) in first.others.items()
+        },
+        torch.cat(values) if values else None,
+    )
+
+
 class Run:
     """Evaluates for one call and counts what it costs."""
 
-    def __init__(self, game: Game, gap: str, seed: int, progress: bool, also: tuple[tuple[str, int], ...], total: int):
-        self.game, self.gap_kind, self.seed, self.also = game, gap, seed, also
+    def __init__(
+        self,
+        game: Game,
+        gap: str,
+        seed: int,
+        progress: bool,
+        also: tuple[tuple[str, int], ...],
+        total: int,
+        triples: torch.Tensor | None = None,
+        stopping: Stopping | None = None,
+    ):
+        self.game, self.gap_kind, self.seed, self.also, self.triples = game, gap, seed, also, triples
+        self.stopping = stopping or Stopping()
         self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
         self.evaluations = 0
+
+    def members_of_triples(self) -> dict[tuple[str, int], torch.Tensor]:
+        """Members (T, 3) of every index of order 3 that was asked for."""
+        if self.triples is None:
+            return {}
+        names = ["SII", *(name for name, order in self.also if order == 2 and probability(name)[0] in OF_TRIPLES)]
+        return {(name, 3): self.triples for name in names}
 
     def spend(self, count: int) -> None:
         """Count evaluations that were made."""
@@ -130,10 +176,10 @@ class Run:
         self, grid: CornerGrid, contexts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Second differences and gaps (K, P, O), and where the gaps are defined; reduced where the values are."""
-        asked = grid.toggled, grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST
-        found = self.game.corner_samples(contexts, *asked)
-        if found is not None and all(math.isfinite(part.sum()) for part in found[:2]):
-            return found
+        reduction = Reduction(grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST)
+        found = self.game.corner_samples(contexts, grid.toggled, reduction)
+        if found is not None and all(math.isfinite(part.sum()) for part in (found.second, found.gap)):
+            return found.second, found.gap, found.defined
         # Not reduced by the game, or of values that are not finite: asking for these names the coalition.
         corners = grid.corners(contexts, corner_values(self.game, contexts, grid))
         return second_difference(corners), *redundancy_gap(self.gap_kind, *corners)

@@ -14,7 +14,7 @@ from flmoe_fast.native import extension
 #: How much more than the reference's own rounding in an arithmetic (see ``parity``) an engine may show. Over thousands
 #: of small cases the reference is lucky in some; a wrong term is larger by many orders.
 SLACK = 2.0
-COALITIONS, CONTEXTS = 7, [1, 5]
+COALITIONS, CONTEXTS = 3, [1]
 GATES = ((None, None), (None, None), ("switch", 6), ("gshard", 5), ("naive", 3), ("noisy", 3))
 
 
@@ -64,7 +64,8 @@ def engines() -> list[tuple[str, str, torch.dtype, str]]:
 
 def differences(edge: Edge) -> dict[str, tuple[float, float]]:
     """Largest difference from the reference of every engine, and what it may be."""
-    reference = edge.game(backend="reference", dtype=torch.float64)
+    model = edge.model()
+    reference = edge.game(model, backend="reference", dtype=torch.float64)
     samples = edge.coalitions(reference.n, COALITIONS)
     asked = toggles(reference.n)
     corners = (samples[CONTEXTS][:, None] ^ asked).flatten(0, 1)
@@ -73,9 +74,9 @@ def differences(edge: Edge) -> dict[str, tuple[float, float]]:
     found, limits = {}, {}
     for name, backend, dtype, arithmetic in engines():
         if arithmetic not in limits:
-            limits[arithmetic] = allowed(edge, arithmetic, every, exact)
+            limits[arithmetic] = allowed(edge, arithmetic, every, exact, model=model)
         os.environ["FLMOE_CPU_LEVEL"] = name.removeprefix("cpu ") if backend == "cpu" else ""
-        engine = edge.game(backend=backend, dtype=dtype).engine
+        engine = edge.game(model, backend=backend, dtype=dtype).engine
         values = torch.cat([flat(engine.evaluate(samples)), flat(engine.evaluate_toggles(samples[CONTEXTS], asked))])
         # float64 does in 29 more bits what "fp32" does.
         limit = SLACK * limits[arithmetic] * (2.0**-29 if dtype == torch.float64 else 1.0)

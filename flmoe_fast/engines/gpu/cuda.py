@@ -38,7 +38,7 @@ class CudaEngine(TritonEngine):
 
     name: ClassVar[str] = "cuda"
     precisions: ClassVar[Sequence[str]] = FUSED_PRECISIONS
-    instead: ClassVar[str] = "triton"
+    instead: ClassVar[str] = "a supported GPU, dtype and model, or 'triton'"
 
     @classmethod
     def missing(cls, request: Request) -> str:

@@ -24,9 +24,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from flmoe_fast.checks import ArgumentError, integer, one_of
+from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.coalitions import pack
-from flmoe_fast.engines.engine import Corners, Engine, Request
+from flmoe_fast.engines.engine import Corners, Reduction, Request, TokenEngine
 from flmoe_fast.engines.gpu.chunk import layout
 from flmoe_fast.engines.gpu.kernels.configs import arch_of
 from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
@@ -38,8 +38,6 @@ from flmoe_fast.engines.problem import Logits, TokenProblem
 
 #: What ``precision="auto"`` means here: the least to multiply whose noise share stays far below 1 %.
 AUTO_PRECISION = "mixed"
-#: Bytes of scratch memory unless told otherwise.
-DEFAULT_MEMORY = 1 << 32
 #: Largest supported head width, classes, tokens, width of a token and networks of a sparse block.
 MOST_DEPTH, MOST_CLASSES, MOST_LENGTH, MOST_HIDDEN, MOST_NETWORKS = 256, 128, 8192, 1024, 256
 #: Oldest architecture whose tensor cores have every arithmetic here.
@@ -55,7 +53,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-class TritonEngine(Engine):
+class TritonEngine(TokenEngine):
     """Evaluates coalitions of one :class:`TokenProblem` on an NVIDIA GPU.
 
     Parameters
@@ -86,38 +84,30 @@ class TritonEngine(Engine):
     more_exact = "precision='fp16x2' or 'fp32', or dtype=torch.float64"
     #: Operands of its products.
     precisions: ClassVar[Sequence[str]] = tuple(PRECISIONS)
-    #: The backend that runs what this one cannot.
-    instead: ClassVar[str] = "torch"
+    #: Scratch memory.
+    default_memory: ClassVar[int] = 1 << 32
+    instead: ClassVar[str] = "a supported GPU, dtype and model, or 'torch'"
 
     def __init__(
         self,
         problem: TokenProblem,
         *,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cuda",
-        memory: int | None = None,
         precision: str = "auto",
         arch: str | None = None,
+        **options: Any,
     ):
-        device = torch.device(device)
         one_of("precision", precision, ("auto", *self.precisions))
-        reason = self.why_not(Request(dtype, device, problem, self.name, precision))
-        if reason:
-            expected = f"a supported GPU, dtype and model, or {self.instead!r}"
-            raise ArgumentError("backend", f"{self.name!r}, but {reason}", expected)
         self.precision = AUTO_PRECISION if precision == "auto" else precision
-        self.problem = problem
-        self.dtype = dtype
-        self.device = device
-        self.memory = DEFAULT_MEMORY if memory is None else integer("memory", memory, least=1)
+        super().__init__(problem, device=device, **options)
         if arch is None:
             arch = "sm_80"
-            if device.type == "cuda":
-                arch = arch_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+            if self.device.type == "cuda":
+                arch = arch_of(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
         self.arch = arch
         self._rest()
         with self._alone():
-            self.chunk = lay_out(PreparedSample(problem), self.name, self.precision, arch, device)
+            self.chunk = lay_out(PreparedSample(problem), self.name, self.precision, arch, self.device)
 
     def _rest(self) -> None:
         """What a copy makes anew."""
@@ -173,14 +163,8 @@ class TritonEngine(Engine):
 
     @classmethod
     def make(cls, request: Request) -> TritonEngine:
-        assert request.problem is not None
-        return cls(
-            request.problem,
-            dtype=request.dtype,
-            device=request.device,
-            memory=request.memory,
-            precision=request.precision,
-        )
+        arithmetic: dict[str, Any] = {"dtype": request.dtype, "precision": request.precision}
+        return cls(request.known_problem, device=request.device, memory=request.memory, **arithmetic)
 
     def about(self) -> dict[str, Any]:
         return {"precision": self.precision, "configurations": self.arch}
@@ -240,17 +224,10 @@ class TritonEngine(Engine):
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low - low % group if low >= group else low
 
-    def reduce_corners(
-        self,
-        values: torch.Tensor,
-        contexts: torch.Tensor,
-        pairs: torch.Tensor,
-        single: torch.Tensor,
-        kind: str,
-        least: float,
-    ) -> Corners:
+    def reduce_corners(self, values: torch.Tensor, contexts: torch.Tensor, reduction: Reduction) -> Corners:
         from flmoe_fast.engines.gpu.kernels.corners import corners
 
+        pairs, kind = reduction.pairs, reduction.kind
         shape = (len(contexts), len(pairs), values.shape[2])
         second, gap = (torch.empty(shape, dtype=torch.float64, device=self.device) for _ in range(2))
         defined = torch.empty(shape, dtype=torch.int8, device=self.device) if kind == "ratio" else None
@@ -258,12 +235,12 @@ class TritonEngine(Engine):
             corners(
                 values.to(self.device, torch.float64).contiguous(),
                 contexts.cpu()[:, pairs.cpu()].to(torch.int8).to(self.device).contiguous(),
-                single.to(self.device).contiguous(),
+                reduction.single.to(self.device).contiguous(),
                 second,
                 gap,
                 defined,
                 kind=kind,
-                least=least,
+                least=reduction.least,
                 config=self.chunk.spec.config("corners"),
             )
         return Corners(second, gap, None if defined is None else defined.bool())

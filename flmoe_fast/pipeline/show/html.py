@@ -32,6 +32,8 @@ from flmoe_fast.probes.colours import GROUND
 INK = "#010203"
 #: Share of its own width to which a picture shrinks on a narrow screen before it scrolls: letters stay legible.
 NARROWEST = 0.75
+#: Inches around a picture.
+MARGIN = 0.08
 CSS = """
 :root { color-scheme: light dark; --ground: #fdfdfc; --ink: #1b1d21; --soft: #5c626b; --line: #d9dce1;
   --mark: #0b57b0; }
@@ -227,19 +229,21 @@ def inked() -> Iterator[None]:
 def as_svg(axes: Axes, prefix: str) -> str:
     """The figure of some axes as an SVG element; names in it start with ``prefix``, so that figures do not meet."""
     buffer = io.StringIO()
+    figure: Any = axes.get_figure(root=True)
     with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none"}):
-        # Tight, since layouts leave too little room above titles of axes that keep their aspect.
-        clear = {"Date": None, "Creator": None}
-        figure: Any = axes.get_figure(root=True)
-        figure.savefig(buffer, format="svg", metadata=clear, bbox_inches="tight", pad_inches=0.08)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    width = re.search(r'width="([\d.]+)pt"', svg)
-    if width:  # as wide as it was drawn where there is room
-        own = float(width[1])
-        size = f"width:{own:.0f}pt;max-width:100%;min-width:{NARROWEST * own:.0f}pt"
-        svg = re.sub(r'width="[\d.]+pt"', f'style="{size}"', re.sub(r'\sheight="[\d.]+pt"', "", svg, count=1), count=1)
+    # What is seen of it is as large as what was drawn: layouts leave too little room above titles of axes that keep
+    # their aspect. matplotlib's own way to the same end draws everything twice.
+    box = figure.get_tightbbox().padded(MARGIN)
+    left, top, width, height = 72 * box.x0, 72 * (figure.get_figheight() - box.y1), 72 * box.width, 72 * box.height
+    # As wide as it was drawn where there is room.
+    size = f"width:{width:.0f}pt;max-width:100%;min-width:{NARROWEST * width:.0f}pt"
+    svg = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", svg, count=2)
+    seen = f'style="{size}" viewBox="{left:.2f} {top:.2f} {width:.2f} {height:.2f}"'
+    svg = re.sub(r'viewBox="[^"]*"', seen, svg, count=1)
     # Only what is referred to keeps a name: matplotlib names equal images alike.
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(r'\sid="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", svg)

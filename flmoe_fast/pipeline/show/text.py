@@ -63,7 +63,9 @@ def _facts(explanation: Explanation) -> str:
     kind = {"prob": "probability", "logit": "logit"}.get(result.about["value"], "value")
     contexts = np.unique(result.contexts)
     each = str(contexts[0]) if len(contexts) == 1 else f"{contexts[0]} to {contexts[-1]}"
-    how = f"in {each} contexts" if result.about.get("method", "grid") == "grid" else "by a surrogate"
+    ways = {"grid": f"in {each} contexts", "process": "by a process", "enumeration": "by enumeration"}
+    method = result.about.get("method", "grid")
+    how = ways.get(method, f"in {each} contexts and by a process" if "grid" in method else "by a surrogate")
     noise = float(np.max(result.noise_share))
     counts = " (" + " + ".join(f"{len(players)} {name}" for name, players in game.groups) + ")" if game.groups else ""
     device, dtype = result.about.get("device", "cpu"), result.about.get("dtype", "the model's own dtype")

@@ -12,60 +12,110 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from flmoe_fast.adapt.layers import PackedEncoderLayer
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.engine import Engine
+from flmoe_fast.engines.problem import StackProblem
+from flmoe_fast.engines.stack import Norm, Stack
+
+
+def gelu_in_place(x: torch.Tensor) -> torch.Tensor:
+    """The exact GELU of x, which is overwritten."""
+    return torch.ops.aten.gelu_(x)
 
 
 @dataclass(frozen=True)
-class StackProblem:
-    """One sample before an encoder stack: L tokens, n players.
+class PackedLayer:
+    """One layer of a folded stack in one dtype on one device; every matrix is input-major, ready for ``x @ w``."""
 
-    Attributes
-    ----------
-    present, absent : Tensor (L, H)
-        Both states of every token as they enter the first layer. Equal where a token has no owner.
-    owner : LongTensor (L,)
-        The player who owns a token, or -1.
-    removed : BoolTensor (L,)
-        Tokens that are hidden from attention when absent, instead of taking their other state.
-    allowed : BoolTensor (L, L) or None
-        Which query (row) may attend to which key; None: everybody to everybody.
-    reads : LongTensor (R,)
-        Tokens whose final state the head of the model reads.
-    mixed : function or None
-        States (C, L, H) of coalitions (C, n) where tokens have more than two states, because several players share
-        them; then ``present``, ``absent`` and ``owner`` are not used.
-    """
+    heads: int
+    pre: bool
+    qkv: torch.Tensor  # (H, 3 D)
+    qkv_bias: torch.Tensor  # (3 D,) of Q, then zeros
+    out: torch.Tensor  # (D, H)
+    out_bias: torch.Tensor  # (H,)
+    norm1: tuple[torch.Tensor | None, torch.Tensor | None]  # gain and shift where they could not be folded
+    eps1: float
+    up: torch.Tensor  # (H, F)
+    up_bias: torch.Tensor  # (F,)
+    down: torch.Tensor  # (F, H)
+    down_bias: torch.Tensor  # (H,)
+    norm2: tuple[torch.Tensor | None, torch.Tensor | None]
+    eps2: float
+    activation: Callable[[torch.Tensor], torch.Tensor]
 
-    present: torch.Tensor
-    absent: torch.Tensor
-    owner: torch.Tensor
-    removed: torch.Tensor
-    allowed: torch.Tensor | None
-    reads: torch.Tensor
-    mixed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    @staticmethod
+    def of(stack: Stack, index: int, dtype: torch.dtype, device: torch.device) -> PackedLayer:
+        """Lay out one layer."""
+        layer = stack.layers[index]
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, dtype=dtype).contiguous()
+
+        def gain_and_shift(norm: Norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            if norm.gain is None or norm.shift is None:
+                return None, None
+            return cast(norm.gain[0, 0]), cast(norm.shift[0, 0])
+
+        qkv, qkv_bias = layer.projections()
+        return PackedLayer(
+            heads=stack.heads,
+            pre=stack.pre,
+            qkv=cast(qkv[0]),
+            qkv_bias=cast(qkv_bias[0, 0]),
+            out=cast(layer.out[0]),
+            out_bias=cast(layer.out_bias[0, 0]),
+            norm1=gain_and_shift(layer.norm1),
+            eps1=layer.norm1.epsilon,
+            up=cast(layer.up[0]),
+            up_bias=cast(layer.up_bias[0, 0]),
+            down=cast(layer.down[0]),
+            down_bias=cast(layer.down_bias[0, 0]),
+            norm2=gain_and_shift(layer.norm2),
+            eps2=layer.norm2.epsilon,
+            # The exact GELU is done in place.
+            activation=gelu_in_place if stack.activation is None else stack.activation,
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the width of all heads together."""
+        return len(self.out)
+
+    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the stream (..., H): normalised where LayerNorms come first."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps1) if self.pre else x
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values (..., 3 D) of the stream (..., H)."""
+        return torch.addmm(self.qkv_bias, self.attention_input(x).flatten(0, -2), self.qkv).unflatten(0, x.shape[:-1])
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output (R, H) from its input x (R, H) and the attention's output (R, D); ``x`` is overwritten."""
+        x += self.out_bias
+        x.addmm_(attended, self.out)
+        if not self.pre:
+            x = F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps1)
+        rows = F.layer_norm(x, x.shape[-1:], eps=self.eps2) if self.pre else x
+        wide = self.activation(torch.addmm(self.up_bias, rows, self.up))
+        x += self.down_bias
+        x.addmm_(wide, self.down)
+        return x if self.pre else F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps2)
 
 
-class StackEngine:
-    """Final states of the tokens that the head reads, for coalitions of one :class:`StackProblem`.
+class TorchStack(Engine[StackProblem, torch.Tensor]):
+    """Final states of the tokens that the head reads, for coalitions of one :class:`StackProblem`."""
 
-    Parameters
-    ----------
-    problem : StackProblem
-    layers : sequence of PackedEncoderLayer
-        In the dtype and on the device of the evaluation.
-    memory : int
-        Bytes of activations to hold at a time.
-    """
+    name = "torch"
 
-    def __init__(self, problem: StackProblem, layers: tuple[PackedEncoderLayer, ...], memory: int):
-        self.problem, self.layers, self.memory = problem, layers, memory
-        self.dtype, self.device = layers[0].out.dtype, layers[0].out.device
-        self.kept = reaching(problem.reads, problem.allowed, len(problem.owner)).to(self.device)  # (L',)
+    def __init__(self, problem: StackProblem, **options: Any):
+        super().__init__(problem, **options)
+        self.layers = problem.model.kept((PackedLayer, self.dtype, str(self.device)), self._lay_out)
+        self.kept = problem.reaching.to(self.device)  # (L',)
         self.owner = problem.owner.to(self.device)[self.kept]
         self.removed = problem.removed.to(self.device)[self.kept]
         reads = problem.reads.to(self.device)
@@ -84,20 +134,6 @@ class StackEngine:
             raise ArgumentError("problem", "tokens of more than two states", "two states a token")
         return self.states
 
-    @property
-    def more_exact(self) -> str:
-        """How to get less rounding, for a person to read."""
-        return "dtype=torch.float64"
-
-    def about(self) -> dict[str, str]:
-        """What a result should remember about the engine."""
-        return {}
-
-    @property
-    def length(self) -> int:
-        """Tokens that matter, L'."""
-        return len(self.kept)
-
     def evaluate(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Final states (C, R, H) of coalitions (C, n) bool, in the order of ``problem.reads``."""
         coalitions = coalitions.to(self.device)
@@ -106,6 +142,10 @@ class StackEngine:
         for rows, tokens in self._groups(coalitions):
             out[rows] = self._run(coalitions[rows], tokens)
         return out
+
+    def _lay_out(self) -> tuple[PackedLayer, ...]:
+        stack = self.problem.model.stack
+        return tuple(PackedLayer.of(stack, i, self.dtype, self.device) for i in range(len(stack.layers)))
 
     # ---- what is computed once per sample -----------------------------------------------------------------------
 
@@ -122,7 +162,7 @@ class StackEngine:
         if not len(coalitions):
             return
         if not self.packed or not bool(self.removed.any()):
-            for rows in torch.arange(len(coalitions), device=self.device).split(self._chunk(self.length)):
+            for rows in torch.arange(len(coalitions), device=self.device).split(self._chunk(self.problem.length)):
                 yield rows, None
             return
         here = self._present(coalitions) | ~self.removed  # (C, L')
@@ -177,10 +217,10 @@ class StackEngine:
             stream = self.problem.mixed(coalitions).to(device=self.device, dtype=self.dtype)[:, self.kept]
             return stream, self.layers[0].project(stream)
         if tokens is None:
-            tokens = torch.arange(self.length, device=self.device).expand(len(coalitions), -1)
+            tokens = torch.arange(self.problem.length, device=self.device).expand(len(coalitions), -1)
         # A hidden token that is not left out keeps its own state; nobody attends to it.
         state = (self._present(coalitions) | self.removed).long().gather(1, tokens)
-        at = state * self.length + tokens
+        at = state * self.problem.length + tokens
         stream, qkv = (part.flatten(0, 1)[at] for part in self.two_states)
         return stream, qkv
 
@@ -200,20 +240,7 @@ class StackEngine:
         visible = visible & self.allowed
         # A query without any key would be NaN, and spread; what it sees instead reaches nobody.
         alone = ~visible.any(-1, keepdim=True)
-        return visible | (alone & torch.eye(self.length, dtype=torch.bool, device=self.device))
+        return visible | (alone & torch.eye(self.problem.length, dtype=torch.bool, device=self.device))
 
     def _causal_rows(self, reads: torch.Tensor, tokens: int) -> torch.Tensor:
         return (torch.arange(tokens, device=self.device) <= reads[..., None])[:, None]
-
-
-def reaching(reads: torch.Tensor, allowed: torch.Tensor | None, length: int) -> torch.Tensor:
-    """Tokens, ascending, from which information can reach the tokens that are read."""
-    if allowed is None:
-        return torch.arange(length)
-    reached = torch.zeros(length, dtype=torch.bool)
-    reached[reads.cpu()] = True
-    while True:
-        more = reached | allowed.cpu()[reached].any(0)
-        if bool((more == reached).all()):
-            return reached.nonzero()[:, 0]
-        reached = more
