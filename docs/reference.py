@@ -23,6 +23,9 @@ FURTHER = (
     "flmoe_fast.explainers.shap.shap_pair",
     "flmoe_fast.explainers.shap.PlayerMasker",
     "flmoe_fast.pipeline.importance.players.player_importance",
+    "flmoe_fast.pipeline.importance.captum.captum_importance",
+    "flmoe_fast.pipeline.summary.compare",
+    "flmoe_fast.model.encoders.VectorEncoder",
     "flmoe_fast.scale.group.SharedGame",
     "flmoe_fast.scale.group.join",
 )

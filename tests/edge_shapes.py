@@ -125,6 +125,34 @@ BACKEND_EDGES = [
     Edge("InterpretCC, four modalities", (1, 1, 1, 1), None, generation="original", fusion="interpretcc"),
 ]
 
+#: Shapes that matter to tiles, blocks and stacks of the native engine, beside the table every engine is compared on.
+CPU_EDGES = [
+    Edge("head of 32, tokens past a tile", (20, 17), (18, 17), hidden=64, heads=2),
+    Edge("head of 64, two tiles of rows", (40, 1), (33, 1), hidden=128, heads=2),
+    Edge("head of 128", (5, 4), (5, 4), hidden=128, heads=1),
+    Edge("head of 8, width not a multiple of 16", (6, 5), (6, 5), hidden=40, heads=5),
+    Edge("head of 20", (6, 5), (6, 5), hidden=20, heads=1, layers=3),
+    Edge("past a block of keys and of rows", (150, 90), (150, 87), hidden=32, heads=1),
+    Edge("original, past a block", (130, 130), None, hidden=16, heads=2, generation="original"),
+]
+_OF_CPU = (
+    "padded, switch of 12, capacity reference",
+    "absent modality, switch of 12, capacity reference",
+    "four modalities, noisy of 3, capacity none",
+    "one token each, gshard of 10, capacity reference",
+    "one layer, naive of 4, capacity none",
+    "three layers, gshard of 10, capacity reference",
+    "original, noisy of 3, capacity none",
+)
+#: Gates, capacities, and what matters to lists of rows: past a cell of networks, past a block of rows.
+CPU_SPARSE_EDGES = [
+    *(edge for edge in SPARSE_EDGES if edge.name in _OF_CPU),
+    sparse(Edge("no room", (2, 2), (2, 2)), "gshard", 12, "reference"),
+    sparse(Edge("networks past a cell", (3, 3), (3, 2), hidden=20, heads=1), "switch", 35, "none"),
+    Edge("naive of 2, both used", (20, 17), (18, 17), hidden=64, heads=2, layers=1, gate="naive", ffn_experts=2),
+    sparse(Edge("past a block of rows", (150, 90), (150, 87), hidden=32, heads=1, layers=1), "switch", 2, "none"),
+]
+
 #: For GPUs: every width and head width of the fused kernels, in a layer behind the first, whose scores and values have
 #: tiles and swizzles of their own for every head width; tiles that are not full; and one layer alone.
 FUSED_EDGES = [

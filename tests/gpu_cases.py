@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from edge_shapes import Edge, sparse
-from parity import Mixed, allowed, coalitions_of, flat, named, problem_of
+from parity import Mixed, allowed, coalitions_of, corners_of, exact, flat, named, problem_of, tolerance
 
 from flmoe_fast.engines.gpu import triton as triton_engine
 from flmoe_fast.engines.gpu.cuda import CudaEngine
@@ -64,26 +64,22 @@ def _rounded(layer: Layer, operand: torch.dtype, down: bool) -> Layer:
 @functools.cache
 def truth(edge: Edge, precision: str) -> torch.Tensor:
     """Logits and routing of the edge's corners in float64, by the model that ``precision`` makes of its weights."""
-    contexts, toggled = coalitions_of(edge)
     kind = PRECISIONS[precision]
     if kind.operand == torch.float32:
-        return flat(edge.game(backend="reference").engine.evaluate_toggles(contexts, toggled))
-    return flat(rounded_problem(problem_of(edge), kind.operand).evaluate_toggles(contexts, toggled))
+        return exact(edge, corners_of)
+    return flat(rounded_problem(problem_of(edge), kind.operand).evaluate_toggles(*coalitions_of(edge)))
 
 
 @functools.cache
 def limit(edge: Edge, precision: str) -> float:
     """What the arithmetic is allowed on these corners; the interpreter multiplies TF32 operands in float32."""
-    contexts, toggled = coalitions_of(edge)
-    corners = (contexts[:, None] ^ toggled).flatten(0, 1)
-    exact = flat(edge.game(backend="reference").engine.evaluate(corners))
     if precision == "mixed":
+        corners, found = corners_of(edge), []
         with mock.patch.object(Mixed, "scale"):
-            found = []
             for Mixed.scale in (1.0, 1.1, 1.2, 1.3, 1.4):
-                found.append(allowed(edge, "mixed", corners, exact))
+                found.append(allowed(edge, "mixed", corners, exact(edge, corners_of)))
         return max(found)
-    return allowed(edge, "fp32" if precision == "tf32" and not GPU else precision, corners, exact)
+    return tolerance(edge, "fp32" if precision == "tf32" and not GPU else precision, corners_of)
 
 
 def error_of(ours: Logits, edge: Edge, precision: str) -> float:

@@ -9,19 +9,45 @@ several times more exact than a matrix product can be.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
-from edge_shapes import BACKEND_EDGES, EDGES, SPARSE_EDGES, Edge
+from edge_shapes import BACKEND_EDGES, CPU_EDGES, EDGES, SPARSE_EDGES, Edge
 from torch.overrides import TorchFunctionMode
 
+from flmoe_fast.engines.levels import levels
 from flmoe_fast.engines.problem import Logits, TokenProblem
+from flmoe_fast.engines.reference import ReferenceEngine
 from flmoe_fast.model import sparse as sparse_blocks
+from flmoe_fast.native import missing
 
 CONTEXTS = [0, 5, 11]
+FP64 = 1e-10  # promised relative difference of values in float64
+#: Instruction levels of the native engine that this machine has.
+LEVELS = [name for name, (_, lacking) in levels().items() if not lacking]
+#: Whether the GPU engines can be imported.
+TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed (it is part of the test extra)")
+needs_extension = pytest.mark.skipif(bool(missing()), reason=missing() or "the extension is there")
+
+#: By name the constants of an engine's module that force a way of doing layer-1 attention: numbers, or functions of it.
+TORCH_WAYS = {
+    "shared for all": {"SHARED_TABLE_BYTES": 1 << 40},
+    "as sized": {},
+    "direct": {"SHARED_TABLE_BYTES": 0},
+    # As large problems use it: the limit is too small for all players, not for the toggled.
+    "a table for each context": {"SHARED_TABLE_BYTES": lambda engine: engine._table_bytes(min(2, engine.problem.n))},
+}
+CPU_WAYS = {
+    "patterns": {"SHARED_TABLE_BYTES": 1 << 40, "KEYS_PER_GROUP": 0},
+    "as sized": {},
+    "direct": {"SHARED_TABLE_BYTES": -1},
+}
 #: Relative error of one product of two operands split into two bfloat16 terms (8 bits each): what the second terms miss
 #: of either operand, and the product of second terms that is left out.
 SPLIT_ROUNDING = 3 * 2.0**-18
@@ -41,15 +67,6 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def flat(logits: Logits) -> torch.Tensor:
     """Logits and routing in one tensor (C, ...)."""
     return torch.cat([logits.experts.flatten(1), logits.weights], dim=1)
-
-
-@functools.cache
-def truth(edge: Edge, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Logits]:
-    """Coalitions of an edge shape, and the reference's logits for them and for the corners of some contexts."""
-    reference = edge.game(backend="reference", dtype=dtype)
-    coalitions = edge.coalitions(reference.n)
-    corners = (coalitions[CONTEXTS][:, None] ^ toggles(reference.n)).flatten(0, 1)
-    return coalitions, reference.engine.evaluate(torch.cat([coalitions, corners]))
 
 
 class Products(TorchFunctionMode):
@@ -176,21 +193,14 @@ def bound(found: torch.Tensor, exact: torch.Tensor, arithmetic: str) -> float:
     return float(2 * ((found - exact).abs().max() + ARITHMETIC[arithmetic][1] * exact.abs().max()))
 
 
-@functools.cache
-def tolerance(edge: Edge, arithmetic: str) -> float:
-    """:func:`allowed` on all coalitions of :func:`truth`."""
-    coalitions, exact = truth(edge)
-    corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
-    return allowed(edge, arithmetic, torch.cat([coalitions, corners]), flat(exact))
-
-
 def named(name: str) -> Edge:
-    return next(edge for edge in (*EDGES, *SPARSE_EDGES, *BACKEND_EDGES) if edge.name == name)
+    return next(edge for edge in (*EDGES, *SPARSE_EDGES, *BACKEND_EDGES, *CPU_EDGES) if edge.name == name)
 
 
+@functools.cache
 def problem_of(edge: Edge) -> TokenProblem:
-    """The sample of an edge as engines take it."""
-    return edge.game(backend="torch").problem
+    """The sample of an edge as engines take it; for all to read, none to change."""
+    return edge.game(target=1, backend="torch").problem
 
 
 @functools.cache
@@ -210,7 +220,7 @@ def corners_of(edge: Edge) -> torch.Tensor:
 
 
 def all_of(edge: Edge) -> torch.Tensor:
-    """The coalitions of :func:`truth`, and the corners of some contexts."""
+    """Coalitions of every size, and the corners of some of them as contexts."""
     coalitions = edge.coalitions(problem_of(edge).n)
     corners = (coalitions[CONTEXTS][:, None] ^ toggles(coalitions.shape[1])).flatten(0, 1)
     return torch.cat([coalitions, corners])
@@ -218,14 +228,14 @@ def all_of(edge: Edge) -> torch.Tensor:
 
 @functools.cache
 def routed(
-    edge: Edge, arithmetic: str | None, which: Callable[[Edge], torch.Tensor] = corners_of
+    edge: Edge, arithmetic: str | None = None, which: Callable[[Edge], torch.Tensor] = all_of
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's values (C, ...) on some coalitions, and logits (N, X) of every gate and token.
 
     In float64, or in float32 of an arithmetic.
     """
-    reference = edge.game(backend="reference", dtype=torch.float32 if arithmetic else torch.float64)
-    seen = [torch.zeros(0, edge.ffn_experts)]
+    reference = ReferenceEngine(problem_of(edge), dtype=torch.float32 if arithmetic else torch.float64)
+    seen = [torch.zeros(0, edge.ffn_experts or 0)]
     real = sparse_blocks.largest
 
     def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,10 +245,34 @@ def routed(
 
     products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
     with patch.object(sparse_blocks, "largest", spy), products:
-        values = flat(reference.engine.evaluate(which(edge)))
+        values = flat(reference.evaluate(which(edge)))
     return values, torch.cat(seen)
 
 
-def sparse_limit(edge: Edge, arithmetic: str, which: Callable[[Edge], torch.Tensor] = corners_of) -> float:
-    """What an arithmetic is allowed on these coalitions of a sparse model."""
-    return bound(routed(edge, arithmetic, which)[0], routed(edge, None, which)[0], arithmetic)
+def exact(edge: Edge, which: Callable[[Edge], torch.Tensor] = all_of) -> torch.Tensor:
+    """Logits and routing (C, ...) by the reference in float64."""
+    return routed(edge, None, which)[0]
+
+
+def tolerance(edge: Edge, arithmetic: str, which: Callable[[Edge], torch.Tensor] = all_of) -> float:
+    """What an arithmetic is allowed on these coalitions."""
+    return bound(routed(edge, arithmetic, which)[0], exact(edge, which), arithmetic)
+
+
+def gaps(edge: Edge, logits: torch.Tensor) -> torch.Tensor:
+    """How far each token's last chosen logit (N,) of its gate is above the first that is not."""
+    slots = problem_of(edge).model.config.top_k
+    ordered = logits.sort(-1, descending=True)[0]
+    beyond = ordered[:, slots] if slots < logits.shape[1] else torch.tensor(-torch.inf)
+    return ordered[:, slots - 1] - beyond
+
+
+def no_choice_hangs_on_rounding(edge: Edge, arithmetic: str, which: Callable[[Edge], torch.Tensor] = all_of) -> bool:
+    """Whether every gate of a sparse model chooses alike in that arithmetic.
+
+    Otherwise a value could jump, and its error would say nothing about an engine.
+    """
+    logits = routed(edge, None, which)[1]
+    error = (routed(edge, arithmetic, which)[1] - logits).abs().amax(-1)
+    # Two logits can come closer by twice the error, and tolerances allow twice the error of the reference.
+    return bool((gaps(edge, logits) > 4 * error).all())

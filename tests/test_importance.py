@@ -12,7 +12,6 @@ from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.pipeline.importance.tokens import (
     METHODS,
     batch_importance,
-    normalize_importance,
     target_classes,
     token_importance,
 )
@@ -217,22 +216,6 @@ def test_errors():
     for target in (torch.ones(3), torch.full((4,), 0.5), "cat"):
         with pytest.raises(ArgumentError, match="target"):
             target_classes(torch.zeros(4), target, "multilabel")
-
-
-def test_normalize_importance():
-    values = torch.tensor([[5.0, 1.0, 3.0, 2.0, 10.0, 30.0, 99.0], [0.0, 2.0, 2.0, 2.0, 1.0, 0.0, 7.0]])
-    segments = (slice(0, 4), slice(4, 7))
-    candidates = torch.tensor([0, 1, 1, 1, 1, 1, 0])  # a start token in front, padding at the end
-    scaled = normalize_importance(values, segments, candidates)
-    expected = torch.tensor([[5.0, 0.0, 1.0, 0.5, 0.0, 1.0, 99.0], [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 7.0]])
-    torch.testing.assert_close(scaled, expected)
-    assert values[0, 2] == 3.0
-    everything = normalize_importance(values[0], segments)
-    assert everything[0] == 1.0 and everything[6] == 1.0 and everything[4] == 0.0
-    nothing = normalize_importance(values, segments, torch.zeros(7))
-    assert torch.equal(nothing, values)
-    with pytest.raises(ArgumentError, match="candidates"):
-        normalize_importance(values, segments, torch.ones(6))
 
 
 def several(model, count=3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import flmoe_fast
 
 PACKAGE = Path(flmoe_fast.__path__[0])
+ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first; names of one rung may import each other.
 LAYERS = (
@@ -96,3 +98,36 @@ def test_rule_finds_what_it_should(tmp_path, file, source, wrong):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     assert len(violations(tmp_path / "flmoe_fast")) == wrong
+
+
+def used(package: Path) -> set[str]:
+    """Every name that the package's code says, but for where it is defined; words of short strings are names too."""
+    found = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Name):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 80:
+                found |= set(re.findall(r"\w+", node.value))
+    return found
+
+
+def test_every_function_of_the_extension_is_called_by_the_package():
+    sources = [file for file in (ROOT / "csrc").rglob("*.cpp") if "pybind11" in file.read_text()]
+    bound = {name for file in sources for name in re.findall(r'\.def\w*\(\s*"(\w+)"', file.read_text())}
+    assert {"sample_contexts", "fused_chain", "run", "cpu_levels"} <= bound
+    assert bound - used(PACKAGE) == set()
+
+
+def test_every_function_and_class_is_reached():
+    """By the package itself, or by users, who find it in the reference pages."""
+    defined = {
+        node.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__")
+    }
+    for_users = set(re.findall(r"\w+", (ROOT / "docs" / "reference.py").read_text()))
+    assert defined - used(PACKAGE) - for_users == set()

@@ -76,7 +76,6 @@ class CpuModel {
 
   // Bytes that one thread needs for a sample of `length` tokens in `modalities` modalities.
   std::size_t workspace(int length, int modalities) const { return level_.workspace(sample(length, modalities, 1)); }
-  int head_width() const { return shape_.head_width(); }
 
   void run(uintptr_t table, uintptr_t pick, uintptr_t absent_row, int groups, int queries,
            uintptr_t states, uintptr_t base, uintptr_t present, uintptr_t modality, uintptr_t room, uintptr_t head,
@@ -158,33 +157,11 @@ py::tuple describe_levels() {
   return py::tuple(found);
 }
 
-void matmul(const std::string& name, uintptr_t a, uintptr_t b, uintptr_t c, int m, int k, int n) {
-  if (m < 1 || k < 1 || n < 1 || k % kCell != 0 || n % kCell != 0) {
-    throw std::runtime_error("cpu_matmul: k and n must be multiples of 32");
-  }
-  std::vector<char> workspace(sizeof(float) * (static_cast<std::size_t>(m + 16) * k + static_cast<std::size_t>(k) * n +
-                                               128 * kCell) + 64);
-  const Level& chosen = level(name);
-  const unsigned state = chosen.begin();
-  chosen.matmul(at<float>(a), at<float>(b), reinterpret_cast<float*>(c), m, k, n, workspace.data());
-  chosen.end(state);
-}
-
-void elementwise(const std::string& name, const std::string& function, uintptr_t x, uintptr_t y, int64_t count) {
-  const Level& chosen = level(name);
-  if (function != "exp2" && function != "gelu") throw std::runtime_error("cpu_elementwise: expected exp2 or gelu");
-  (function == "exp2" ? chosen.exp2 : chosen.gelu)(at<float>(x), reinterpret_cast<float*>(y), count);
-}
-
 }  // namespace
 
 void bind(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("cpu_levels", &describe_levels, "Instruction levels, best first: (name, arithmetic, what is missing).");
-  m.def("cpu_matmul", &matmul, release(), py::arg("level"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"),
-        py::arg("k"), py::arg("n"));
-  m.def("cpu_elementwise", &elementwise, release(), py::arg("level"), py::arg("function"), py::arg("x"), py::arg("y"),
-        py::arg("count"));
   py::class_<CpuModel>(m, "CpuModel")
       .def(py::init<const std::string&, int, int, int, int, int, bool, int, int, bool, int>(), py::arg("level"),
            py::arg("experts"), py::arg("layers"), py::arg("hidden"), py::arg("heads"), py::arg("wide"),
@@ -194,7 +171,6 @@ void bind(py::module_& m) {
       .def("set_networks", &CpuModel::set_networks, release(), py::arg("layer"), py::arg("gate"), py::arg("gate_bias"),
            py::arg("up"), py::arg("up_bias"), py::arg("down"), py::arg("down_bias"))
       .def("workspace", &CpuModel::workspace, py::arg("length"), py::arg("modalities"))
-      .def_property_readonly("head_width", &CpuModel::head_width)
       .def("run", &CpuModel::run, release(), py::arg("table"), py::arg("pick"), py::arg("absent_row"),
            py::arg("groups"), py::arg("queries"), py::arg("states"), py::arg("base"),
            py::arg("present"), py::arg("modality"), py::arg("room"), py::arg("head"), py::arg("head_bias"), py::arg("logits"),

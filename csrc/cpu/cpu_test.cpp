@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -81,6 +82,27 @@ void test_functions(const Level& level) {
       CHECK(std::abs(y[i] - gelu(x[i])) <= allowed, "%s: gelu(%g) is %g", level.name, x[i], y[i]);
     }
   }
+  // As exact as stated over all that is used of them, and where it is special.
+  constexpr std::int64_t count = 1 << 18;
+  Block<float> x(count), y(count);
+  for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(-125 + 251.0 * static_cast<double>(i) / (count - 1));
+  level.exp2(x.data(), y.data(), count);
+  double worst = 0;
+  for (std::int64_t i = 0; i < count; ++i) worst = std::max(worst, std::abs(y[i] / std::exp2(static_cast<double>(x[i])) - 1));
+  CHECK(worst <= 2.5e-7, "%s: 2^x is off by %g", level.name, worst);
+  for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(-30 + 60.0 * static_cast<double>(i) / (count - 1));
+  const float special[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 1e4f, -1e4f};
+  std::copy(std::begin(special), std::end(special), x.data());
+  level.gelu(x.data(), y.data(), count);
+  double other = 0;  // how far the GELU by tanh is from ours: it is told apart
+  worst = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double at = x[i], size = std::max(1.0, std::abs(at));
+    worst = std::max(worst, std::abs(y[i] - gelu(at)) / size);
+    const double by_tanh = 0.5 * at * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (at + 0.044715 * at * at * at)));
+    other = std::max(other, std::abs(y[i] - by_tanh) / size);
+  }
+  CHECK(worst <= 1.2e-7 && other > 1e-5, "%s: gelu is off by %g, and by %g from its form with tanh", level.name, worst, other);
 }
 
 // How the plain computation rounds: not at all (double), or as a level does, so that a tolerance is twice the error that
@@ -121,27 +143,25 @@ Arithmetic arithmetic_of(const Level& level) {
 void test_products(const Level& level) {
   const Arithmetic arithmetic = arithmetic_of(level);
   for (const int m : {1, 5, 14, 16, 17, 28, 33, 61}) {
-    for (const int k : {32, 96}) {
-      for (const int n : {32, 64}) {
-        Block<float> a(m * k), b(k * n), c(m * n);
-        for (int i = 0; i < m * k; ++i) a[i] = static_cast<float>(random_number());
-        for (int i = 0; i < k * n; ++i) b[i] = static_cast<float>(random_number());
-        Block<char> workspace(sizeof(float) * ((m + 15) / 16 * 16 * k + k * n + 2 * 64 * kCell) + 64);
-        const unsigned before = level.begin();
-        level.matmul(a.data(), b.data(), c.data(), m, k, n, workspace.data());
-        level.end(before);
-        for (int i = 0; i < m * n; ++i) {
-          double exact = 0, size = 0;
-          for (int j = 0; j < k; ++j) {
-            const double product = static_cast<double>(a[i / n * k + j]) * b[j * n + i % n];
-            exact += product;
-            size += std::abs(product);
-          }
-          // Every addition rounds once; split operands take three products.
-          const int additions = arithmetic == Arithmetic::bf16x3 ? 3 * k : k;
-          CHECK(std::abs(c[i] - exact) <= (additions * 0x1p-23 + rounding(arithmetic)) * size,
-                "%s: product %d x %d x %d, element %d", level.name, m, k, n, i);
+    for (const auto& [k, n] : {std::pair{32, 32}, {96, 32}, {32, 64}, {256, 128}}) {
+      Block<float> a(m * k), b(k * n), c(m * n);
+      for (int i = 0; i < m * k; ++i) a[i] = static_cast<float>(random_number());
+      for (int i = 0; i < k * n; ++i) b[i] = static_cast<float>(random_number());
+      Block<char> workspace(sizeof(float) * ((m + 15) / 16 * 16 * k + k * n + 2 * 64 * kCell) + 64);
+      const unsigned before = level.begin();
+      level.matmul(a.data(), b.data(), c.data(), m, k, n, workspace.data());
+      level.end(before);
+      for (int i = 0; i < m * n; ++i) {
+        double exact = 0, size = 0;
+        for (int j = 0; j < k; ++j) {
+          const double product = static_cast<double>(a[i / n * k + j]) * b[j * n + i % n];
+          exact += product;
+          size += std::abs(product);
         }
+        // Every addition rounds once; split operands take three products.
+        const int additions = arithmetic == Arithmetic::bf16x3 ? 3 * k : k;
+        CHECK(std::abs(c[i] - exact) <= (additions * 0x1p-23 + rounding(arithmetic)) * size,
+              "%s: product %d x %d x %d, element %d", level.name, m, k, n, i);
       }
     }
   }

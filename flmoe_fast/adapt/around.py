@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,3 +70,15 @@ def visible_keys(mask: torch.Tensor | None, length: int, name: str) -> torch.Ten
         raise Unsupported("model", f"{name} with a bias on its attention scores", "a mask that shows or hides")
     visible = visible[0, 0].expand(length, length).contiguous()
     return None if bool(visible.all()) else visible
+
+
+def torch_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The masks of PyTorch's own encoder layers as one additive mask (1, 1, 1 or L, L)."""
+    total: torch.Tensor | None = None
+    for name, axes in (("src_mask", (None, None)), ("src_key_padding_mask", (slice(None), None, None))):
+        mask = given.get(name)
+        if mask is None:
+            continue
+        mask = torch.zeros(mask.shape).masked_fill(mask.cpu(), -torch.inf) if mask.dtype == torch.bool else mask.cpu()
+        total = mask[axes] if total is None else total + mask[axes]
+    return total

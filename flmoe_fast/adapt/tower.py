@@ -12,12 +12,11 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from flmoe_fast.adapt.around import eager, instead, visible_keys
+from flmoe_fast.adapt.around import eager, instead, torch_mask, visible_keys
 from flmoe_fast.adapt.layers import LayerParts, Unsupported, fold, read_layer
 from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
 from flmoe_fast.adapt.steady import steady
@@ -240,7 +239,7 @@ class Tower:
             seen.entering = tensors[0]
             seen.mask = next((t for t in tensors[1:] if t.dim() == 4), None)
             if isinstance(module, nn.TransformerEncoderLayer):
-                seen.mask = _torch_mask(kwargs)
+                seen.mask = torch_mask(kwargs)
 
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
         with steady(self.model), eager(self.model), instead(self.stack.layers, None, self._returned):
@@ -395,15 +394,3 @@ def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: tor
     if not bool(visible.any()):
         got = "players who own every token that attention can see"
         raise Unsupported("players", got, "at least one token that is never removed, such as a start symbol")
-
-
-def _torch_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
-    """The masks of PyTorch's own encoder layers as one additive mask (1, 1, 1 or L, L)."""
-    total: torch.Tensor | None = None
-    for name, axes in (("src_mask", (None, None)), ("src_key_padding_mask", (slice(None), None, None))):
-        mask = given.get(name)
-        if mask is None:
-            continue
-        mask = torch.zeros(mask.shape).masked_fill(mask.cpu(), -torch.inf) if mask.dtype == torch.bool else mask.cpu()
-        total = mask[axes] if total is None else total + mask[axes]
-    return total

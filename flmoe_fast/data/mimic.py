@@ -17,9 +17,6 @@ from flmoe_fast.data.errors import DataError, Problems, problem
 from flmoe_fast.data.pickles import read_matrix
 from flmoe_fast.data.raw import RawData, by_part, read_json, read_rows
 
-#: Customary weights of the two classes in the cross entropy.
-CLASS_WEIGHTS = (0.25, 0.75)
-
 
 def read_mimic(root: str | os.PathLike, *, broken: str = "raise") -> RawData:
     """Read the data set. NaNs of the matrices become 0.

@@ -228,11 +228,6 @@ class Surrogate:
         """Values (C,) of coalitions (C, n)."""
         return torch.cat([self.evaluate(signs(rows))[1] for rows in coalitions.split(BLOCK)])
 
-    def predict_grid(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
-        """Values (K, G) of ``contexts[k] ^ toggled[g]``."""
-        values = self.predict((contexts[:, None] ^ toggled).flatten(0, 1))
-        return values.view(len(contexts), len(toggled))
-
     def evaluate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For signs (C, n): kernel rows (C, m), values (C,) and their slopes with respect to the process (C,)."""
         rows = kernel(x, self.process.x, self.process.rate)

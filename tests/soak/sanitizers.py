@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_TESTS = ("tests/test_coalitions.py", "tests/test_cpu_engine.py", "tests/test_threads.py")
-#: The deselected tests start processes of their own or measure memory, which means nothing here.
-SELECTION = "not subprocess and not memory"
+PYTHON_TESTS = tuple(f"tests/test_{what}.py" for what in ("coalitions", "cpu_engine", "parity", "threads"))
+#: The deselected tests start processes of their own or measure memory, which means nothing here; or run no C++ of ours.
+SELECTION = "not subprocess and not memory and not triton and not fused"
 WIDE = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 LEVELS = {"avx2": ["-mavx2", "-mfma"], "avx512": WIDE,
           "amx": [*WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}  # fmt: skip

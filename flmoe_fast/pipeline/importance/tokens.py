@@ -257,38 +257,6 @@ def target_classes(logits: Tensor, target: float | Tensor | None, task: str) -> 
     return positive if len(positive) else logits.argmax(dim=-1, keepdim=True)
 
 
-def normalize_importance(values: Tensor, segments: Sequence[slice], candidates: Tensor | None = None) -> Tensor:
-    """Scale importances to [0, 1] within each modality.
-
-    Parameters
-    ----------
-    values : Tensor
-        (..., L).
-    segments : sequence of slice
-        Slices of the token axis, one per modality.
-    candidates : Tensor, optional
-        (L,), nonzero for the tokens that count (valid ones, without a text's start token). The others are neither
-        scaled nor looked at for the range. ``None``: all count.
-
-    Returns
-    -------
-    Tensor
-        (..., L), a new tensor. A modality whose importances are all equal becomes 0.
-    """
-    length = values.shape[-1]
-    keep = torch.ones(length, dtype=torch.bool, device=values.device) if candidates is None else candidates.bool()
-    shape("candidates", keep, (length,), "(L,)")
-    scaled = values.clone()
-    for segment in segments:
-        chosen = torch.arange(length, device=values.device)[segment][keep[segment]]
-        if len(chosen) == 0:
-            continue
-        part = values[..., chosen]
-        low, high = part.amin(dim=-1, keepdim=True), part.amax(dim=-1, keepdim=True)
-        scaled[..., chosen] = (part - low) / (high - low).clamp(min=1e-12)
-    return scaled
-
-
 def rolled_out(layers: Sequence[Tensor]) -> Tensor:
     """Relevance matrices (B, L, L) of queries and keys, first layer first, multiplied: (B, L, L)."""
 
