@@ -3,9 +3,10 @@
     python -m bench.estimator [--threads 2] [--rounds 3] [--cases 16:2048:29 ...]
 
 A case is PLAYERS:EVALUATIONS:HEADS: the default call on a game that costs next to nothing, in a process of its own. Its
-seconds are those of the whole call less those of the game, its memory the peak over what was there before the call. The
-share is that of the same number of evaluations and of this call, the evaluations at the speed of the fastest engine in
-bench/results/cpu-engine.jsonl. Results go to bench/results/estimator.jsonl; measure on a quiet machine.
+seconds are those of the whole call less those of the game, by the clock and of the processor (the latter hold beside
+other work too), its memory the peak over what was there before the call. The share is that of the same number of
+evaluations and of this call, the evaluations at the speed of the fastest engine in bench/results/cpu-engine.jsonl.
+Results go to bench/results/estimator.jsonl; measure on a quiet machine.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ class Heads:
 
     def __init__(self, n: int, heads: int):
         rng = np.random.default_rng(0)
-        self.n, self.seconds = n, 0.0
+        self.n, self.seconds, self.processor = n, 0.0, 0.0
         self.single = torch.from_numpy(rng.normal(0, 1.5 / n**0.5, (n, heads)))
         self.left, self.right = (torch.from_numpy(rng.normal(0, n**-0.5, (n, heads))) for _ in range(2))
 
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.process_time()
         signs = 2.0 * coalitions.double() - 1
         found = torch.sigmoid(signs @ self.single + (signs @ self.left) * (signs @ self.right))
         self.seconds += time.perf_counter() - started
+        self.processor += time.process_time() - began
         return found
 
 
@@ -60,13 +62,15 @@ def one(case: str, threads: int, rounds: int) -> dict:
     pairs = kinds.busy_pairs(np.arange(n)[::-1]).tolist()
     game = Heads(n, heads)
     game(torch.zeros(1, n, dtype=torch.bool))
-    before, seconds = peak(), []
+    before, seconds, processor = peak(), [], []
     for seed in range(rounds):
-        game.seconds, started = 0.0, time.perf_counter()
+        game.seconds, game.processor, started, began = 0.0, 0.0, time.perf_counter(), time.process_time()
         found = interactions(game, n=n, pairs=pairs, budget=points, seed=seed, progress=False)
         seconds.append(time.perf_counter() - started - game.seconds)
+        processor.append(time.process_time() - began - game.processor)
     return {"players": n, "evaluations": found.evaluations, "heads": heads, "pairs": len(pairs), "threads": threads,
-            "seconds": spread(seconds), "gb": peak() - before, "method": found.about.get("method")}  # fmt: skip
+            "seconds": spread(seconds), "processor_seconds": spread(processor),
+            "gb": peak() - before, "method": found.about.get("method")}  # fmt: skip
 
 
 def evaluation_seconds(threads: int) -> float | None:

@@ -58,6 +58,13 @@ def test_refuses_what_the_budget_cannot_resolve():
     assert poor.reliability < 0.5
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_nothing_to_find_is_refused(value):
+    """Without any interaction what is estimated is rounding, whose size is no reliability."""
+    with pytest.raises(UnresolvedError, match="reliability 0.00"):
+        screen(lambda z: torch.full((len(z),), value, dtype=torch.float64), n=24, budget=1500, progress=False)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

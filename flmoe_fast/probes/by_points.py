@@ -97,10 +97,10 @@ def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.
         for key, (members, found, claimed) in also.items():
             found[:, head], claimed[:, head] = posterior.index(head, members, *key)
     if run.gap_kind == "sum":
-        gaps, gap_variance, degrees = -sii, variance, float(len(drawn))
+        gaps, gap_variance = -sii, variance
     else:
         estimate = posterior.gaps(grid, run.gap_kind)
-        gaps, gap_variance, degrees = estimate.value, estimate.variance, estimate.degrees
+        gaps, gap_variance = estimate.value, estimate.variance
     flat = values.flatten(0, 1).var(0) == 0  # where nothing varied, nothing tells how much anything might
     variance[:, flat] = gap_variance[:, flat] = torch.nan
     noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
@@ -110,7 +110,7 @@ def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.
         variance.sqrt(),
         gaps,
         gap_variance.sqrt(),
-        torch.full((pairs,), degrees),
+        torch.full((pairs,), float(len(drawn))),
         torch.full((pairs,), 2 * len(drawn)),
         noise,
         checks,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from scipy.stats import t as student
 
 from flmoe_fast.coalitions import pack, sample_contexts, unpack
 from flmoe_fast.probes.gap import redundancy_gap
@@ -52,11 +53,10 @@ ROWS = 1 << 13
 
 @dataclass(frozen=True)
 class GapEstimate:
-    """Values and variances (P, O), and the degrees of freedom that the variances are worth."""
+    """Values and variances (P, O); the variances have room for what few draws do not tell about them."""
 
     value: torch.Tensor
     variance: torch.Tensor
-    degrees: float
 
 
 class Games(Protocol):
@@ -75,7 +75,8 @@ def gap_estimate(
     variance = rough.var(1) + (mean - smooth).square()
     variance = (1 - SHARED) * variance + SHARED * variance.nanmean(0)
     wider = WIDER[kind] * (1 + SCALES * process.coalitions.shape[1] / len(process.coalitions))
-    return GapEstimate((smooth + mean) / 2, wider * variance + sampling, float(rough.shape[1]))
+    few = (student.ppf(0.975, rough.shape[1]) / student.ppf(0.975, len(process.coalitions))) ** 2
+    return GapEstimate((smooth + mean) / 2, float(few) * (wider * variance + sampling))
 
 
 def sampled_gaps(games: Games, grid: CornerGrid, kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ LEAST_SHARE = 0.05
 INDEX_DRAWS = 32
 #: What the variances of such indices are multiplied by, how much more for every scale that was estimated from the
 #: points at hand, and the share of the pairs' mean variance in each pair's.
-WIDER, SCALES, SHARED = 1.4, 4.0, 0.2
+WIDER, SCALES, SHARED = 1.5, 4.0, 0.2
 
 
 class Posterior:

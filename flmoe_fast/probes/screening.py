@@ -32,6 +32,8 @@ CHECKED = 0.25
 #: Contexts of the check below which its standard errors say little.
 LEAST_CONTEXTS = 6
 PAIR_BLOCK = 1 << 12
+#: Interactions up to this share of the largest value are rounding, whose size says nothing about a ranking.
+ROUNDING = 1e-13
 #: The check's contexts are those of another seed.
 CHECK_SEED = 0x9E3779B97F4A7C15
 
@@ -131,7 +133,8 @@ def screen(
     surrogate = Surrogate(points.coalitions, column, "identity")
     sii, variance = _every_pair(surrogate, pairs, game.n)
     size = float(sii.square().mean())
-    reliability = 1.0 - float(variance.mean()) / size if size > 0 else 0.0
+    rounding = ROUNDING * float(column.abs().max())
+    reliability = 1.0 - float(variance.mean()) / size if size > rounding**2 else 0.0
     if least > 0 and reliability < least:
         raise UnresolvedError(
             "budget",
