@@ -105,15 +105,15 @@ SWEEP = """
 sys.path.insert(0, str(ROOT / "tests"))
 import torch
 from edge_shapes import Edge
-edge, coalitions = Edge("small", (6, 5), (6, 5), hidden=32, heads=2), torch.rand(40, 11) < 0.5
+edge, coalitions = Edge("small", (20, 13), (18, 13), hidden=32, heads=2), torch.rand(40, 31) < 0.5
 for backend in {backends}:
     values = lambda: edge.game(backend=backend, dtype=torch.float32)(coalitions)
     before = values()
-    plant(ALLOCATION, 0, large=1 << 10)
+    plant(ALLOCATION, 0)
     values()
     total, refused = seen(ALLOCATION), 0
     for at in range(1, total + 1, max(1, total // 8)):
-        plant(ALLOCATION, at, large=1 << 10)
+        plant(ALLOCATION, at)
         try:
             found = values()
         except (MemoryError, RuntimeError) as problem:
