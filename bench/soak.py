@@ -14,7 +14,7 @@ PARTS = {
     "engines": "random models on every engine against the reference",
     "probes": "random games, enumerated against the definition, sampled twice",
     "files": "mutated files read in a process of its own",
-    "kills": "runs killed at random moments, finished, compared with an unbroken one",
+    "kills": "commands killed, interrupted or let down at random moments, finished, compared with an undisturbed run",
     "sanitizers": "the extension under ASan and UBSan with Python tests, the host test under TSan",
 }
 
@@ -42,11 +42,13 @@ def _seen(row: dict) -> str:
     if row["part"] == "files":
         said += [f"{count:,} {name}" for name, count in sorted(row["outcomes"].items())]
         said.append(f"at most {row['worst']['seconds']:.1f} s and {row['worst']['MiB']:.0f} MiB")
-    said += [f"{count} kills of {name}" for name, count in sorted(row.get("kills", {}).items())]
+    if row["part"] == "kills":
+        said += [f"{name} {count}" for name, count in sorted(row["breaks"].items())]
+        said.append(f"at most {row['worst']['seconds after Ctrl-C']:.2f} s of processor time after Ctrl-C")
     if row["part"] == "sanitizers":
         said += [f"{name}: {count}" for name, count in sorted(row["trials"].items())]
     said += [f"{100 * a / b:.1f} % of {b:,} intervals ({name}) hold the truth"
-             for name, (a, b) in sorted(row.get("coverage", {}).items())]  # fmt: skip
+             for name, (a, b) in sorted(row.get("coverage", {}).items()) if name.endswith("of grids")]  # fmt: skip
     return "; ".join(said)
 
 

@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,18 +57,60 @@ _STORED = tuple("modalities heads temperature task gate top_k capacity gumbel_te
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _Interrupts() as interrupts:
         warnings.showwarning = lambda message, *_, **__: print(f"flmoe-fast: warning: {message}", file=sys.stderr)
         try:
             text, found = arguments.run(arguments)
             print(json.dumps(found, default=str) if arguments.json else text)
-        except (ArgumentError, CheckpointError, DataError, MissingExtra, OSError, FloatingPointError) as problem:
-            print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
-            return BAD_INPUT
         except KeyboardInterrupt:
-            print(f"\nflmoe-fast: stopped; {arguments.stopped}", file=sys.stderr)
-            return INTERRUPTED
+            return _stopped(arguments)
+        except Exception as problem:
+            if interrupts.asked:
+                return _stopped(arguments)
+            if isinstance(problem, _EXPECTED):
+                print(f"flmoe-fast: error: {' '.join(str(problem).split())}", file=sys.stderr)
+            elif _is_of_memory(problem):
+                print(f"flmoe-fast: error: not enough memory; {arguments.stopped}", file=sys.stderr)
+            else:
+                raise
+            return BAD_INPUT
     return 0
+
+
+#: What a command raises for input that is not as it should be, and for a system that does not let it go on.
+_EXPECTED = (ArgumentError, CheckpointError, DataError, MissingExtra, OSError, FloatingPointError)
+
+
+class _Interrupts:
+    """Remembers Ctrl-C: extensions that call back into Python may turn what it raises into errors of their own."""
+
+    asked = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(signal.SIGINT)
+            if before is signal.default_int_handler:  # else somebody has decided otherwise
+                self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> NoReturn:
+        self.asked = True
+        raise KeyboardInterrupt
+
+
+def _stopped(arguments: argparse.Namespace) -> int:
+    print(f"\nflmoe-fast: stopped; {arguments.stopped}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _is_of_memory(problem: Exception) -> bool:
+    # PyTorch has no class of its own for the memory of CPUs.
+    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(problem)
 
 
 class _Parser(argparse.ArgumentParser):

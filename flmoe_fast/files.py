@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import struct
+import time
 import tokenize
 import uuid
 import zipfile
@@ -27,6 +28,8 @@ except ImportError:  # not a POSIX system: folders are not locked there
 UNFINISHED = ".*.part"
 #: The file in a folder that says who writes to it.
 LOCK = ".lock"
+#: Seconds to wait for one who only looks whether nobody else is there.
+PATIENCE = 1.0
 #: Bytes that the arrays of one archive may have together.
 LARGEST_ARCHIVE = 1 << 30
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
@@ -83,8 +86,7 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         problem = (raw.problem if raw is not None else None) or error
         if not isinstance(problem, OSError) or (problem is error and problem.filename not in (None, str(part))):
             raise
-        why = _FULL.get(problem.errno or 0) or problem.strerror or str(problem)
-        raise StorageError(problem.errno, f"{path} was not written: {why}") from error
+        raise StorageError(problem.errno, f"{path} was not written: {_why(problem)}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -104,8 +106,8 @@ def _sync_folder(folder: Path) -> None:
 def writing_to(folder: str | os.PathLike, who: str, *, shared: bool = False) -> Iterator[None]:
     """Be the only one who writes to a folder, or one of those who share it.
 
-    The lock goes when the process does. The only writer first removes what killed ones left unfinished, in all folders
-    below. Where the system has no locks nothing is done.
+    The lock goes when the process does. Whoever finds nobody else there first removes what killed ones left unfinished,
+    in all folders below. Where the system has no locks nothing is done.
 
     Parameters
     ----------
@@ -120,6 +122,8 @@ def writing_to(folder: str | os.PathLike, who: str, *, shared: bool = False) -> 
     ------
     BusyError
         The folder is somebody else's; the message says whose.
+    StorageError
+        The lock's file could not be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,18 +131,37 @@ def writing_to(folder: str | os.PathLike, who: str, *, shared: bool = False) -> 
         yield
         return
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as problem:
-            file.seek(0)
-            raise BusyError(f"{folder} is being written by {file.read().strip() or 'another process'}") from problem
-        file.truncate(0)
-        file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        if not shared:
+        if _locked(file, fcntl.LOCK_EX):
             for left in folder.rglob(UNFINISHED):
                 left.unlink(missing_ok=True)
+            if shared:
+                fcntl.flock(file, fcntl.LOCK_SH)
+        elif not shared or not _locked(file, fcntl.LOCK_SH, PATIENCE):
+            file.seek(0)
+            raise BusyError(f"{folder} is being written by {file.read().strip() or 'another process'}")
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), f"{who}, process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as problem:
+            raise StorageError(problem.errno, f"{folder / LOCK} was not written: {_why(problem)}") from problem
         yield
+
+
+def _locked(file: IO, kind: int, patience: float = 0.0) -> bool:
+    """Whether a lock was had, within so many seconds."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+
+
+def _why(problem: OSError) -> str:
+    return _FULL.get(problem.errno or 0) or problem.strerror or str(problem)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

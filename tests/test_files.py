@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 
 import numpy as np
@@ -126,16 +128,86 @@ def test_a_folder_has_one_writer_who_says_who_it_is(tmp_path):
         process.wait()
 
 
-def test_the_only_writer_removes_what_killed_ones_left(tmp_path):
+def test_of_several_processes_one_writes(tmp_path):
+    told, children = [], []
+    for number in range(4):
+        here, there = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with writing_to(tmp_path, f"writer {number}"):
+                    os.write(there, b"held")
+                    signal.pause()
+            except BusyError as busy:
+                os.write(there, str(busy).encode())
+            finally:
+                os._exit(0)
+        children.append(child)
+        told.append(here)
+    try:
+        said = [os.read(handle, 1000).decode() for handle in told]
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert said.count("held") == 1
+    assert all(f"{tmp_path} is being written by " in text for text in said if text != "held")
+    with writing_to(tmp_path, "me"):
+        pass
+
+
+def test_a_removed_lock_is_seen(tmp_path, monkeypatch):
+    """Negative control: two write at once."""
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        with writing_to(tmp_path, "one"), pytest.raises(BusyError), writing_to(tmp_path, "two"):
+            pass
+
+
+def test_a_lost_sync_of_the_folder_is_seen(tmp_path, monkeypatch):
+    """Negative control."""
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
+    with pytest.raises(AssertionError):
+        test_bytes_are_synced_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_who_is_alone_removes_what_killed_ones_left(shared, tmp_path):
     (tmp_path / "samples").mkdir()
     left = [tmp_path / ".a.json.0123.part", tmp_path / "samples" / ".b.npz.4567.part"]
-    for path in left:
+    process = holder(tmp_path, "shared")
+    for path in (*left, tmp_path / "a.part"):  # the last is somebody's own
         path.write_bytes(b"half")
-    (tmp_path / "a.part").write_bytes(b"somebody's own")
-    with writing_to(tmp_path, "me", shared=True):
-        assert all(path.exists() for path in left)  # it may be the other's
-    with writing_to(tmp_path, "me"):
+    try:
+        with writing_to(tmp_path, "me", shared=True):
+            assert all(path.exists() for path in left)  # it may be the other's
+    finally:
+        process.kill()
+        process.wait()
+    with writing_to(tmp_path, "me", shared=shared):
         assert sorted(path.name for path in tmp_path.rglob("*.part")) == ["a.part"]
+
+
+def test_those_who_share_a_folder_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """One who only looks whether it is alone holds the folder for a moment; another waits for that."""
+    with open(tmp_path / LOCK, "a+") as file:
+        files.fcntl.flock(file, files.fcntl.LOCK_EX)
+        threading.Timer(0.3, files.fcntl.flock, (file, files.fcntl.LOCK_SH)).start()
+        with writing_to(tmp_path, "me", shared=True):
+            pass
+        monkeypatch.setattr(files, "PATIENCE", 0.0)
+        files.fcntl.flock(file, files.fcntl.LOCK_EX)
+        with pytest.raises(BusyError), writing_to(tmp_path, "me", shared=True):
+            pass
+
+
+def test_a_full_disk_names_the_lock(tmp_path, monkeypatch):
+    def full(handle, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(StorageError, match=r"\.lock was not written: the disk is full"), writing_to(tmp_path, "me"):
+        pass
 
 
 def test_archives_that_lie(tmp_path, monkeypatch):

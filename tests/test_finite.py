@@ -46,6 +46,13 @@ def test_the_first_coalition_is_named(method, value):
     exact_interactions(spoiled(0.0), n=N, progress=False)
 
 
+def test_a_skipped_check_is_seen(monkeypatch):
+    """Negative control: NaN passes, and the average of everything is NaN."""
+    monkeypatch.setattr("flmoe_fast.games.game._wrong", lambda values: False)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_the_first_coalition_is_named("grid", BAD["nan"])
+
+
 def test_heads_corners_and_overflowing_sums():
     class Own(Game):
         n, player_names, heads = 20, tuple(map(str, range(20))), ("a", "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 
@@ -10,12 +11,25 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from flmoe_fast import ArgumentError, interactions
+from flmoe_fast.pipeline.faithful.masking import MaskingCurve
+from flmoe_fast.pipeline.show.curves import (
+    faithfulness_lines,
+    interaction_loss_lines,
+    masking_accuracy,
+    masking_lines,
+)
+from flmoe_fast.pipeline.show.data_views import occurrence_bars, place_map
 from flmoe_fast.pipeline.show.look import CURVES
-from flmoe_fast.pipeline.show.player_views import beeswarm, waterfall
+from flmoe_fast.pipeline.show.model_views import expert_bars, logit_histogram, routing_violins
+from flmoe_fast.pipeline.show.pair_view import pair_view
+from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, waterfall
 from flmoe_fast.pipeline.show.views import View, player_labels, spaced
 from flmoe_fast.probes.colours import BACKUP, FAINTEST, FULL, GROUND, SUBSTITUTION, SYNERGY, fade_of, width_of
 
@@ -136,3 +150,61 @@ def test_names_of_players_are_unique():
     places = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (2, 0), (2, 1)]
     names = ("the #1", "dragon", "the #3", "x (plot)", "poster 1", "poster 2", "year = 1987", "x (facts)")
     assert player_labels(views, places) == names
+
+
+#: A name that mathtext cannot read, and another script; both are names like any other.
+ODD = ("$\\frac{$ <b>&", "$ 東")
+
+
+def pictures() -> dict:
+    """Every picture, with odd names wherever there are names."""
+    result = interactions(votes, n=5, contexts=8, names=[*ODD, "c", "d", "e"], progress=False)
+    view = View("$m{", "text", (*ODD, "c", "d", "e"))
+    logits, weights = np.eye(2), np.full((3, 2), 0.5)
+    epochs = [{"epoch": 1, "loss": 1.0, "task_loss": 1.0, "interaction_losses": [0.1, 0.2]}]
+    curve = MaskingCurve((1, 2), 3, *np.ones((8, 2)))
+    scores = pandas.DataFrame({"pairs": [1], **{f"accuracy_{k}": [0.5] for k in ("top", "random", "random_std")}})
+    table = pandas.DataFrame({"K_percent": [10.0]} | {
+        f"sufficiency_prob_{part}_{kind}": [0.1] for part in ("mean", "stderr") for kind in ("identified", "random")
+    })  # fmt: skip
+    counts = pandas.DataFrame({"class": ODD, "synergy": 0.1, "substitution": 0.2, "pairs": 9})
+    frame = pandas.DataFrame({"player": [0, 1], "name": ODD, ODD[0]: [1.0, 2.0]})
+    points = pandas.DataFrame({"name": ODD, "value": [0.1, 0.2]})
+    return {
+        "matrix": lambda axes: result.plot(ax=axes),
+        "network": lambda axes: result.plot(kind="network", ax=axes),
+        "pairs": lambda axes: pair_view(result, [(0, n) for n in range(5)], [view], axes=axes),
+        "losses": lambda axes: interaction_loss_lines(epochs, ODD, axes),
+        "masking": lambda axes: masking_lines(dict.fromkeys(ODD, curve), unit=ODD[0], axes=axes),
+        "accuracy": lambda axes: masking_accuracy(dict.fromkeys(ODD, scores), axes),
+        "faithfulness": lambda axes: faithfulness_lines(dict.fromkeys(ODD, table), "sufficiency", axes),
+        "occurrence": lambda axes: occurrence_bars(counts, axes),
+        "places": lambda axes: place_map(np.eye(2), ODD[0], "synergy", ODD[1], axes),
+        "routing": lambda axes: routing_violins(np.random.default_rng(0).random((4, 2)), ODD, axes),
+        "histogram": lambda axes: logit_histogram(weights, ODD, ODD[1], axes),
+        "experts": lambda axes: expert_bars(logits, weights[0], ODD, ODD, axes=axes),
+        "importance": lambda axes: importance_rows(frame, [(ODD[0], [0, 1])], axes),
+        "waterfall": lambda axes: waterfall(ODD, np.array([0.1, 0.2]), 0.0, 0.3, unit=ODD[1], axes=axes),
+        "beeswarm": lambda axes: beeswarm(points, unit=ODD[1], axes=axes),
+    }
+
+
+@pytest.mark.parametrize("own", (False, True))
+def test_any_character_is_a_letter(own):
+    """Also on axes that somebody made whose texts are mathematics."""
+    for name, draw in pictures().items():
+        axes = draw(Figure().subplots() if own else None)
+        texts = [text for text in axes.get_figure().findobj(Text) if "$" in text.get_text()]
+        assert len(texts) > 0 and not any(text.get_parse_math() for text in texts), name
+        if name in ("matrix", "experts"):  # drawing all of them would take a second more
+            axes.get_figure().savefig(io.BytesIO(), dpi=20)
+        pyplot.close("all")
+
+
+def test_mathematics_of_a_name_is_seen():
+    """Negative control."""
+    counts = pandas.DataFrame({"class": ODD, "synergy": 0.1, "substitution": 0.2, "pairs": 9})
+    axes = occurrence_bars.__wrapped__(counts)
+    assert any(text.get_parse_math() for text in axes.findobj(Text) if "$" in text.get_text())
+    with pytest.raises(ValueError, match="frac"):
+        axes.get_figure().savefig(io.BytesIO(), dpi=20)

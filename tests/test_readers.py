@@ -450,6 +450,13 @@ def test_sparse_indices_are_checked(adni, changes):
         read_adni(adni)
 
 
+def test_an_unchecked_index_is_seen(adni, monkeypatch):
+    """Negative control: an index one beyond its row, which scipy writes into the next."""
+    monkeypatch.setattr("scipy.sparse.csr_matrix.check_format", lambda self, full_check=True: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_sparse_indices_are_checked(adni, {"indices": [2, 0, 0, 1, 0, 1]})
+
+
 def test_a_matrix_larger_than_any_is_not_read(adni):
     with h5py.File(adni / "genomic" / "genomic_merged.h5ad", "a") as file:
         del file["X"]

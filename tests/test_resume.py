@@ -6,8 +6,6 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -26,6 +24,7 @@ from flmoe_fast.model.training.fit import ABLATIONS
 from flmoe_fast.model.training.predict import evaluate
 from flmoe_fast.pipeline.records import SampleRecord
 from flmoe_fast.runs.settings import read_settings
+from tests.commands import Commands
 from tests.fitting import fitted
 
 SETTINGS = """
@@ -58,33 +57,18 @@ SETTINGS = """
     repeats = 3
 """
 
-# Kills itself right after a file of a kind has been written for the n-th time; for -n, before it is put in its place.
-KILLER = """
-    import contextlib, os, signal, sys
-    import flmoe_fast.files as files
-    name, times, *arguments = sys.argv[1:]
-    original, seen = files.replacing, []
-    def written(path, sign):
-        if name in str(path) and sign * int(times) > 0:
-            seen.append(path)
-            if len(seen) == abs(int(times)):
-                os.kill(os.getpid(), signal.SIGKILL)
-    @contextlib.contextmanager
-    def replacing(path, mode="wb"):
-        with original(path, mode) as file:
-            yield file
-            written(path, -1)
-        written(path, 1)
-    files.replacing = replacing
-    from flmoe_fast.cli import main
-    sys.exit(main(arguments))
-"""
 
+@pytest.fixture(scope="module")
+def killed():
+    """Run a command that kills itself right after the n-th file of a name is in its place; for -n, right before."""
+    with Commands() as commands:
 
-def killed(name, times, *arguments):
-    program = [sys.executable, "-c", textwrap.dedent(KILLER), name, str(times), *map(str, arguments), "--no-progress"]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+        def kill(name, number, *arguments):
+            event = 2 * number - 1 if number > 0 else -2 * number - 2
+            ended = commands.run(*arguments, "--no-progress", before=f"die_at({event}, {name!r})")
+            assert ended.status == -signal.SIGKILL, ended.said
+
+        yield kill
 
 
 def settings_in(folder):
@@ -117,7 +101,7 @@ def without_seconds(path):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def test_run_killed_again_and_again_ends_the_same(unbroken, tmp_path):
+def test_run_killed_again_and_again_ends_the_same(unbroken, killed, tmp_path):
     path = settings_in(tmp_path / "b")
     out, whole = path.parent / "run", unbroken.parent / "run"
     killed("training.pt", 8, "train", path)  # in the second epoch, of five steps each
@@ -177,7 +161,7 @@ def test_another_model_explains_anew(unbroken, tmp_path):
     assert np.array_equal(after.interactions.sii, whole.interactions.sii)
 
 
-def test_finished_records_stay_until_they_are_replaced(unbroken, tmp_path, capsys, undrawn):
+def test_finished_records_stay_until_they_are_replaced(unbroken, killed, tmp_path, capsys, undrawn):
     shutil.copytree(unbroken.parent, tmp_path / "f")
     path = tmp_path / "f" / "run.toml"
     samples = path.parent / "run" / "samples"

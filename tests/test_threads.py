@@ -16,6 +16,7 @@ from transformers import ViTForImageClassification as ViT
 from flmoe_fast import accelerate
 from flmoe_fast.adapt.players import Players, image_players, text_players
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE
+from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.grouped import GroupedGame
 from flmoe_fast.model.network import eval_mode
@@ -94,6 +95,22 @@ def test_token_games(edge: Edge, backend: str):
     dtype = torch.float32 if backend == "cpu" else torch.float64
     game = edge.game(backend=backend, dtype=dtype)
     assert wrong(game, game.n, *((4, 3) if backend == "reference" else ())) == 0
+
+
+class Shared:
+    """Memory that all threads compute in."""
+
+    def __init__(self):
+        self._kept = {}
+
+    tensor = Scratch.tensor
+
+
+def test_memory_that_threads_share_is_seen(monkeypatch):
+    """Negative control."""
+    monkeypatch.setattr("flmoe_fast.engines.portable.Scratch", Shared)
+    game = DENSE.game(backend="torch", dtype=torch.float64)
+    assert any(wrong(game, game.n) for _ in range(10))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")

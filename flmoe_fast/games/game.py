@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ def _checked_corners(corner_values: Callable) -> Callable:
 
 def _wrong(values: torch.Tensor) -> bool:
     # A sum is finite where every term is, but for overflow: one pass without a mask, and the mask only on suspicion.
-    return values.is_complex() or not (bool(values.sum().isfinite()) or bool(values.isfinite().all()))
+    return values.is_complex() or not (math.isfinite(values.sum()) or bool(values.isfinite().all()))
 
 
 def _refuse(game: Game, values: torch.Tensor, coalition: Callable[[int], torch.Tensor]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
@@ -16,6 +18,24 @@ if TYPE_CHECKING:
 
 #: Lines of a network unless asked otherwise.
 LINKS = 24
+Arguments = ParamSpec("Arguments")
+
+
+def literal(draw: Callable[Arguments, Axes]) -> Callable[Arguments, Axes]:
+    """A picture whose texts are shown letter by letter, dollars and all, whoever made its axes."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Axes:
+        import matplotlib
+        from matplotlib.text import Text
+
+        with matplotlib.rc_context({"text.parse_math": False}):
+            axes = draw(*args, **kwargs)
+        for text in axes.findobj(Text):  # also those that were there before
+            text.set_parse_math(False)
+        return axes
+
+    return drawn
 
 
 def title_of(result: InteractionResult, head: str | int | None, of: str) -> str:
@@ -24,6 +44,7 @@ def title_of(result: InteractionResult, head: str | int | None, of: str) -> str:
     return kind + ("" if result.heads is None else f", {result.heads[result.head(head)]}")
 
 
+@literal
 def heatmap(
     result: InteractionResult, *, head: str | int | None = None, of: str = "sii", ax: Axes | None = None
 ) -> Axes:
@@ -47,13 +68,14 @@ def heatmap(
     image = ax.imshow(matrix, cmap=colours, vmin=-bound or -1.0, vmax=bound or 1.0, aspect="auto")
     sure = (low > 0) | (high < 0)
     ax.plot(col[sure], row[sure], "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5)
-    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7, parse_math=False)
-    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7, parse_math=False)
-    ax.set_title(title_of(result, head, of), fontsize=9, parse_math=False)
+    ax.set_xticks(range(len(cols)), [result.player_names[p] for p in cols], rotation=90, fontsize=7)
+    ax.set_yticks(range(len(rows)), [result.player_names[p] for p in rows], fontsize=7)
+    ax.set_title(title_of(result, head, of), fontsize=9)
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label=unit_of(result.about))
     return ax
 
 
+@literal
 def network(
     result: InteractionResult,
     *,
@@ -100,12 +122,11 @@ def network(
             ha="right" if left else "left",
             va="center",
             fontsize=8,
-            parse_math=False,
         )
     ax.set_aspect("equal")
     ax.set_axis_off()
     link_legend(ax, values[order], of, unit_of(result.about), f"{len(order)} of {len(result)} pairs")
-    ax.set_title(title_of(result, head, of), fontsize=9, parse_math=False)
+    ax.set_title(title_of(result, head, of), fontsize=9)
     return ax
 
 

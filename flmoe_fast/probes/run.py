@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +178,7 @@ class Run:
         """Second differences and gaps (K, P, O), and where the gaps are defined; reduced where the values are."""
         reduction = Reduction(grid.pairs, grid.single, self.gap_kind, LEAST_JOINT_COST)
         found = self.game.corner_samples(contexts, grid.toggled, reduction)
-        if found is not None and all(bool(part.sum().isfinite()) for part in (found.second, found.gap)):
+        if found is not None and all(math.isfinite(part.sum()) for part in (found.second, found.gap)):
             return found.second, found.gap, found.defined
         # Not reduced by the game, or of values that are not finite: asking for these names the coalition.
         corners = grid.corners(contexts, corner_values(self.game, contexts, grid))

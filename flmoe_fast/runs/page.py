@@ -11,6 +11,7 @@ import pandas
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.environment import environment
+from flmoe_fast.files import writing_to
 from flmoe_fast.model.training.chance import chance_warning
 from flmoe_fast.pipeline.faithful.curves import COLUMNS
 from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
@@ -101,6 +102,8 @@ def report_run(settings: RunSettings) -> Path:
     ------
     ArgumentError
         A folder with nothing to report.
+    BusyError
+        Somebody trains the run's model right now.
     """
     out = settings.out
     if not (out / "study.json").is_file():
@@ -124,7 +127,9 @@ def report_run(settings: RunSettings) -> Path:
         explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
     path = out / "report.html"
-    build_page(contents).save(path)
+    page = build_page(contents)
+    with writing_to(out, "flmoe-fast report", shared=True):
+        page.save(path)
     return path
 
 

@@ -21,7 +21,7 @@ PARTS = {
     "engines": (10, None),
     "probes": (40, None),
     "files": (100, None),
-    "kills": (1, 80),
+    "kills": (4, 20),
     "sanitizers": (1, 2),
 }
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from flmoe_fast.checks import one_of
 from flmoe_fast.pipeline.faithful.masking import MaskingCurve
 from flmoe_fast.pipeline.show.look import CURVES, new_figure
+from flmoe_fast.probes.pictures import literal
 
 if TYPE_CHECKING:
     import pandas
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 RANDOM: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "--", "linewidth": 1.0}
 
 
+@literal
 def loss_lines(history: Sequence[Mapping], axes: Axes | None = None) -> Axes:
     """Total and task loss by epoch, and the validation part's task loss where every epoch has one.
 
@@ -32,6 +34,7 @@ def loss_lines(history: Sequence[Mapping], axes: Axes | None = None) -> Axes:
     return _by_epoch(axes, history, lines, "Losses")
 
 
+@literal
 def interaction_loss_lines(history: Sequence[Mapping], expert_names: Sequence[str], axes: Axes | None = None) -> Axes:
     """The interaction loss of every expert by epoch."""
     axes = axes or new_figure(4.8, 3.3).subplots()
@@ -51,6 +54,7 @@ def _by_epoch(axes: Axes, history: Sequence[Mapping], lines: Mapping[str, Sequen
     return axes
 
 
+@literal
 def masking_lines(
     curves: Mapping[str, MaskingCurve], what: str = "samples", unit: str = "of the value", axes: Axes | None = None
 ) -> Axes:
@@ -71,6 +75,7 @@ def masking_lines(
     return _below(axes)
 
 
+@literal
 def masking_accuracy(scores: Mapping[str, pandas.DataFrame], axes: Axes | None = None) -> Axes:
     """Accuracy by number of masked pairs, as :func:`masking_scores` gives it; dashed: random tokens ± their spread."""
     axes = axes or new_figure(5.2, 3.9).subplots()
@@ -89,6 +94,7 @@ def masking_accuracy(scores: Mapping[str, pandas.DataFrame], axes: Axes | None =
     return _below(axes)
 
 
+@literal
 def faithfulness_lines(tables: Mapping[str, pandas.DataFrame], of: str, axes: Axes | None = None) -> Axes:
     """Comprehensiveness or sufficiency (``of``) by percentage: identified solid, random dashed, a colour a table.
 

@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from flmoe_fast.checks import one_of
 from flmoe_fast.pipeline.show.look import new_figure, shortened
 from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
+from flmoe_fast.probes.pictures import literal
 
 if TYPE_CHECKING:
     import pandas
 
 
+@literal
 def occurrence_bars(table: pandas.DataFrame, axes: Axes | None = None) -> Axes:
     """How often pairs are synergistic or substitutable, by class, for one head.
 
@@ -37,6 +39,7 @@ def occurrence_bars(table: pandas.DataFrame, axes: Axes | None = None) -> Axes:
     return axes
 
 
+@literal
 def place_map(
     values: np.ndarray, name: str, kind: str, unit: str = "units of the game", axes: Axes | None = None
 ) -> Axes:

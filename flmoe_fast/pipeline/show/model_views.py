@@ -9,8 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from flmoe_fast.pipeline.show.look import CURVES, new_figure, shortened
+from flmoe_fast.probes.pictures import literal
 
 
+@literal
 def routing_violins(weights: np.ndarray, expert_names: Sequence[str], axes: Axes | None = None) -> Axes:
     """Distribution of the routing weights (N, E) over samples, one violin an expert, with its mean."""
     axes = axes or new_figure(1.3 * len(expert_names) + 1.2, 3.4).subplots()
@@ -31,6 +33,7 @@ def routing_violins(weights: np.ndarray, expert_names: Sequence[str], axes: Axes
     return axes
 
 
+@literal
 def logit_histogram(logits: np.ndarray, expert_names: Sequence[str], name: str, axes: Axes | None = None) -> Axes:
     """Distribution of every expert's logit (N, E) of one class, as outlines over shared bins."""
     axes = axes or new_figure(3.8, 3.2).subplots()
@@ -44,6 +47,7 @@ def logit_histogram(logits: np.ndarray, expert_names: Sequence[str], name: str, 
     return axes
 
 
+@literal
 def expert_bars(
     expert_logits: np.ndarray,
     weights: np.ndarray,

@@ -14,7 +14,7 @@ from flmoe_fast.checks import one_of
 from flmoe_fast.pipeline.show.look import new_figure, shortened
 from flmoe_fast.pipeline.show.views import ADDED, View
 from flmoe_fast.probes.colours import GROUND, MARK, colour_of, fade_of, unit_of, width_of
-from flmoe_fast.probes.pictures import link_legend
+from flmoe_fast.probes.pictures import link_legend, literal
 from flmoe_fast.probes.result import InteractionResult
 
 LINKS = 12
@@ -27,6 +27,7 @@ LETTERS = 18
 Anchor = tuple[float, float, float]
 
 
+@literal
 def pair_view(
     result: InteractionResult,
     places: Sequence[tuple[int, int]],

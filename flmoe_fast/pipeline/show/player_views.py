@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.pipeline.show.look import new_figure, shortened
 from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
+from flmoe_fast.probes.pictures import literal
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +22,7 @@ MOST_PLAYERS = 12
 RAISES, LOWERS = SYNERGY, SUBSTITUTION
 
 
+@literal
 def importance_rows(
     frame: pandas.DataFrame, groups: Sequence[tuple[str, Sequence[int]]], axes: Axes | None = None
 ) -> Axes:
@@ -48,6 +50,7 @@ def importance_rows(
     return axes
 
 
+@literal
 def waterfall(
     names: Sequence[str],
     values: np.ndarray,
@@ -111,6 +114,7 @@ def waterfall(
     return axes
 
 
+@literal
 def beeswarm(
     points: pandas.DataFrame, *, unit: str = "units of the game", most: int = MOST_PLAYERS, axes: Axes | None = None
 ) -> Axes:
