@@ -111,7 +111,8 @@ FLMOE_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// x * Phi(x), the erf form of GELU, with absolute error below 1.2e-7 * max(1, |x|).
+// x * Phi(x), the erf form of GELU, with absolute error below 1.3e-7 * max(1, |x|): 1.28e-7 at most over every third float
+// from 2^-11 to 18 of either sign, at x = 0.86 with AVX-512's reciprocal.
 //
 // gelu(x) = max(x, 0) - a * Phi(-a) with a = |x|, and Phi(-a) = exp(-a^2 / 2) * m(1 / (1 + 0.275 a)) where m is a minimax
 // polynomial of degree 6 (error 9e-9 of a * Phi(-a)): no cancellation, and the tail goes to zero by itself.

@@ -72,7 +72,7 @@ class Posterior:
         share = share_of_link(process, head, linked, link)
         if share >= LEAST_SHARE:
             self.logit_share[head] = share
-            self._linked[head] = TableSource(linked, link, upper, lower, self.seed + head)
+            self._linked[head] = TableSource(linked, link, upper, lower, self.seed)
 
     def _drawn(self, head: int, count: int) -> torch.Tensor:
         share = self.logit_share[head]

@@ -44,10 +44,10 @@ class TableSource:
     def draw(self, head: int, count: int) -> torch.Tensor:
         """Values (1 + count, 2^n) of one head: of the posterior mean, then of ``count`` draws, an even number.
 
-        The same every time, and of the same random numbers for every process.
+        The same every time, and of the same random numbers for every process and head: equal heads have equal games.
         """
         even, odd = self._halves
-        prior = self._prior(head, count // 2, torch.Generator().manual_seed(self._seed + head))
+        prior = self._prior(head, count // 2, torch.Generator().manual_seed(self._seed))
         here, there = (prior[:, at] for at in self._at)
         solved = [
             torch.cat([half.solved[:, head, None].T, -(here + half.sign * there) / 2 @ half.inverse])
