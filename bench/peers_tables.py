@@ -50,7 +50,7 @@ def kinds(rows: list[dict]) -> Table:
     methods = sorted({row["estimator"] for row in rows if not row["estimator"].startswith(PEER)} - {DEFAULT})
     lines = []
     for group, budget, cell in _cells(rows):
-        if DEFAULT in cell and len(cell) > 1:
+        if DEFAULT in cell and not any(name.startswith(PEER) for name in cell):
             own = [f"{cell[name]['nmse']:.2g}" if name in cell else "" for name in (DEFAULT, *methods)]
             lines.append(
                 [group, f"{budget:,}", *own, _percent(cell[DEFAULT], "sii"), f"{cell[DEFAULT]['seconds']:.2g}"]
