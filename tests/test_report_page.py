@@ -29,8 +29,8 @@ from flmoe_fast.pipeline.summary import compare, player_points, summarize
 from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.runs.explain import read_records
-from flmoe_fast.runs.page import MEANING
 from flmoe_fast.runs.settings import read_settings
+from flmoe_fast.runs.terms import MEANING
 from tests.small_transformers import GRID, save_clip, save_text
 
 SETTINGS = """
