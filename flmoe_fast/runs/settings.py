@@ -86,6 +86,7 @@ class TrainingSettings:
     regularizer_weight: float | None = None
     ablation: str | None = None
     select: str | None = None
+    patience: int | None = None
     checkpoint_steps: int | None = None
     reference_layout: bool = False
     device: str = "cpu"
