@@ -392,6 +392,8 @@ def test_replacing_is_all_or_nothing(tmp_path):
         ('kind = "digits"', 'kind = "letters"', "data.kind"),
         ('kind = "digits"', 'kind = "own"', "data.path"),
         ('kind = "digits"', 'kind = "digits"\nsize = 3', "data.size"),
+        ('kind = "digits"', 'kind = "hdxor"', "data.setting"),
+        ('kind = "digits"', 'kind = "own"\npath = "x.csv"\nmodalities = {a = {text = "a"}}', "data.target"),
         ("hidden = 8", "width = 8", "model.width"),
         ("[explain]", "[explaining]", "explaining"),
         ("[model]", "[model", "settings"),
