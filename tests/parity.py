@@ -8,10 +8,10 @@ several times more exact than a matrix product can be.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -178,13 +178,34 @@ ARITHMETIC = {
 }
 
 
+@torch.no_grad()
+def in_one_batch(problem: TokenProblem, coalitions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the reference engine says (C, ...), from its model and all coalitions at once.
+
+    For arithmetic whose products are emulated call by call, where a batch saves most of the time; what an engine is
+    compared with comes from the reference engine itself.
+    """
+    players = problem.valid[problem.players]
+    features = problem.features.repeat(len(coalitions), 1, 1)
+    features[:, players] = torch.where(coalitions[:, :, None], problem.features[players], problem.fills[players])
+    mask = torch.zeros(features.shape[:2], dtype=torch.bool)
+    mask[:, problem.valid] = True
+    model = copy.deepcopy(problem.model).eval().to(dtype)
+    said = model(
+        features.to(dtype).split(problem.padded_lengths, 1),
+        mask.split(problem.padded_lengths, 1) if problem.masked else None,
+        passes=len(coalitions),
+    )
+    return flat(Logits(said.expert_logits, said.weights)).double()
+
+
 def allowed(edge: Edge, arithmetic: str, coalitions: torch.Tensor, exact: torch.Tensor, **model) -> float:
     """Largest error of any logit or weight that an engine of that arithmetic may show on these coalitions.
 
     ``exact`` (C, ...) is what the reference says in float64.
     """
     with ARITHMETIC[arithmetic][0]():
-        found = flat(edge.game(backend="reference", dtype=torch.float32, **model).engine.evaluate(coalitions))
+        found = in_one_batch(edge.game(backend="torch", **model).problem, coalitions, torch.float32)
     return bound(found, exact, arithmetic)
 
 
@@ -234,19 +255,23 @@ def routed(
 
     In float64, or in float32 of an arithmetic.
     """
-    reference = ReferenceEngine(problem_of(edge), dtype=torch.float32 if arithmetic else torch.float64)
-    seen = [torch.zeros(0, edge.ffn_experts or 0)]
+    problem, coalitions = problem_of(edge), which(edge)
+    seen: list[torch.Tensor] = []
     real = sparse_blocks.largest
 
     def spy(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         # A switch gate compares probabilities; their logarithms differ as the logits do.
-        seen.append((values.double().log() if edge.gate == "switch" else values.double()).flatten(0, -2))
+        seen.append(values.double().log() if edge.gate == "switch" else values.double())
         return real(values, count)
 
-    products = ARITHMETIC[arithmetic][0]() if arithmetic else nullcontext()
-    with patch.object(sparse_blocks, "largest", spy), products:
-        values = flat(reference.evaluate(which(edge)))
-    return values, torch.cat(seen)
+    with patch.object(sparse_blocks, "largest", spy):
+        if arithmetic is None:
+            values = flat(ReferenceEngine(problem).evaluate(coalitions))
+        else:
+            with ARITHMETIC[arithmetic][0]():
+                values = in_one_batch(problem, coalitions, torch.float32)
+    # Of all coalitions at once (C, tokens, X), or of one after the other (1, tokens, X): the same order.
+    return values, torch.cat(seen, 1).flatten(0, 1) if seen else torch.zeros(0, 0)
 
 
 def exact(edge: Edge, which: Callable[[Edge], torch.Tensor] = all_of) -> torch.Tensor:

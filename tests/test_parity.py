@@ -25,6 +25,7 @@ from parity import (
     exact,
     flat,
     gaps,
+    in_one_batch,
     named,
     needs_extension,
     needs_triton,
@@ -133,6 +134,8 @@ SHAPES = list(dict.fromkeys(edge for contender in CONTENDERS for edge in contend
 def test_values_equal_the_reference(edge: Edge):
     truth, wrong = exact(edge), []
     experts = len(problem_of(edge).model.interaction_experts)
+    # The tolerances come from all coalitions at once, which is another way to run the same model.
+    assert relative(in_one_batch(problem_of(edge), all_of(edge), torch.float64), truth) <= FP64
     for contender in CONTENDERS:
         if edge not in contender.edges:
             continue

@@ -55,6 +55,8 @@ class Tower:
         The same tower in another arithmetic: what it found out about the model is taken over.
     backend : "auto", "cpu" or "torch"
         "cpu" is the native engine, which "auto" takes where it can.
+    precision : str
+        Operands of the native engine's products, where it has a choice.
 
     Attributes
     ----------
@@ -82,6 +84,7 @@ class Tower:
         stacks: list[Stack] | None = None,
         like: Tower | None = None,
         backend: str = "auto",
+        precision: str = "auto",
     ):
         self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
         self._returned = 0  # how many things a layer returns
@@ -113,7 +116,7 @@ class Tower:
             here = replace(like.problem, model=self.stack.prepared, mixed=mixed)
             self.problem = replace(here, present=states, absent=absent)
         device = next(model.parameters()).device
-        self.engine, self.reason = choose(Request(dtype, device, self.problem, backend, memory=memory))
+        self.engine, self.reason = choose(Request(dtype, device, self.problem, backend, precision, memory))
 
     def encode(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""

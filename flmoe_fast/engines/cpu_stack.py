@@ -25,7 +25,6 @@ class CpuStack(levels.AtLevel, TorchStack):
 
     def __init__(self, problem: StackProblem, **options: Any):
         super().__init__(problem, **options)
-        self.level = levels.usable_level()
         stack, (stream, qkv) = problem.model.stack, self.two_states
         native = problem.model.kept((NativeModel, self.level), lambda: NativeModel(stack, self.level))
         residual = (stream.double() + stack.layers[0].out_bias) * native.scale  # (2, L', H)

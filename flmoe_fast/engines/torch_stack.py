@@ -152,6 +152,10 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
         self.states = None if problem.mixed is not None else self._two_states()
 
     @property
+    def noise(self) -> dict[str, float]:
+        return self.problem.model.kept("noise", dict)
+
+    @property
     def two_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Stream (2, L', H) and first-layer queries, keys, values (2, L', 3 D) of tokens that have two states."""
         if self.states is None:

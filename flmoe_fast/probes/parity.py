@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
 from flmoe_fast.probes.indices import mass, rule
+from flmoe_fast.probes.search import minimum
 from flmoe_fast.probes.surrogate import functionals, signs
 
 #: Complementary pairs from which scales are estimated; more change them little. The search begins with fewer.
@@ -84,9 +84,7 @@ def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int, start: Scales | None
         if step > 1 and sign > 0:
             stages.append((x, y, FIT_STEPS))
         for points, values, steps in stages:
-            likelihood = _Likelihood(points, values, sign)
-            found = minimize(likelihood, theta, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps})
-            theta = found.x
+            theta = minimum(_Likelihood(points, values, sign), theta, bounds, steps)
     return Scales(torch.from_numpy(theta[:n]).exp(), math.exp(theta[n]))
 
 

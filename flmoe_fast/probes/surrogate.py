@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.probes.search import minimum
 
 #: Training coalitions a surrogate takes: its matrix has as many rows, 512 MB at 8,192.
 MOST_POINTS = 8192
@@ -98,10 +98,9 @@ def fit_scales(x: torch.Tensor, y: torch.Tensor) -> Scales:
         return value, np.append(gradient.numpy(), noise)
 
     start = np.append(np.full(n, math.log(3.5 / n)), -6.0)
-    bounds = [(-9.0, 3.0)] * n + [(math.log(LEAST_NUGGET), 2.0)]
-    start = np.clip(start, *np.array(bounds).T)
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": FIT_STEPS})
-    return Scales(torch.from_numpy(found.x[:n]).exp(), math.exp(found.x[n]))
+    bounds = np.array([(-9.0, 3.0)] * n + [(math.log(LEAST_NUGGET), 2.0)])
+    found = minimum(objective, np.clip(start, *bounds.T), bounds, FIT_STEPS)
+    return Scales(torch.from_numpy(found[:n]).exp(), math.exp(found[n]))
 
 
 class Process:

@@ -80,6 +80,7 @@ class DecoderGame(PlacedGame):
         memory: int = 1 << 28,
     ):
         prompt_of(inputs)
+        self.free = dtype is None
         self.model, given, self.dtype = in_dtype(model, inputs, dtype)
         self.question = own_answer(self.model, given) if question is None else question
         self.memory = integer("memory", memory, least=1)
