@@ -231,7 +231,8 @@ def _train(arguments: argparse.Namespace) -> Answer:
 
 
 def _faithfulness(arguments: argparse.Namespace) -> Answer:
-    from flmoe_fast.runs.faithfulness import measure_faithfulness
+    from flmoe_fast.runs.faithfulness import measure_faithfulness, read_patterns
+    from flmoe_fast.runs.page_patterns import specificity_line
     from flmoe_fast.runs.settings import read_settings
 
     settings = read_settings(arguments.settings)
@@ -241,6 +242,7 @@ def _faithfulness(arguments: argparse.Namespace) -> Answer:
         first = table.iloc[0]
         gaps = [f"{name} gap {first[f'aopc_{name}_prob_gap']:+.4f}" for name in ("comprehensiveness", "sufficiency")]
         lines.append(f"{method:10} AOPC " + "  ".join(gaps))
+    lines += [specificity_line(method, patterns) for method, patterns in read_patterns(settings.out).items()]
     found = {method: json.loads(table.to_json(orient="records")) for method, table in tables.items()}
     return "\n".join([*lines, f"Written to {settings.out / 'faithfulness'}"]), found
 

@@ -29,8 +29,9 @@ from flmoe_fast.pipeline.summary import compare, player_points, summarize
 from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.runs.explain import read_records
-from flmoe_fast.runs.page import MEANING
+from flmoe_fast.runs.faithfulness import compared, read_patterns
 from flmoe_fast.runs.settings import read_settings
+from flmoe_fast.runs.terms import MEANING
 from tests.small_transformers import GRID, save_clip, save_text
 
 SETTINGS = """
@@ -69,6 +70,22 @@ repeats = 2
 [faithfulness]
 part = "test"
 repeats = 2
+"""
+
+PLAIN = """
+[data]
+kind = "digits"
+[model]
+hidden = 8
+heads = 2
+layers = 1
+roles = ["dense"]
+[training]
+epochs = 1
+threads = 1
+[faithfulness]
+samples = 5
+repeats = 1
 """
 
 
@@ -168,7 +185,14 @@ def test_page_says_what_was_found(run):
         for head in record.interactions.heads:
             assert (f'data-head="{head}"' in text) == (not head.startswith("weighted"))
     assert "&lt;" in text and "<thing>" not in text  # texts of the data are no markup
-    for section in ("Model", "Faithfulness", "Masking pairs", "Synergy and redundancy over the data set", "Samples"):
+    for section in (
+        "Model",
+        "Faithfulness",
+        "Concentration and specificity",
+        "Masking pairs",
+        "Synergy and redundancy over the data set",
+        "Samples",
+    ):
         assert re.search(f"<h2 id=[^>]*>{section}</h2>", text)
 
 
@@ -197,6 +221,35 @@ def test_effective_settings_are_kept(run):
     kept = json.loads((run.parent / "run" / "settings.json").read_text())
     assert kept["training"]["epochs"] == 2 and kept["explain"]["part"] == "test"  # given, and by default
     assert kept["data"]["path"] == str(run.parent / "table.csv")
+
+
+def test_patterns_of_the_experts_are_kept_and_compared(run, capsys):
+    settings = read_settings(run)
+    found = read_patterns(settings.out)
+    (patterns,) = found.values()
+    assert patterns.names == ("mixture", *read_records(settings)[0].experts) and patterns.whole == "mixture"
+    table = pandas.read_csv(settings.out / "faithfulness" / "attnXgrad" / "patterns.csv")
+    row = table[(table["measure"] == "gini") & (table["map"] == "synergy")].iloc[0]
+    assert row["mean"] == pytest.approx(patterns.measures["gini"][:, patterns.names.index("synergy")].mean())
+    same = dataclasses.replace(settings, faithfulness=dataclasses.replace(settings.faithfulness, against=("run",)))
+    (difference,) = compared(same, found).values()
+    assert len(difference) > 10 and difference["difference"].abs().max() == 0.0  # of a run with itself
+    assert main(["faithfulness", str(run), "--no-progress"]) == 0  # from the blocks that are there
+    assert f"Gini of mixture {patterns.by_sample()['gini of mixture'].mean():.3f}" in capsys.readouterr().out
+    none = dataclasses.replace(settings, faithfulness=dataclasses.replace(settings.faithfulness, against=("no",)))
+    with pytest.raises(ArgumentError, match="faithfulness.against"):
+        compared(none, found)
+
+
+def test_heads_of_a_plain_transformer_stand_in_for_experts(tmp_path):
+    path = tmp_path / "plain.toml"
+    path.write_text(PLAIN)
+    for command in ("train", "faithfulness", "report"):
+        assert main([command, str(path), "--no-progress"]) == 0
+    (patterns,) = read_patterns(tmp_path / "out" / "plain").values()
+    assert patterns.names == ("dense", "head 1", "head 2") and patterns.whole == "dense"
+    text = (tmp_path / "out" / "plain" / "report.html").read_text()
+    assert "head 2" in text and "lies between classes" not in text  # a single weight follows nothing
 
 
 def test_records_hold_what_was_read(run):

@@ -16,6 +16,7 @@ from flmoe_fast.model.training.chance import chance_warning
 from flmoe_fast.pipeline.faithful.curves import COLUMNS
 from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
+from flmoe_fast.pipeline.importance.patterns import Patterns
 from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
 from flmoe_fast.pipeline.show.curves import (
     faithfulness_lines,
@@ -27,40 +28,22 @@ from flmoe_fast.pipeline.show.curves import (
 from flmoe_fast.pipeline.show.data_views import occurrence_bars, place_map
 from flmoe_fast.pipeline.show.html import Page, inked
 from flmoe_fast.pipeline.show.look import new_figure
-from flmoe_fast.pipeline.show.model_views import expert_bars, logit_histogram, routing_violins
+from flmoe_fast.pipeline.show.model_views import expert_bars, logit_histogram
 from flmoe_fast.pipeline.show.pair_view import pair_view
 from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, waterfall
 from flmoe_fast.pipeline.summary import player_points, summarize
 from flmoe_fast.probes.colours import unit_of
 from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.runs.explain import explained_with, read_records
-from flmoe_fast.runs.faithfulness import read_tables
+from flmoe_fast.runs.faithfulness import compared, read_patterns, read_tables
+from flmoe_fast.runs.page_patterns import patterns_section, routing_figures
 from flmoe_fast.runs.settings import RunSettings
+from flmoe_fast.runs.terms import explain_terms
 
 #: Rows of a sample's table of pairs.
 PAIRS = 50
 #: Classes whose logits are drawn.
 CLASSES = 8
-#: What words of the page mean, where they first appear.
-MEANING = {
-    "Expert": "one of the transformers that the mixture is made of. Each is trained to hold one kind of information: "
-    "what one modality alone says (uniqueness), what only all together say (synergy), what each could say alone "
-    "(redundancy).",
-    "Routing weight": "how much the mixture listens to an expert for a sample; the weights of a sample add up to one.",
-    "Interaction loss": "what in training pushes each expert towards its kind of information.",
-    "Logit": "an expert's score of a class before it is turned into a probability.",
-    "Comprehensiveness": "how much is lost when the most important tokens of every modality are replaced.",
-    "Sufficiency": "how much is lost when everything but the most important tokens is replaced.",
-    "AOPC": "the drop averaged over the percentages of tokens; the gap compares with as many random tokens.",
-    "Shapley interaction (SII)": "positive where two tokens are worth more together than the sum of what each adds "
-    "(synergy, red), negative where one makes the other less needed (substitution, blue), zero where they add up.",
-    "Redundancy gap": "how much it costs to lose both tokens where losing either one is cheap (ochre); the strict gap "
-    "is positive only where each stands in for the other.",
-    "Standard error (s.e.)": "how far an estimate is expected to be from what endless computing would give. Lines are "
-    "the wider the larger the effect, and the fainter the fewer standard errors it is away from zero.",
-    "Shapley value": "a token's fair share of what all tokens together change about the model's output.",
-    "Importance": "attention and gradients, a quick guess at what matters; it chose the pairs that were probed.",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +61,8 @@ class RunContents:
     metrics : dict
     predictions : dict of arrays ``expert_logits``, ``weights``, ``logits``, ``targets``
     tables : dict from importance method to a table of faithfulness
+    patterns : dict from importance method to Patterns
+    compared : dict from the name of another run and a method to a table of :func:`compare_patterns`
     records : list of SampleRecord
     made_by : dict
         What the run's settings and model would make records with now; the page names those that were made otherwise.
@@ -91,6 +76,8 @@ class RunContents:
     metrics: dict = dataclasses.field(default_factory=dict)
     predictions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tables: dict[str, pandas.DataFrame] = dataclasses.field(default_factory=dict)
+    patterns: dict[str, Patterns] = dataclasses.field(default_factory=dict)
+    compared: dict[str, pandas.DataFrame] = dataclasses.field(default_factory=dict)
     records: list[SampleRecord] = dataclasses.field(default_factory=list)
     made_by: dict = dataclasses.field(default_factory=dict)
 
@@ -123,6 +110,8 @@ def report_run(settings: RunSettings) -> Path:
         metrics,
         predictions,
         read_tables(settings),
+        patterns := read_patterns(settings.out),
+        compared(settings, patterns),
         read_records(settings),
         explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
@@ -140,19 +129,15 @@ def build_page(contents: RunContents) -> Page:
     with inked():
         _model(page, contents)
         _faithful(page, contents)
+        patterns_section(page, contents.patterns, contents.records, contents.compared)
         _masked(page, contents)
         _occurrence(page, contents)
         if contents.records:
             page.section("Samples")
-            _explain(page, "Shapley interaction (SII)", "Redundancy gap", "Standard error (s.e.)")
+            explain_terms(page, "Shapley interaction (SII)", "Redundancy gap", "Standard error (s.e.)")
         for record in contents.records:
             _sample(page, contents, record)
     return page
-
-
-def _explain(page: Page, *terms: str) -> None:
-    for term in terms:
-        page.term(term, MEANING[term])
 
 
 def _model(page: Page, contents: RunContents) -> None:
@@ -174,9 +159,9 @@ def _model(page: Page, contents: RunContents) -> None:
         page.text(f"Take care: {text}.")
     if rows:
         page.table("Scores", pandas.DataFrame(rows))
-    _explain(page, "Expert")
+    explain_terms(page, "Expert")
     if contents.history:
-        _explain(page, "Interaction loss")
+        explain_terms(page, "Interaction loss")
         flat = [
             {
                 **{k: v for k, v in record.items() if k != "seconds" and not isinstance(v, (list, dict))},
@@ -189,26 +174,9 @@ def _model(page: Page, contents: RunContents) -> None:
         curves = (loss_lines(contents.history), interaction_loss_lines(contents.history, contents.experts))
         page.figure(curves, text, pandas.DataFrame(flat))
     if contents.predictions:
-        weights, logits = contents.predictions["weights"], contents.predictions["expert_logits"]
-        table = pandas.DataFrame(
-            {
-                "expert": contents.experts,
-                "mean": weights.mean(0),
-                "standard deviation": weights.std(0),
-                "median": np.median(weights, 0),
-                "least": weights.min(0),
-                "most": weights.max(0),
-                "largest in % of samples": 100
-                * np.bincount(weights.argmax(1), minlength=weights.shape[1])
-                / len(weights),
-            }
-        )
-        _explain(page, "Routing weight", "Logit")
-        page.figure(
-            routing_violins(weights, contents.experts),
-            "How much the mixture listens to every expert, test part.",
-            table,
-        )
+        routing_figures(page, contents.predictions, contents.experts, contents.classes, contents.task)
+        explain_terms(page, "Logit")
+        logits = contents.predictions["expert_logits"]
         spread = [
             {"class": c, "expert": e, "mean": logits[:, j, i].mean(), "standard deviation": logits[:, j, i].std()}
             for i, c in enumerate(contents.classes)
@@ -224,7 +192,7 @@ def _faithful(page: Page, contents: RunContents) -> None:
     if not contents.tables:
         return
     page.section("Faithfulness")
-    _explain(page, "Comprehensiveness", "Sufficiency", "AOPC")
+    explain_terms(page, "Comprehensiveness", "Sufficiency", "AOPC")
     rows = [
         {
             "importance": method,
@@ -296,7 +264,7 @@ def _occurrence(page: Page, contents: RunContents) -> None:
     first = by_class["head"].iloc[0]
     shown = by_class[by_class["head"] == first].reset_index(drop=True)
     pairs = int(by_modalities[by_modalities["head"] == first]["pairs"].sum())
-    _explain(page, "Shapley interaction (SII)", "Redundancy gap")
+    explain_terms(page, "Shapley interaction (SII)", "Redundancy gap")
     page.text(f"{len(contents.records)} explained samples, {pairs} probed pairs; pairs were chosen by importance.")
     page.table("Means over samples, by head", summarize(contents.records).reset_index())
     text = f"Share of probed pairs with a sure interaction, by explained class ({first})."
@@ -320,7 +288,7 @@ def _occurrence(page: Page, contents: RunContents) -> None:
         page.table("Tokens of texts and tables that are most often in probed pairs", words)
     points = player_points(contents.records)
     if len(points):
-        _explain(page, "Shapley value")
+        explain_terms(page, "Shapley value")
         text = "Shapley values of tokens; in brackets how many samples a token was probed in."
         page.figure(beeswarm(points, unit=_unit(contents)), text, points)
 
@@ -383,14 +351,14 @@ def _players(page: Page, record: SampleRecord) -> None:
     result = record.interactions
     values = result.also.get(("SV", 1))
     if values is not None:
-        _explain(page, "Shapley value")
+        explain_terms(page, "Shapley value")
         names = [result.player_names[player] for player in values.members[:, 0]]
         value, error = (part.reshape(len(names), -1)[:, 0] for part in (values.values, values.stderr))
         unit = unit_of(result.about)
         axes = waterfall(names, value, record.empty, record.full, errors=error, unit=unit)
         text = "From the value with no token to the value with all, by Shapley values of the probed tokens ± s.e."
         page.figure(axes, text, _without_numbers(_named_index(result, "SV", 1)))
-    _explain(page, "Importance")
+    explain_terms(page, "Importance")
     frame = record.importance.assign(name=list(result.player_names))
     page.figure(importance_rows(frame, record.groups), "Importance of the tokens, by expert.", frame)
 

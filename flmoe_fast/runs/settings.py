@@ -123,7 +123,10 @@ class ExplainSettings:
 
 @dataclass(frozen=True)
 class FaithfulnessSettings:
-    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithful.curves.faithfulness`."""
+    """Which samples are measured, and options of :func:`flmoe_fast.pipeline.faithful.curves.faithfulness`.
+
+    ``against`` names folders of other runs on the same data, whose importance patterns are compared with this run's.
+    """
 
     part: str = "valid"
     samples: int | None = None
@@ -135,6 +138,7 @@ class FaithfulnessSettings:
     target: str = "predicted"
     aopc: str = "mean"
     backend: str = "auto"
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.files import replacing
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.games.rounding import steady_outputs
 from flmoe_fast.model.metrics import score
+from flmoe_fast.pipeline.importance.concentration import percentages, top_count
 
 if TYPE_CHECKING:
     import pandas
@@ -103,8 +105,7 @@ class Faithfulness:
 
 def selected_tokens(importance: torch.Tensor, percent: float) -> torch.Tensor:
     """Numbers of the ``max(1, ceil(n percent / 100))`` largest of n importances; of equal ones the first."""
-    count = max(1, math.ceil(len(importance) * percent / 100.0)) if len(importance) else 0
-    return importance.argsort(descending=True, stable=True)[:count]
+    return importance.argsort(descending=True, stable=True)[: top_count(len(importance), percent)]
 
 
 def faithfulness(
@@ -147,7 +148,7 @@ def faithfulness(
     shape("importance", scores, (game.n,), "(n,)")
     if not bool(torch.isfinite(scores).all()):
         raise ArgumentError("importance", "numbers that are not finite", "one finite number per player")
-    shares = tuple(_percent(f"percents[{k}]", value) for k, value in enumerate(percents))
+    shares = percentages("percents", percents)
     if not shares or list(shares) != sorted(set(shares)):
         raise ArgumentError("percents", tuple(percents), "distinct percentages in increasing order")
     repeats = integer("repeats", repeats, least=0)
@@ -167,7 +168,7 @@ def faithfulness(
     selected = torch.zeros(len(chosen), game.n, dtype=torch.bool)
     for row, players in zip(selected, chosen):
         row[players] = True
-    values, logits = game.outputs(torch.cat([torch.ones(1, game.n, dtype=torch.bool), ~selected, selected]))
+    values, logits = steady_outputs(game, torch.cat([torch.ones(1, game.n, dtype=torch.bool), ~selected, selected]))
     values = values[:, None] if values.dim() == 1 else values
     without, only = (part.unflatten(0, (len(shares), 1 + repeats)).numpy() for part in values[1:].split(len(chosen)))
     return Faithfulness(
@@ -181,12 +182,6 @@ def faithfulness(
         random_only=only[:, 1:],
         logits=None if logits is None else logits[0].numpy(),
     )
-
-
-def _percent(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value <= 100:
-        raise ArgumentError(name, repr(value), "a percentage > 0 and <= 100")
-    return float(value)
 
 
 def aopc(percents: Sequence[float], values: np.ndarray, mode: str = "mean") -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from flmoe_fast.games.heads import predicted_target
 from flmoe_fast.model.network import FLI2MoE, eval_mode
 
 METHODS = ("attnXgrad", "attn", "ig")
+#: Those that know attention heads.
+BY_HEAD = ("attnXgrad", "attn")
 #: Points of the integration path.
 IG_STEPS = 16
 #: Bytes of attention maps and gradients that a batch of samples may hold at a time.
@@ -137,6 +139,62 @@ def batch_importance(
         As :meth:`FLI2MoE.forward`, a bad target or method.
     """
     one_of("method", method, METHODS)
+    return _in_batches(
+        _integrated if method == "ig" else _attended, model, features, masks, targets, method, ig_steps, memory
+    )
+
+
+def head_importance(
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    *,
+    targets: Sequence[int | Tensor] | None = None,
+    method: str = "attnXgrad",
+    memory: int = MEMORY,
+) -> Importance:
+    """Importance of each token of B samples for each attention head of a plain transformer.
+
+    What :func:`batch_importance` is for the experts of a mixture, so that one can be held against the other. A head's
+    map is the rollout with this head alone in the last layer and the mean over heads in the layers below, since heads
+    of different layers have nothing to do with each other.
+
+    Parameters
+    ----------
+    model : FLI2MoE
+        With a single expert, such as ``roles=("dense",)``.
+    features, masks, targets, memory
+        See :func:`batch_importance`.
+    method : str
+        ``"attnXgrad"`` or ``"attn"``; integrated gradients know no heads.
+
+    Returns
+    -------
+    Importance
+        ``experts`` are the h heads, (B, h, L); ``mixture`` is the map of all of them, (B, L), the same as that of
+        :func:`batch_importance`.
+
+    Raises
+    ------
+    ArgumentError
+        As :func:`batch_importance`, or more than one expert.
+    """
+    one_of("method", method, BY_HEAD)
+    if model.config.experts != 1:
+        raise ArgumentError("model", f"{model.config.experts} experts", "a plain transformer, a single expert")
+    return _in_batches(_by_head, model, features, masks, targets, method, 1, memory)
+
+
+def _in_batches(
+    measure: Callable,
+    model: FLI2MoE,
+    features: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    targets: Sequence[int | Tensor] | None,
+    method: str,
+    ig_steps: int,
+    memory: int,
+) -> Importance:
     ig_steps, memory = integer("ig_steps", ig_steps, least=1), integer("memory", memory, least=1)
     model.check_inputs(features, masks)
     if model.config.fusion == "interpretcc" and method != "ig":
@@ -147,7 +205,6 @@ def batch_importance(
     config, length = model.config, sum(feature.shape[1] for feature in features)
     floats = config.experts * config.layers * (2 * config.heads * length + 8 * config.hidden) * length
     size = max(1, memory // (floats * features[0].element_size() * (ig_steps if method == "ig" else 1)))
-    measure = _integrated if method == "ig" else _attended
     parts = []
     with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         for start in range(0, count, size):
@@ -173,23 +230,39 @@ def _leaf(feature: Tensor, mask: Tensor | None) -> Tensor:
     return feature.requires_grad_()
 
 
-def _attended(
-    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, method: str, _: int
-) -> tuple[Tensor, Tensor]:
+def _relevance(
+    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, method: str
+) -> tuple[list[list[Tensor]], Tensor]:
+    """By expert and layer what every head's queries take from keys, (B, h, L, L); and the routing weights (B, E)."""
     maps: list[list[Tensor]] = [[] for _ in model.interaction_experts]
     alone = {"passes": len(leaves[0])}  # samples do not compete for the capacity of sparse blocks
     runs = [expert(leaves, masks, kept, **alone) for expert, kept in zip(model.interaction_experts, maps, strict=True)]
     weights = model.reweight(leaves, masks).detach()
     logits = (weights[:, :, None] * torch.stack([run[0] for run in runs], dim=1)).sum(dim=1)
     if method == "attn":
-        relevance = [[attention.detach() for attention in kept] for kept in maps]
-    else:
-        score = (logits * target_weights(logits.detach(), targets, model.config.task)).sum()
-        gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
-        relevance = [[a.detach().relu() * next(gradients).relu() for a in kept] for kept in maps]
+        return [[attention.detach() for attention in kept] for kept in maps], weights
+    score = (logits * target_weights(logits.detach(), targets, model.config.task)).sum()
+    gradients = iter(torch.autograd.grad(score, [attention for kept in maps for attention in kept]))
+    return [[a.detach().relu() * next(gradients).relu() for a in kept] for kept in maps], weights
+
+
+def _attended(
+    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, method: str, _: int
+) -> tuple[Tensor, Tensor]:
+    relevance, weights = _relevance(model, leaves, masks, targets, method)
     rolled = [rolled_out([matrix.mean(dim=1) for matrix in layers]) for layers in relevance]
     experts = torch.stack([matrix.mean(dim=1) for matrix in rolled], dim=1)
     return experts, (weights[:, :, None] * experts).sum(dim=1) if method == "attn" else experts.sum(dim=1)
+
+
+def _by_head(
+    model: FLI2MoE, leaves: list[Tensor], masks: list[Tensor] | None, targets: Sequence | None, method: str, _: int
+) -> tuple[Tensor, Tensor]:
+    (layers,), _weights = _relevance(model, leaves, masks, targets, method)
+    below = [matrix.mean(dim=1) for matrix in layers[:-1]]
+    heads = [rolled_out([*below, matrix]).mean(dim=1) for matrix in layers[-1].unbind(1)]
+    whole = rolled_out([*below, layers[-1].mean(dim=1)]).mean(dim=1)
+    return torch.stack(heads, dim=1), whole
 
 
 def _integrated(
