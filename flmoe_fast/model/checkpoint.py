@@ -533,14 +533,12 @@ def _encoders(
             width = _encoder_width(path, f"{key}.proj.weight", state["proj.weight"], 1)
             builders[name] = lambda width=width: ProjectionEncoder(width, config.hidden)
         elif set(state) == {"feature_emb", "bias"}:
-            columns, tokens = (
-                _encoder_width(path, f"{key}.{part}", state[part], 0) for part in ("feature_emb", "bias")
-            )
+            columns = _encoder_width(path, f"{key}.feature_emb", state["feature_emb"], 0)
+            tokens = _encoder_width(path, f"{key}.bias", state["bias"], 0)
             if tokens >= columns:  # a token each; what more there is does not fit, and is refused by its shape
-                builders[name] = lambda columns=columns: TabularTokenEncoder(columns, config.hidden)
+                builders[name] = lambda c=columns: TabularTokenEncoder(c, config.hidden)
             else:
-                sizes = columns, tokens
-                builders[name] = lambda sizes=sizes: ColumnGroupEncoder(*sizes, config.hidden)
+                builders[name] = lambda c=columns, t=tokens: ColumnGroupEncoder(c, t, config.hidden)
         else:
             unread.append(f"{name} ({_some(encoder_states[name])})")
         states[name] = state
