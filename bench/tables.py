@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     adapt,
+    checks,
     contexts,
     cpu,
     digits,
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (soak, zoo, findings_shares, findings_digits, findings_planted, verdicts)
+BENCHES += (checks, soak, zoo, findings_shares, findings_digits, findings_planted, verdicts)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

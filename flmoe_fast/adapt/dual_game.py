@@ -19,10 +19,12 @@ from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, PlacedGame, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.reading import Stack
 from flmoe_fast.adapt.remember import Remembered
-from flmoe_fast.adapt.tower import Stack, Tower
+from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.engines.choose import STACK_BACKENDS
+from flmoe_fast.games.rounding import too_coarse
 
 #: Keywords that belong to the text; all others are the image's.
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
@@ -57,6 +59,7 @@ class DualEncoderGame(PlacedGame):
     """
 
     backend = "dual encoder"
+    dtype: torch.dtype
     more_exact = "dtype=torch.float64"
     block = BLOCK
     model: Any  # with methods and parameters that not every module has
@@ -76,6 +79,7 @@ class DualEncoderGame(PlacedGame):
     ):
         one_of("value", value, VALUES)
         self._backend = one_of("backend", backend, STACK_BACKENDS)
+        self.free, self._precision = backend == "auto" and dtype is None, "auto"
         self.value, self.memory = value, integer("memory", memory, least=1)
         self.model, inputs, self.dtype = in_dtype(model, inputs, dtype)
         self._stacks = stacks if self.model is model else None
@@ -97,6 +101,10 @@ class DualEncoderGame(PlacedGame):
             check_with_model(tower)
         self.more_exact = more_exact(*towers)
         self._compare()
+        finer = self.finer() if any(tower.engine.coarse for tower in towers) else None
+        if finer is not None and too_coarse(self, finer):
+            self._precision = finer._precision
+            self._make_towers(like=self._towers)
 
     @property
     def encodings(self) -> dict[str, int]:
@@ -146,9 +154,24 @@ class DualEncoderGame(PlacedGame):
             return None
         twin = copy.copy(self)
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
-        twin._stacks, twin._backend = None, "auto"
+        twin._stacks, twin._backend, twin._precision = None, "auto", "auto"
         twin._make_towers(like=self._towers)
         return twin
+
+    def finer(self) -> DualEncoderGame | None:
+        """This game in the next more exact arithmetic; None if dtype or backend were asked for, or in float64."""
+        requests = [tower.engine.finer() for _, tower in self._towers.values() if tower is not None]
+        asked = next((r for r in requests if r is not None and r.dtype == self.dtype), None)
+        if not self.free or asked is None:
+            return self.precise() if self.free else None
+        twin = copy.copy(self)
+        twin._precision = asked.precision
+        twin._make_towers(like=self._towers)
+        return twin
+
+    @property
+    def arithmetic(self) -> str:
+        return min(tower.engine.arithmetic for _, tower in self._towers.values() if tower is not None)
 
     def about(self) -> dict[str, Any]:
         return {
@@ -205,6 +228,7 @@ class DualEncoderGame(PlacedGame):
             columns = torch.cat([torch.arange(self.n)[self.players.columns[p]] for p in mine])
             part = PlayerMap.of_parts([self.players.parts[p] for p in mine])
             known = {"stacks": self._stacks, "like": None if like is None else like[side][1], "backend": self._backend}
+            known["precision"] = self._precision
             tower = Tower(self.model, run, _pooled, inputs, part, self.dtype, self.memory, **known)
             self._towers[side] = (columns, tower)
             self._encoders[side] = Remembered(functools.partial(_unit_features, tower))

@@ -12,10 +12,12 @@ from torch import nn
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import PlacedGame, Score, doubled, floating, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.reading import Stack
 from flmoe_fast.adapt.remember import Remembered
-from flmoe_fast.adapt.tower import Stack, Tower
+from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.engines.choose import STACK_BACKENDS
+from flmoe_fast.games.rounding import too_coarse
 
 #: Largest difference between the engine and the model on the coalitions that are checked when a game is made,
 #: relative to the largest number. Rounding stays far below it; a head that is not understood does not.
@@ -58,6 +60,9 @@ class EncoderGame(PlacedGame):
     """
 
     backend = "encoder stack"
+    dtype: torch.dtype
+    tower: Tower
+    _values: Remembered
     more_exact = "dtype=torch.float64"
 
     def __init__(
@@ -75,6 +80,7 @@ class EncoderGame(PlacedGame):
         stacks: list[Stack] | None = None,
     ):
         self.model, self.inputs, self.dtype = in_dtype(model, inputs, dtype)
+        self.free, self._any_dtype = backend == "auto", dtype is None
         self.memory = integer("memory", memory, least=1)
         self.players = PlayerMap(players, self.inputs)
         name_players(self, self.players)
@@ -85,6 +91,8 @@ class EncoderGame(PlacedGame):
         self.score.settle(self.tower.full)
         self.heads = self.score.heads
         self.block = self.tower.engine.block
+        if self.tower.engine.coarse and (finer := self.finer()) is not None and too_coarse(self, finer):
+            self.tower, self._values, self.more_exact = finer.tower, finer._values, finer.more_exact
 
     @property
     def target(self) -> int | None:
@@ -113,6 +121,26 @@ class EncoderGame(PlacedGame):
         twin.model, twin.inputs, twin.dtype = in_dtype(self.model, self.inputs, torch.float64)
         twin._make_tower(like=self.tower)
         return twin
+
+    def finer(self) -> EncoderGame | None:
+        """This game in the next more exact arithmetic; None if dtype or backend were asked for, or in float64."""
+        request = self.tower.engine.finer()
+        if request is None or not self.free:
+            return None
+        if request.dtype != self.dtype:
+            return self.precise() if self._any_dtype else None
+        twin = copy.copy(self)
+        known = {"like": self.tower, "stacks": [self.tower.stack]}
+        twin._make_tower(backend=request.backend, precision=request.precision, **known)
+        return twin
+
+    @property
+    def arithmetic(self) -> str:
+        return self.tower.engine.arithmetic
+
+    @property
+    def noise(self) -> dict[str, float]:
+        return self.tower.engine.noise
 
     def about(self) -> dict[str, Any]:
         engine, reason = self.tower.engine, self.tower.reason

@@ -26,6 +26,17 @@ class PlacedGame(Game):
     """A game whose players lie somewhere in a text or an image, as :attr:`Players.places` says it."""
 
     places: tuple[tuple[int, ...], ...]
+    #: Whether the arithmetic was left to the game.
+    free: bool = True
+    dtype: Any
+
+    def finer(self) -> Game | None:
+        """This game in float64, where the arithmetic was left to it."""
+        return self.precise() if self.free else None
+
+    @property
+    def arithmetic(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 class ModuleGame(PlacedGame):
@@ -75,7 +86,7 @@ class ModuleGame(PlacedGame):
     ):
         if not isinstance(module, nn.Module):
             raise ArgumentError("module", type(module).__name__, "a torch.nn.Module")
-        self.module, self.inputs = module, dict(inputs)
+        self.module, self.inputs, self.dtype = module, dict(inputs), floating(module)
         self.players = PlayerMap(players, self.inputs)
         self.batch, self.why = integer("batch", batch, least=1), why
         self._alone = ""
@@ -110,7 +121,7 @@ class ModuleGame(PlacedGame):
             return None
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module).double()
-        twin.inputs = doubled(self.inputs)
+        twin.inputs, twin.dtype = doubled(self.inputs), torch.float64
         twin._values = Remembered(twin._compute)
         try:
             twin._outputs(torch.ones(1, self.n, dtype=torch.bool))

@@ -11,6 +11,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.engines.engine import Engine, Request, TokenEngine
+from flmoe_fast.engines.levels import arithmetics
 from flmoe_fast.engines.problem import StackProblem, TokenProblem
 
 #: Every backend's engines for a kind of problem, imported when one is asked for; of several, the first that fits.
@@ -83,8 +84,11 @@ def _check_precision(request: Request, backend: str) -> None:
         return
     from flmoe_fast.engines.gpu.kernels.precision import PRECISIONS
 
-    one_of("precision", request.precision, ("auto", *PRECISIONS))
-    if backend not in ON_GPU and request.precision != "auto":
+    here = arithmetics()
+    if backend == "cpu" and request.precision in here:
+        return
+    one_of("precision", request.precision, ("auto", *dict.fromkeys((*PRECISIONS, *here))))
+    if backend not in ON_GPU:
         got = f"{request.precision!r} with backend {backend!r}"
         raise ArgumentError("precision", got, "'auto', or backend 'triton' or 'cuda'")
 

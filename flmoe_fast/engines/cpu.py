@@ -77,13 +77,16 @@ class CpuEngine(levels.AtLevel, TokenEngine):
     name = "cpu"
     instead = "the extension, a CPU device, torch.float32 and experts that are transformers"
 
-    def __init__(self, problem: TokenProblem, *, level: str | None = None, **options: Any):
+    def __init__(self, problem: TokenProblem, **options: Any):
         super().__init__(problem, **options)
-        self.level = levels.usable_level(level)
         self.sample = PreparedSample(problem)
         self.states = TwoStates.of(self.sample, torch.float32, torch.device("cpu"))
         self.routing = Routing.of(self.sample, torch.device("cpu"))
         self._scratch = Scratch()
+
+    @property
+    def noise(self) -> dict[str, float]:
+        return self.sample.model.kept("noise", dict)
 
     @classmethod
     def missing(cls, request: Request) -> str:

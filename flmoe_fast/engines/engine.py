@@ -135,6 +135,7 @@ class Engine(ABC, Generic[Problem, Outcome]):
         self.problem: Problem = problem
         self.dtype, self.device = dtype, torch.device(device)
         self.memory = self.default_memory if memory is None else integer("memory", memory, least=1)
+        self._noise: dict[str, float] = {}
         reason = self.why_not(Request(dtype, self.device, problem, self.name))
         if reason:
             raise ArgumentError("backend", f"{self.name!r}, but {reason}", self.instead)
@@ -172,6 +173,25 @@ class Engine(ABC, Generic[Problem, Outcome]):
     def about(self) -> dict[str, Any]:
         """What a result should remember about the engine; JSON types only."""
         return {}
+
+    @property
+    def arithmetic(self) -> str:
+        """What matrix products are computed in, for a person to read."""
+        return "fp64" if self.dtype == torch.float64 else "fp32"
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the arithmetic is coarser than the dtype, so that it has to be judged before it is used."""
+        return False
+
+    def finer(self) -> Request[Problem] | None:
+        """The same problem in the next more exact arithmetic; None in float64."""
+        return None if self.dtype == torch.float64 else Request(torch.float64, self.device, self.problem)
+
+    @property
+    def noise(self) -> dict[str, float]:
+        """Largest share of rounding noise seen so far, by arithmetic; the model's where engines keep what they know."""
+        return self._noise
 
     @property
     def more_exact(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.engines.engine import Engine, Request
 from flmoe_fast.native import extension
 
 #: Forces an instruction level: amx, avx512, avx2 or portable.
@@ -42,6 +43,19 @@ def usable_level(name: str | None = None) -> str:
     return name
 
 
+def arithmetics() -> tuple[str, ...]:
+    """Operands that the levels of this machine multiply, that of the best level first."""
+    return tuple(dict.fromkeys(arithmetic for arithmetic, missing in levels().values() if not missing))
+
+
+def level_of(precision: str) -> str:
+    """The level for a ``precision`` of :func:`arithmetics`: the best one, or that of ``FLMOE_CPU_LEVEL`` if it fits."""
+    best = usable_level()
+    if precision == levels()[best][0]:
+        return best
+    return next(name for name, (operands, missing) in levels().items() if operands == precision and not missing)
+
+
 def missing(dtype: torch.dtype, device: torch.device) -> str:
     """What keeps the native engine from that dtype and device here; empty if nothing does."""
     module, why = extension()
@@ -54,15 +68,25 @@ def missing(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
-class AtLevel:
-    """What an engine that runs at an instruction level says of itself.
+class AtLevel(Engine[Any, Any]):
+    """An engine that runs at an instruction level of this machine.
 
     Attributes
     ----------
     level : str
+        The one asked for, else ``FLMOE_CPU_LEVEL``, else the best the machine has.
     """
 
-    level: str
+    def __init__(self, problem: Any, *, level: str | None = None, **options: Any):
+        super().__init__(problem, **options)
+        self.level = usable_level(level)
+
+    @classmethod
+    def make(cls, request: Request) -> Engine:
+        level = None if request.precision == "auto" else level_of(request.precision)
+        return cls(
+            request.known_problem, dtype=request.dtype, device=request.device, memory=request.memory, level=level
+        )
 
     @property
     def arithmetic(self) -> str:
@@ -70,9 +94,19 @@ class AtLevel:
         return levels()[self.level][0]
 
     @property
+    def coarse(self) -> bool:
+        return self.arithmetic != "fp32"
+
+    def finer(self) -> Request | None:
+        """The best level that multiplies float32, then float64."""
+        if self.coarse:
+            return Request(self.dtype, self.device, self.problem, self.name, "fp32")
+        return super().finer()
+
+    @property
     def more_exact(self) -> str:
         """How to get the same game with less rounding, for a person to read."""
-        return "dtype=torch.float64" if self.arithmetic == "fp32" else "backend='torch', or dtype=torch.float64"
+        return "precision='fp32', or dtype=torch.float64" if self.coarse else "dtype=torch.float64"
 
     def about(self) -> dict[str, Any]:
         """Level and arithmetic."""

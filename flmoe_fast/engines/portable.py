@@ -98,6 +98,10 @@ class TorchEngine(TokenEngine):
         self.players = problem.players.to(self.device)
         self._scratch = Scratch()
 
+    @property
+    def noise(self) -> dict[str, float]:
+        return self.sample.model.kept("noise", dict)
+
     @classmethod
     def unfit(cls, request: Request) -> str:
         """InterpretCC, and limited capacity with padding before valid tokens."""

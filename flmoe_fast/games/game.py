@@ -77,6 +77,20 @@ class Game:
         """The same game with less rounding, to measure the rounding of this one; None where there is none."""
         return None
 
+    def finer(self) -> Game | None:
+        """The same game in the next more exact arithmetic, where the choice was left to the game; None where not."""
+        return None
+
+    @property
+    def arithmetic(self) -> str:
+        """What the game is computed in, for a person to read."""
+        return "its arithmetic"
+
+    @property
+    def noise(self) -> dict[str, float]:
+        """Largest share of rounding noise seen so far, by arithmetic (:mod:`flmoe_fast.games.rounding`)."""
+        return self.__dict__.setdefault("_noise", {})
+
     def about(self) -> dict[str, Any]:
         """What a result should remember about the game; JSON types only."""
         return {}

@@ -55,11 +55,21 @@ class GroupedGame(Game):
         return self.game(~absent)
 
     def precise(self) -> Game | None:
-        precise = self.game.precise()
-        if precise is None:
+        return self._of(self.game.precise())
+
+    def finer(self) -> Game | None:
+        return self._of(self.game.finer())
+
+    @property
+    def arithmetic(self) -> str:
+        return self.game.arithmetic
+
+    def _of(self, game: Game | None) -> GroupedGame | None:
+        """The same groups of another game's players."""
+        if game is None:
             return None
         groups = {name: row.nonzero()[:, 0].tolist() for name, row in zip(self.player_names, self.member)}
-        return GroupedGame(precise, groups)
+        return GroupedGame(game, groups)
 
     def about(self) -> dict[str, Any]:
         return {**self.game.about(), "players": self._kind}

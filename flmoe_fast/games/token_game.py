@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
-from flmoe_fast.engines.choose import choose
-from flmoe_fast.engines.engine import Corners, Reduction, Request
+from flmoe_fast.engines.choose import choose, why_not
+from flmoe_fast.engines.engine import Corners, Reduction, Request, TokenEngine
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.heads import Heads, predicted_target
+from flmoe_fast.games.rounding import MARGIN, NOISE_LIMIT, percent, too_coarse
 from flmoe_fast.games.sample import lay_out, name_players
 from flmoe_fast.model.network import FLI2MoE
 
@@ -56,9 +58,11 @@ class TokenGame(Game):
         name, a backend that cannot run is an error.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic of the engine; the model's own by default.
-    precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32" or "bf16"
-        Operands of the GPU engines' matrix products, see :class:`TritonEngine`; "cuda" has the first four. Other
-        backends take only "auto".
+    precision : "auto", "fp16x2", "mixed", "fp16", "tf32", "fp32", "bf16" or "bf16x3"
+        Operands of matrix products: of the GPU engines' see :class:`TritonEngine`, "cuda" has the first four; "cpu" has
+        "fp32", and "bf16x3" on processors with AMX. Other backends take only "auto", which begins with the cheapest
+        and moves up where rounding shows (:mod:`flmoe_fast.games.rounding`), to float64 where neither backend nor dtype
+        was asked for either.
     device : optional
         Where to evaluate; the model's own device by default.
     memory : int, optional
@@ -94,7 +98,7 @@ class TokenGame(Game):
             raise ArgumentError("model", type(model).__name__, "an FLI2MoE")
         one_of("value", value, ("prob", "logit"))
         parameter = next(model.parameters())
-        dtype = dtype or parameter.dtype
+        given, dtype = dtype, dtype or parameter.dtype
         one_of("dtype", dtype, (torch.float32, torch.float64))
         self.device = torch.device(device) if device is not None else parameter.device
         self.memory = None if memory is None else integer("memory", memory, least=1)
@@ -102,12 +106,15 @@ class TokenGame(Game):
         self.n = self.problem.n
         if self.n < 2:
             raise ArgumentError("players", f"{self.n} players", "at least two")
-        self._run_on(Request(dtype, self.device, self.problem, backend, precision, self.memory))
+        self._asked = Request(dtype, self.device, self.problem, backend, precision, self.memory)
+        self._any_dtype, self._judged = given is None, False
+        self._run_on(self._asked)
         groups = tuple(g for g in HEAD_GROUPS if g in _head_groups(heads))
         value = "logit" if model.config.task == "regression" else value
         self._heads = Heads(groups, value, self._target(target))
         self.heads = self._heads.names(model.config.expert_names)
         self.groups, self.player_names, self.positions = name_players(self.problem)
+        self._begin_finer()
 
     @property
     def value(self) -> str:
@@ -128,23 +135,23 @@ class TokenGame(Game):
     @torch.no_grad()
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
-        return self._heads.values(self.engine.evaluate(coalitions.bool())).cpu()
+        return self._heads.values(self._ready().evaluate(coalitions.bool())).cpu()
 
     @torch.no_grad()
     def outputs(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (C, O), and the mixture's logits (C, K)."""
         shape("coalitions", coalitions, (None, self.n), "(C, n)")
-        logits = self.engine.evaluate(coalitions.bool())
+        logits = self._ready().evaluate(coalitions.bool())
         return self._heads.values(logits).cpu(), logits.mixed().cpu()
 
     @torch.no_grad()
     def corner_values(self, contexts: torch.Tensor, toggled: torch.Tensor) -> torch.Tensor:
-        logits = self.engine.evaluate_toggles(contexts, toggled)
+        logits = self._ready().evaluate_toggles(contexts, toggled)
         return self._heads.values(logits).cpu().unflatten(0, (contexts.shape[0], toggled.shape[0]))
 
     @torch.no_grad()
     def corner_samples(self, contexts: torch.Tensor, toggled: torch.Tensor, reduction: Reduction) -> Corners | None:
-        if not self.engine.reduces:
+        if not self._ready().reduces:
             return None
         values = self._heads.values(self.engine.evaluate_toggles(contexts, toggled))
         values = values.unflatten(0, (contexts.shape[0], toggled.shape[0]))
@@ -155,9 +162,20 @@ class TokenGame(Game):
         """This game in float64 on the torch engine, or the reference where that cannot run; None if it already is."""
         if self.dtype == torch.float64:
             return None
-        twin = copy.copy(self)
-        twin._run_on(Request(torch.float64, self.device, self.problem, memory=self.memory))
-        return twin
+        return self._on(Request(torch.float64, self.device, self.problem, memory=self.memory))
+
+    def finer(self) -> TokenGame | None:
+        """This game in the next more exact arithmetic; None if arithmetic or backend were asked for, or in float64."""
+        request = self._next()
+        return None if request is None else self._on(request)
+
+    @property
+    def arithmetic(self) -> str:
+        return self.engine.arithmetic
+
+    @property
+    def noise(self) -> dict[str, float]:
+        return self.engine.noise
 
     def about(self) -> dict[str, Any]:
         target = self.target if isinstance(self.target, int) else list(self.target)
@@ -168,11 +186,57 @@ class TokenGame(Game):
             about |= {"backend": self.backend, "reason": self.reason}
         return about
 
-    def _run_on(self, request: Request) -> None:
-        """Let an engine evaluate the game."""
-        self.engine, self.reason = choose(request)
+    def _run_on(self, request: Request, why: str = "") -> None:
+        """Let an engine evaluate the game, and say why where the model is the reason for it."""
+        self.engine, reason = choose(request)
+        self.reason = why or reason
         self.dtype, self.backend = request.dtype, self.engine.name
         self.block, self.more_exact = self.engine.block, self.engine.more_exact
+
+    def _on(self, request: Request) -> TokenGame:
+        """The same game on another engine."""
+        twin = copy.copy(self)
+        twin._run_on(request)
+        return twin
+
+    # ---- the arithmetic ---------------------------------------------------------------------------------------------
+
+    def _next(self) -> Request | None:
+        """The next more exact arithmetic that leaves what was asked for as it was."""
+        asked, request = self._asked, self.engine.finer()
+        if request is None or asked.precision != "auto" or (request.dtype != self.dtype and not self._any_dtype):
+            return None
+        if asked.backend not in ("auto", request.backend):
+            request = replace(request, backend=asked.backend)
+            if why_not(request):
+                return None
+        return replace(request, memory=self.memory)
+
+    def _enough(self) -> float:
+        """The share of noise up to which the arithmetic is good enough to begin with."""
+        return NOISE_LIMIT / MARGIN if self.engine.coarse else NOISE_LIMIT
+
+    def _begin_finer(self) -> None:
+        """Move up as far as what is known of the model says."""
+        while self.noise.get(self.arithmetic, 0.0) > self._enough():
+            request = self._next()
+            if request is None:
+                return
+            share = percent(self.noise[self.arithmetic])
+            self._run_on(request, f"rounding in {self.arithmetic} makes up {share} of what a sample shows")
+
+    def _ready(self) -> TokenEngine:
+        """The engine, in an arithmetic that was judged if it is a coarse one."""
+        while not self._judged and self.engine.coarse and self.arithmetic not in self.noise:
+            finer = self.finer()
+            if finer is None:
+                break
+            plain = copy.copy(self)
+            plain._judged = True
+            if too_coarse(plain, finer):
+                self._begin_finer()
+        self._judged = True
+        return self.engine
 
     @torch.no_grad()
     def _target(self, target: int | Sequence[int] | None) -> int | torch.Tensor:

@@ -19,6 +19,7 @@ from flmoe_fast.probes.by_points import estimate_of, evaluate_pairs, widened
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine
+from flmoe_fast.probes.noise import noise_share
 from flmoe_fast.probes.parity import FIT_POINTS, ParityProcess, parity_kernel
 from flmoe_fast.probes.run import (
     BORROWED,
@@ -27,7 +28,6 @@ from flmoe_fast.probes.run import (
     Run,
     contexts_of,
     joined,
-    noise_share,
     others_of,
     second_difference,
 )

@@ -8,7 +8,8 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.probes.budget import Spending
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine, successive_variance
-from flmoe_fast.probes.run import BORROWED, Found, Run, contexts_of, noise_share, others_of
+from flmoe_fast.probes.noise import noise_share
+from flmoe_fast.probes.run import BORROWED, Found, Run, contexts_of, others_of
 
 #: Fewest units of a first draw whose variances are worth choosing pairs by: the pairs that by chance vary little are
 #: those that by chance are small, and with fewer units that shrinks the estimates.

@@ -12,9 +12,10 @@ from flmoe_fast.probes.draws import SHARED
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate, complete_players
+from flmoe_fast.probes.noise import fresh_noise_share
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.posterior import Posterior
-from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
+from flmoe_fast.probes.run import Found, Run, per_head
 
 #: What the variances of indices are multiplied by, since scales are estimated.
 WIDER = 1.25
@@ -39,8 +40,7 @@ def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
     for (name, order), members in wanted_members(run, grid).items():
         found = exact_index(rows, n, members, name, order)
         also[name, order] = estimate_of(game, members, found, torch.zeros_like(found), float("inf"))
-    spread = rows.var(0).clamp(min=torch.finfo(rows.dtype).tiny)
-    noise, checks = fresh_noise_share(game, grid, run.seed, spread)
+    noise, checks = fresh_noise_share(game, grid, run.seed)
     zero = torch.zeros_like(sii)
     return Found("enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also)
 
@@ -103,7 +103,7 @@ def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.
         gaps, gap_variance = estimate.value, estimate.variance
     flat = values.flatten(0, 1).var(0) == 0  # where nothing varied, nothing tells how much anything might
     variance[:, flat] = gap_variance[:, flat] = torch.nan
-    noise, checks = fresh_noise_share(game, grid, run.seed, process.half(1).amplitude)
+    noise, checks = fresh_noise_share(game, grid, run.seed)
     return Found(
         "process",
         sii,

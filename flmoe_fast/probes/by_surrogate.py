@@ -6,9 +6,10 @@ import torch
 
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import IndexEstimate
+from flmoe_fast.probes.noise import fresh_noise_share
 from flmoe_fast.probes.points import Points
 from flmoe_fast.probes.reading import Estimate, read
-from flmoe_fast.probes.run import Found, Run, fresh_noise_share, per_head
+from flmoe_fast.probes.run import Found, Run, per_head
 from flmoe_fast.probes.surrogate import Surrogate
 
 #: Fewest coalitions worth fitting a surrogate to.
@@ -38,8 +39,8 @@ def by_surrogate(run: Run, grid: CornerGrid, budget: int) -> Found:
     for key, (members, _) in readings[0].also.items():
         value, stderr, degrees = stacked([reading.also[key][1] for reading in readings])
         also[key] = IndexEstimate(members.numpy(), per_head(game, value), per_head(game, stderr), degrees.numpy())
-    spread = torch.stack([(reading.unit_variance * 2).mean() for reading in readings])
     sii, sii_stderr, degrees = stacked([reading.sii for reading in readings])
+    spread = torch.stack([(reading.unit_variance * 2).mean() for reading in readings])
     noise, checks = fresh_noise_share(game, grid, run.seed, spread)
     return Found(
         "surrogate",

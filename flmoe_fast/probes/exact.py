@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS, redundancy_gap
 from flmoe_fast.probes.pairs import resolve_pairs
 from flmoe_fast.probes.parity import exact_weights
+from flmoe_fast.probes.progress import progress_bar
 from flmoe_fast.probes.result import InteractionResult, checked_names
 
 #: 2^24 values of one head take 128 MB; beyond that nobody waits for the model.
@@ -86,8 +86,12 @@ def enumerate_values(game: Game, progress: bool = False) -> torch.Tensor:
     codes = torch.arange(2**game.n)
     bits = torch.arange(game.n)
     blocks = codes.split(max(1, game.block))
-    bar = tqdm(blocks, desc="enumeration", unit="block", disable=not progress, leave=False)
-    return torch.cat([game(((block[:, None] >> bits) & 1).bool()) for block in bar])
+    values = []
+    with progress_bar(len(codes), "enumeration", progress) as bar:
+        for block in blocks:
+            values.append(game(((block[:, None] >> bits) & 1).bool()))
+            bar.update(len(block))
+    return torch.cat(values)
 
 
 def size_law(n: int) -> torch.Tensor:

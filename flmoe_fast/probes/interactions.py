@@ -10,6 +10,7 @@ import numpy as np
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.games.rounding import NOISE_LIMIT, percent, remember, say_moved
 from flmoe_fast.probes.budget import LEAST_BUDGET, Spending, default_way, spend
 from flmoe_fast.probes.by_contexts import by_contexts
 from flmoe_fast.probes.by_grid import by_grid
@@ -25,8 +26,6 @@ from flmoe_fast.probes.stopping import Stopping
 from flmoe_fast.probes.surrogate import MOST_POINTS
 
 METHODS = ("auto", "grid", "surrogate")
-#: Share of rounding noise in the variance of second differences above which a result warns.
-NOISE_LIMIT = 0.01
 
 
 def interactions(
@@ -120,7 +119,9 @@ def interactions(
     Warns
     -----
     RuntimeWarning
-        When the arithmetic's rounding makes up more than 1 % of the variance of the second differences.
+        When the arithmetic's rounding makes up more than 1 % of the variance of the second differences. Where the game
+        has a more exact one and was not asked for this, all evaluations are made again in that, once more than the
+        budget says; ``check_evaluations`` counts those that were of no use, ``about["too_coarse"]`` names them.
     """
     game = as_game(game, n)
     one_of("method", method, METHODS)
@@ -140,15 +141,18 @@ def interactions(
     if adaptive and (budget is None or method != "grid"):
         raise ArgumentError("adaptive", True, 'a budget to allocate and method="grid", or adaptive=False')
     spending = spend(grid, contexts, budget)
-    run = Run(game, gap, seed, progress, wanted, spending.evaluations, three, stopping)
-    with run.bar:
-        if method == "grid":
-            found = by_grid(run, grid, spending, budget is not None and adaptive is not False)
-        elif method == "surrogate":
-            expected = integer("budget", spending.evaluations, least=LEAST_POINTS, most=MOST_POINTS)
-            found = by_surrogate(run, grid, expected)
-        else:
-            found = _by_default(run, grid, spending)
+
+    def estimated(game: Game) -> tuple[Run, Found]:
+        run = Run(game, gap, seed, progress, wanted, spending.evaluations, three, stopping)
+        with run.bar:
+            if method == "grid":
+                return run, by_grid(run, grid, spending, budget is not None and adaptive is not False)
+            if method == "surrogate":
+                expected = integer("budget", spending.evaluations, least=LEAST_POINTS, most=MOST_POINTS)
+                return run, by_surrogate(run, grid, expected)
+            return run, _by_default(run, grid, spending)
+
+    game, run, found = _steadily(game, estimated)
     result = InteractionResult(
         pairs=chosen.numpy(),
         sii=per_head(game, found.sii),
@@ -168,15 +172,35 @@ def interactions(
         about={**game.about(), "method": found.method, **found.facts},
         also=found.also,
     )
-    worst = float(np.nanmax(result.noise_share)) if np.isfinite(result.noise_share).any() else 0.0
-    if worst > NOISE_LIMIT:
+    if (worst := _worst(found)) > NOISE_LIMIT:
         warnings.warn(
-            f"rounding makes up {worst:.1%} of the variance of the second differences; use a more exact arithmetic "
+            f"rounding makes up {percent(worst)} of the second differences' variance; use a more exact arithmetic "
             f"({game.more_exact})",
             RuntimeWarning,
             stacklevel=2,
         )
     return result
+
+
+def _steadily(game: Game, estimated: Callable[[Game], tuple[Run, Found]]) -> tuple[Game, Run, Found]:
+    """Estimates in the first arithmetic of a game whose rounding does not show, or in its last one."""
+    run, found = estimated(game)
+    wasted, coarse = 0, {}
+    while (worst := _worst(found)) > NOISE_LIMIT and run.stopping.reason is None and (finer := game.finer()):
+        say_moved(game, finer, worst)
+        coarse[game.arithmetic] = worst
+        wasted += run.evaluations + found.checks
+        game = finer
+        run, found = estimated(game)
+    if found.checks:
+        remember(game, worst)
+    facts = {"too_coarse": coarse, **found.facts} if coarse else found.facts
+    return game, run, replace(found, checks=wasted + found.checks, facts=facts)
+
+
+def _worst(found: Found) -> float:
+    """Share of noise of the worst head; zero where it was not measured."""
+    return float(found.noise.nan_to_num(0.0).max())
 
 
 def _by_default(run: Run, grid: CornerGrid, spending: Spending) -> Found:

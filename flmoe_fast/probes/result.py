@@ -51,7 +51,7 @@ class InteractionResult:
     evaluations : int
         Model evaluations spent on the estimate.
     check_evaluations : int
-        Further evaluations in higher precision, spent on measuring ``noise_share``.
+        Further evaluations, spent on measuring ``noise_share``, and those in an arithmetic that was found too coarse.
     noise_share : float64 () or (O,)
         Rounding noise: variance of the second differences' error against float64, over their variance across contexts
         and pairs. NaN when it was not measured. Above 0.01 the ranking is partly noise.

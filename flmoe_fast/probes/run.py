@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.engines.engine import Reduction
@@ -17,10 +16,9 @@ from flmoe_fast.probes.gap import LEAST_JOINT_COST, redundancy_gap
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import OF_TRIPLES, IndexEstimate, complete_players, contrast, probability
 from flmoe_fast.probes.moments import Draw, combine, unit_means
+from flmoe_fast.probes.progress import progress_bar
 from flmoe_fast.probes.stopping import Stopping
 
-#: Contexts and pairs that are evaluated once more in higher precision.
-NOISE_CONTEXTS, NOISE_PAIRS = 4, 4
 #: Degrees of freedom that every variance borrows from those of the other pairs.
 BORROWED = 1.0
 
@@ -117,7 +115,7 @@ class Run:
     ):
         self.game, self.gap_kind, self.seed, self.also, self.triples = game, gap, seed, also, triples
         self.stopping = stopping or Stopping()
-        self.bar = tqdm(total=total, unit="eval", desc="interactions", disable=not progress, leave=False)
+        self.bar = progress_bar(total, "interactions", progress)
         self.evaluations = 0
 
     def members_of_triples(self) -> dict[tuple[str, int], torch.Tensor]:
@@ -231,36 +229,6 @@ def others_of(game: Game, draws: list[DrawnGrid]) -> dict[tuple[str, int], Index
             values, stderr, degrees = combine(parts, len(members), borrowed=BORROWED)
             found[key] = IndexEstimate(members.numpy(), per_head(game, values), per_head(game, stderr), degrees.numpy())
     return found
-
-
-def noise_share(game: Game, grid: CornerGrid, draw: DrawnGrid) -> tuple[torch.Tensor, int]:
-    """Rounding noise of the second differences over their variance, per head, and evaluations spent on it."""
-    outputs = draw.second.shape[-1]
-    precise = game.precise()
-    if precise is None:
-        return torch.full((outputs,), torch.nan, dtype=torch.float64), 0
-    some_contexts = torch.linspace(0, len(draw.contexts) - 1, min(NOISE_CONTEXTS, len(draw.contexts))).long()
-    some_pairs = torch.linspace(0, len(grid.pairs) - 1, min(NOISE_PAIRS, len(grid.pairs))).long()
-    small = CornerGrid.of(grid.pairs[some_pairs], game.n)
-    contexts = draw.contexts[some_contexts]
-    exact = second_difference(small.corners(contexts, corner_values(precise, contexts, small)))
-    error = draw.second[some_contexts][:, some_pairs] - exact
-    spread = draw.second.flatten(0, 1).var(0, correction=0)
-    noise = error.square().mean((0, 1))
-    return torch.where(noise == 0, 0.0, noise / spread), len(contexts) * small.evaluations
-
-
-def fresh_noise_share(game: Game, grid: CornerGrid, seed: int, spread: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """As :func:`_noise_share`, where no context was evaluated on a grid: a few are, in both precisions."""
-    precise = game.precise()
-    if precise is None:
-        return torch.full_like(spread, torch.nan), 0
-    some_pairs = torch.linspace(0, len(grid.pairs) - 1, min(NOISE_PAIRS, len(grid.pairs))).long()
-    small = CornerGrid.of(grid.pairs[some_pairs], game.n)
-    contexts = unpack(sample_contexts(game.n, NOISE_CONTEXTS, seed=seed).words, game.n)
-    both = [second_difference(small.corners(contexts, corner_values(g, contexts, small))) for g in (game, precise)]
-    noise = (both[0] - both[1]).square().mean((0, 1))
-    return torch.where(noise == 0, 0.0, noise / spread), 2 * len(contexts) * small.evaluations
 
 
 def second_difference(corners: tuple[torch.Tensor, ...]) -> torch.Tensor:

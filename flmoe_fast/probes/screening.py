@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.games.game import Game, as_game
@@ -24,6 +23,7 @@ from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import rule
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.points import Points
+from flmoe_fast.probes.progress import progress_bar
 from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.probes.surrogate import MOST_POINTS, Surrogate, functionals
 
@@ -126,7 +126,7 @@ def screen(
     costs = 1 + min(2 * top, game.n) + top
     needed = max(int(LEAST_CONTEXTS * costs / CHECKED), 2 * LEAST_POINTS)
     budget = integer("budget", budget, least=needed)
-    with tqdm(total=budget, unit="eval", desc="screening", disable=not progress, leave=False) as bar:
+    with progress_bar(budget, "screening", progress) as bar:
         points = Points(game, seed, bar)
         points.evaluate(min(int(budget * (1 - CHECKED)), MOST_POINTS))
     column = points.values[:, _column(game, head)]

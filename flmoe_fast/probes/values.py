@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import sample_contexts, unpack
@@ -16,6 +15,7 @@ from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import contrast
 from flmoe_fast.probes.moments import Draw, combine, unit_means
 from flmoe_fast.probes.pairs import resolve_players
+from flmoe_fast.probes.progress import progress_bar
 from flmoe_fast.probes.result import half_width
 
 DEFAULT_CONTEXTS = 64
@@ -92,7 +92,7 @@ def player_values(
     antithetic = count % 2 == 0 and count >= 4
     drawn = unpack(sample_contexts(game.n, count, seed=seed, antithetic=antithetic).words, game.n)
     samples = []
-    with tqdm(total=count * grid.evaluations, unit="eval", desc="values", disable=not progress, leave=False) as bar:
+    with progress_bar(count * grid.evaluations, "values", progress) as bar:
         for block in drawn.split(max(1, game.block // grid.evaluations)):
             values = game.corner_values(block, grid.toggled)
             values = values[..., None] if values.dim() == 2 else values

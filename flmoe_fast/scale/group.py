@@ -112,6 +112,18 @@ class SharedGame(Game):
         precise = self.game.precise()
         return None if precise is None else SharedGame(precise, self.group)
 
+    def finer(self) -> Game | None:
+        finer = self.game.finer()
+        return None if finer is None else SharedGame(finer, self.group)
+
+    @property
+    def arithmetic(self) -> str:
+        return self.game.arithmetic
+
+    @property
+    def noise(self) -> dict[str, float]:
+        return self.game.noise
+
     def about(self) -> dict[str, Any]:
         return self.game.about()
 

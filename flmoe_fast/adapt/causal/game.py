@@ -80,6 +80,7 @@ class DecoderGame(PlacedGame):
         memory: int = 1 << 28,
     ):
         prompt_of(inputs)
+        self.free = dtype is None
         self.model, given, self.dtype = in_dtype(model, inputs, dtype)
         self.question = own_answer(self.model, given) if question is None else question
         self.memory = integer("memory", memory, least=1)
@@ -193,6 +194,8 @@ class DecoderGame(PlacedGame):
         tolerance = MODEL_TOLERANCE[theirs.dtype]
         if not error <= tolerance:
             got = f"logits that differ by {error:.1e} from those of {self._reading.name} run as a tree"
+            if bool(self._removed.any()) and "position_ids" not in inspect.signature(self.model.forward).parameters:
+                got += " (the model takes no position_ids: where tokens are removed it may number the others anew)"
             raise Unsupported("model", got, f"the same within {tolerance:.0e}")
 
     # ---- evaluation ---------------------------------------------------------------------------------------------

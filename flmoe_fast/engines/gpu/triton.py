@@ -166,6 +166,16 @@ class TritonEngine(TokenEngine):
         arithmetic: dict[str, Any] = {"dtype": request.dtype, "precision": request.precision}
         return cls(request.known_problem, device=request.device, memory=request.memory, **arithmetic)
 
+    @property
+    def arithmetic(self) -> str:
+        return self.precision
+
+    def finer(self) -> Request | None:
+        """Two terms of every activation, then float64."""
+        if self.precision in ("fp16x2", "fp32"):
+            return super().finer()
+        return Request(self.dtype, self.device, self.problem, self.name, "fp16x2")
+
     def about(self) -> dict[str, Any]:
         return {"precision": self.precision, "configurations": self.arch}
 

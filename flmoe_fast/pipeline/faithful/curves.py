@@ -22,6 +22,7 @@ import torch
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.files import replacing
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.games.rounding import steady_outputs
 from flmoe_fast.model.metrics import score
 from flmoe_fast.pipeline.importance.concentration import percentages, top_count
 
@@ -167,7 +168,7 @@ def faithfulness(
     selected = torch.zeros(len(chosen), game.n, dtype=torch.bool)
     for row, players in zip(selected, chosen):
         row[players] = True
-    values, logits = game.outputs(torch.cat([torch.ones(1, game.n, dtype=torch.bool), ~selected, selected]))
+    values, logits = steady_outputs(game, torch.cat([torch.ones(1, game.n, dtype=torch.bool), ~selected, selected]))
     values = values[:, None] if values.dim() == 1 else values
     without, only = (part.unflatten(0, (len(shares), 1 + repeats)).numpy() for part in values[1:].split(len(chosen)))
     return Faithfulness(

@@ -18,6 +18,7 @@ import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.games.rounding import steady_outputs
 from flmoe_fast.model.metrics import score
 from flmoe_fast.probes.pairs import Pairs, resolve_pairs
 
@@ -135,7 +136,7 @@ def mask_pairs(
             for group, size in zip(order, tokens[b].tolist()):
                 present[row + r, group[:size]] = False
         row += 1 + repeats
-    values, logits = game.outputs(present)
+    values, logits = steady_outputs(game, present)
     values = values[:, None] if values.dim() == 1 else values
     shape_of = (len(budgets), 1 + repeats)
     by_budget = values[1:].unflatten(0, shape_of).numpy()
