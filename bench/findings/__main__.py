@@ -37,15 +37,23 @@ def main() -> None:
 
 
 def make(missing: list[Task], jobs: int, out: Path) -> None:
-    """Make rows in processes of their own, saying which are done."""
+    """Make rows, in processes of their own where there are several jobs, saying which are done."""
     begun = time.monotonic()
+
+    def done(number: int, task: Task) -> None:
+        where = f"{number}/{len(missing)}, {time.monotonic() - begun:.0f} s"
+        print(f"{where:>16}  {task.experiment}: {task.name}", flush=True)
+
+    if jobs == 1:
+        for number, task in enumerate(missing, 1):
+            work(task, out)
+            done(number, task)
+        return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(work, task, out): task for task in missing}
-        for number, done in enumerate(as_completed(waiting), 1):
-            done.result()
-            task = waiting[done]
-            where = f"{number}/{len(missing)}, {time.monotonic() - begun:.0f} s"
-            print(f"{where:>16}  {task.experiment}: {task.name}", flush=True)
+        for number, future in enumerate(as_completed(waiting), 1):
+            future.result()
+            done(number, waiting[future])
 
 
 if __name__ == "__main__":
