@@ -204,8 +204,8 @@ def planted_lines(rows: list[dict]) -> Table:
     columns += ["mean rank by SII", "by strict gap"]
     pairs = own[0]["pairs"] if own else 1
     note = (
-        f"Mean ± spread over seeds, of data and weights; {PROBED} held-out samples each. By chance {100 / pairs:.0f} % of "
-        f"pairs are first (mean rank {(pairs + 1) / 2:.1f}), and {100 / (WORDS + PATCHES):.0f} % of players."
+        f"Mean ± spread over seeds, of data and weights; {PROBED} held-out samples each. By chance {100 / pairs:.0f} % "
+        f"of pairs are first (mean rank {(pairs + 1) / 2:.1f}), and {100 / (WORDS + PATCHES):.0f} % of players."
     )
     return columns, lines, note
 
