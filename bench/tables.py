@@ -26,6 +26,7 @@ from bench import (
     mixes,
     peers_tables,
     pipeline,
+    runtimes,
     soak,
     zoo,
 )
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (soak, zoo)
+BENCHES += (runtimes, soak, zoo)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

@@ -13,6 +13,7 @@ import threading
 import weakref
 
 import torch
+from torch import nn
 
 from flmoe_fast.engines.fold import Weights, fold
 from flmoe_fast.engines.problem import TokenProblem
@@ -160,8 +161,14 @@ def forget(model: FLI2MoE) -> None:
 @torch.no_grad()
 def _mark(model: FLI2MoE) -> tuple:
     """What is compared to see whether a model is still the one that was prepared."""
-    held = (group for module in model.modules() for group in (module._parameters, module._buffers))
-    tensors = [tensor for group in held for tensor in group.values() if tensor is not None]
+    tensors: list[torch.Tensor] = []
+    modules: list[nn.Module | None] = [model]
+    while modules:  # a fifth of the time that model.modules() takes, which every game would pay
+        module = modules.pop()
+        if module is not None:
+            modules += module._modules.values()
+            held = (*module._parameters.values(), *module._buffers.values())
+            tensors += [tensor for tensor in held if tensor is not None]
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     sums = tuple(torch.stack([t.sum().double() for t in tensors]).tolist())
     # The capacity is a sample's matter: it is not folded into anything.
