@@ -81,6 +81,12 @@ def onnx_runtime(model: BatchedSDPA, example: torch.Tensor) -> Forward:
     return run
 
 
+def multiplies_bf16() -> bool:
+    """Whether the processor has products of bfloat16; where they are made of others a coalition takes a second."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
 def runtimes(model: BatchedSDPA, example: torch.Tensor) -> dict[str, Forward]:
     """Every runtime that is installed, by name; each gives the model's logits."""
     found: dict[str, Forward] = {}
@@ -113,6 +119,9 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, tuple[int, Callable[[]
         "batched SDPA bf16 autocast": autocast(batched),
         **runtimes(batched, many),
     }
+    if not multiplies_bf16():
+        print("OpenVINO bf16 is not timed: the processor has no products of bfloat16", flush=True)
+        forwards.pop("OpenVINO bf16", None)
     if compiled:
         program = torch.compile(batched, mode="max-autotune-no-cudagraphs", dynamic=False)
         forwards["batched SDPA fp32, torch.compile"] = program
@@ -163,7 +172,7 @@ def keep(rows: list[dict]) -> None:
 def table(rows: list[dict]) -> Table:
     """Times of every runtime, and what rounding is worth."""
     shares = {(row["candidate"], row["epochs"]): row for row in rows if row["part"] == "noise"}
-    lines, note = [], "Medians and quartiles; the last column but two is the time over the engine's, per round."
+    lines, note = [], "Medians and quartiles; ratios are those of the rounds."
     for row in (row for row in rows if row["part"] == "times"):
         noises = [shares.get((row["candidate"].removesuffix(", torch.compile"), epochs)) for epochs in EPOCHS]
         lines.append(
