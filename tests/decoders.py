@@ -167,6 +167,20 @@ def gemma3() -> nn.Module:
     return ready(hf.Gemma3ForConditionalGeneration(config))
 
 
+def blip2() -> nn.Module:
+    former = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 36,
+              "encoder_hidden_size": 16, "cross_attention_frequency": 2}  # fmt: skip
+    text = {
+        "model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "word_embed_proj_dim": 24, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = hf.Blip2Config(
+        vision_config=CLIP, qformer_config=former, text_config=text, num_query_tokens=4, image_token_id=IMAGE
+    )
+    return ready(hf.Blip2ForConditionalGeneration(config))
+
+
 def prompt(image_tokens: int = 0, question: int = 6, seed: int = 0) -> torch.Tensor:
     """Tokens (1, T): two of a system prompt, an image's, and a question's with two at its end that are no words."""
     words = torch.randint(3, 40, (question + 4,), generator=torch.Generator().manual_seed(seed))

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers as hf
-from decoders import EXPERTS, PICTURES, TEXTS, prompt, text_of
+from decoders import EXPERTS, PICTURES, TEXTS, blip2, picture, prompt, text_of, with_picture
 from encoders import IDS, IMAGE, TEXT, patches, pixels, ready, text_inputs, words
 from torch import nn
 
 from flmoe_fast import image_players, image_token_players, next_token, text_players
+from flmoe_fast.adapt.players import Players
 
 IMAGE_TOKEN, VISION_START = 41, 40
 ANSWER = 4
@@ -80,6 +81,21 @@ def seeing(name: str) -> Case:
     return Case("decoder with pictures", make, inputs, players, {"value": next_token(ANSWER)})
 
 
+def numbered_by_mask() -> Case:
+    """One that numbers tokens by what its mask shows: words and patches are replaced."""
+
+    def players(given: dict[str, torch.Tensor]) -> list:
+        [question] = _question(given)
+        absent = torch.where(question.owner >= 0, 3, given["input_ids"][0])
+        words = replace(question, absent=absent, mask=None)
+        return [words, image_players(given["pixel_values"], patch=4, absent=0.0)]
+
+    def inputs() -> dict[str, torch.Tensor]:
+        return with_picture(4, pixel_values=picture(1, 3, 12, 12))
+
+    return Case("decoder with pictures", blip2, inputs, players, {"value": next_token(ANSWER)})
+
+
 def both(make: Callable[[], nn.Module], absent: int | str = "remove", **more: torch.Tensor) -> Case:
     """Words and patches of a classifier, or of a dual encoder."""
     return Case(
@@ -133,6 +149,50 @@ def _answers(output: Any) -> torch.Tensor:
     return output.question_answering_score
 
 
+def _documents() -> dict[str, torch.Tensor]:
+    return {**_layout(), "pixel_values": pixels()}
+
+
+def _sound() -> dict[str, torch.Tensor]:
+    features = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return {"input_features": features, "decoder_input_ids": torch.tensor([[1, 7, 9, 5, 3]])}
+
+
+def _sound_players(given: dict[str, torch.Tensor]) -> list:
+    """Four stretches of sound, and two words of what has been said so far."""
+    features, ids = given["input_features"][0], given["decoder_input_ids"]
+    owner = torch.arange(24) // 6
+    names, places = tuple(f"sound {k}" for k in range(4)), tuple((6 * k, 6 * k + 6) for k in range(4))
+    sound = Players("input_features", "sound", names, places, owner, torch.zeros_like(features))
+    return [sound, text_players(ids, special=[1, 3, 5], absent=4, input="decoder_input_ids", mask="")]
+
+
+def _patches_in_rows() -> dict[str, torch.Tensor]:
+    """Nine flattened patches, as models of pictures of any size take them."""
+    rows = pixels().unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    mask = torch.ones(1, 9, dtype=torch.long)
+    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[3, 3]])}
+
+
+def _row_players(given: dict[str, torch.Tensor]) -> list:
+    rows = given["pixel_values"][0]
+    names, places = tuple(f"patch {k}" for k in range(9)), tuple((k // 3, k % 3) for k in range(9))
+    return [Players("pixel_values", "image", names, places, torch.arange(9)[:, None], torch.zeros_like(rows))]
+
+
+def _spoken(output: Any) -> torch.Tensor:
+    return output.logits[:, -1, 6].double()
+
+
+def _matched(output: Any) -> torch.Tensor:
+    return output.itm_score
+
+
+def _first_token(output: Any) -> torch.Tensor:
+    return output.multimodal_output.last_hidden_state[:, 0, :3]
+
+
+_SEEING = {**IMAGE, "num_hidden_layers": 2}
 _LAYOUT = {"max_2d_position_embeddings": 16, "coordinate_size": 4, "shape_size": 4}
 _LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -170,6 +230,15 @@ CASES: dict[str, Case] = {
         "Bart", d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=3, decoder_attention_heads=3,
         encoder_ffn_dim=40, decoder_ffn_dim=40, eos_token_id=3, bos_token_id=2, decoder_start_token_id=3,
     ),
+    "mT5, classifier": text(
+        "MT5", d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, decoder_start_token_id=0, eos_token_id=3,
+        feed_forward_proj="gated-gelu",
+    ),
+    "NomicBERT": text("NomicBert"),
+    "EuroBERT": text("EuroBert", num_attention_heads=4, num_key_value_heads=2),
+    "ESM": text("Esm", pad_token_id=0, position_embedding_type="rotary", mask_token_id=4),
+    "RoFormer": text("RoFormer", num_attention_heads=4, embedding_size=24),
+    "Llama, classifier": text("Llama", num_attention_heads=4, num_key_value_heads=2),
     "PyTorch's encoder": Case("text", lambda: _torch(), text_inputs, lambda _: [words("remove")]),
     "ViT": image("ViT"),
     "DeiT": image("DeiT", "DeiTForImageClassificationWithTeacher"),
@@ -189,6 +258,14 @@ CASES: dict[str, Case] = {
     "SigLIP, classifier": Case(
         "image", lambda: _tower("Siglip"), lambda: {"pixel_values": pixels()}, lambda _: [patches()]
     ),
+    "SigLIP2, any size": Case(
+        "image",
+        lambda: _of("Siglip2Config", "Siglip2ForImageClassification", {
+            "vision_config": {**IMAGE, "num_patches": 9}, "num_labels": 4}),
+        _patches_in_rows, _row_players),
+    "DINOv3, gated": Case(
+        "image", image("DINOv3ViT", "DINOv3ViTModel", use_gated_mlp=True, num_register_tokens=1).make,
+        lambda: {"pixel_values": pixels()}, lambda _: [patches()], {"value": _pooled}),
     "Swin": Case("image", lambda: _of("SwinConfig", "SwinForImageClassification", {
         "image_size": 12, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 3, "patch_size": 2}),
         lambda: {"pixel_values": pixels()}, lambda _: [patches()]),
@@ -208,6 +285,32 @@ CASES: dict[str, Case] = {
         lambda: _of("LxmertConfig", "LxmertForQuestionAnswering", {
             **TEXT, "num_qa_labels": 4, "visual_feat_dim": 16, "l_layers": 1, "x_layers": 1, "r_layers": 1}),
         _lxmert, lambda _: [words("remove")], {"value": _answers}),
+    "LayoutLMv3": Case(
+        "text and image",
+        text("LayoutLMv3", **_LAYOUT, input_size=12, patch_size=4, pad_token_id=1, has_relative_attention_bias=True,
+             has_spatial_attention_bias=True, rel_pos_bins=8, rel_2d_pos_bins=8).make,
+        _documents, lambda _: [words("remove"), patches()], {"value": "logit"}),
+    "BLIP, matching": Case(
+        "text and image",
+        lambda: _of("BlipConfig", "BlipForImageTextRetrieval", {
+            "text_config": {**TEXT, "projection_dim": 16, "encoder_hidden_size": 24, "bos_token_id": 2,
+                            "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0},
+            "vision_config": _SEEING, "projection_dim": 16, "image_text_hidden_size": 16}),
+        lambda: {**text_inputs(), "pixel_values": pixels()}, lambda _: [words(), patches()], {"value": _matched}),
+    "FLAVA": Case(
+        "text and image",
+        lambda: _of("FlavaConfig", "FlavaModel", {
+            "text_config": {**TEXT, "pad_token_id": 0}, "image_config": _SEEING,
+            "multimodal_config": {**TEXT, "num_hidden_layers": 2}, "projection_dim": 16, "hidden_size": 24}),
+        lambda: {**text_inputs(), "pixel_values": pixels()}, lambda _: [words(), patches()], {"value": _first_token}),
+    "Whisper": Case(
+        "sound and text",
+        lambda: _of("WhisperConfig", "WhisperForConditionalGeneration", {
+            "vocab_size": 40, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_mel_bins": 8,
+            "max_source_positions": 12, "max_target_positions": 12, "decoder_start_token_id": 1, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": [], "begin_suppress_tokens": []}),
+        _sound, _sound_players, {"value": _spoken}),
     **{name: decoder(make) for name, make in TEXTS.items()},
     "Gemma": causal("Gemma", head_dim=8),
     "OPT": causal("OPT", "OPTForCausalLM", hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
@@ -233,6 +336,7 @@ CASES: dict[str, Case] = {
     "Qwen3-Next": causal("Qwen3Next", **{**EXPERTS, **_LINEAR}, shared_expert_intermediate_size=16),
     "Mamba": causal("Mamba", "MambaForCausalLM", hidden_size=24, num_hidden_layers=2, state_size=4),
     **{name: seeing(name) for name in PICTURES},
+    "BLIP-2": numbered_by_mask(),
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame, floating
 from flmoe_fast.adapt.players import Players
+from flmoe_fast.adapt.reading import Stack, find_stacks
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE, accelerate_module, is_reference_layout
-from flmoe_fast.adapt.tower import Stack, find_stacks
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game
 from flmoe_fast.model.checkpoint import load_checkpoint

@@ -13,17 +13,22 @@ from flmoe_fast.adapt.layers import Unsupported
 
 #: An additive mask below this hides a key; between it and zero it would be a bias, which no plain layer has.
 HIDDEN = -1e4
+#: What layers call the object that keeps keys and values.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @contextlib.contextmanager
-def instead(layers: list[nn.Module], states: torch.Tensor | None, returned: type) -> Iterator[None]:
-    """Layers that return ``states``, or what they are given, without computing anything."""
+def instead(layers: list[nn.Module], states: torch.Tensor | None, returned: int) -> Iterator[None]:
+    """Layers that return ``states``, or what they are given, without computing anything.
+
+    ``returned`` is how many things they return, see :func:`count_returned`.
+    """
 
     def forward(index: int) -> Callable:
         def skip(*args: object, **kwargs: object) -> object:
             given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
             out = states if index == 0 and states is not None else given
-            return (out, None) if issubclass(returned, tuple) else out
+            return (out, *[None] * (returned - 1)) if returned else out
 
         return skip
 
@@ -38,6 +43,11 @@ def instead(layers: list[nn.Module], states: torch.Tensor | None, returned: type
             del layer.forward
             if forward_of_its_own is not None:
                 layer.forward = forward_of_its_own
+
+
+def count_returned(output: object) -> int:
+    """How many things a layer returned in a tuple; 0 where it returned its states alone."""
+    return len(output) if isinstance(output, tuple) else 0
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from flmoe_fast.adapt.encoder_game import MODEL_TOLERANCE, check_with_model, in_
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, PlacedGame, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.reading import Stack
 from flmoe_fast.adapt.remember import Remembered
-from flmoe_fast.adapt.tower import Stack, Tower
+from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.engines.choose import STACK_BACKENDS
 from flmoe_fast.games.rounding import too_coarse

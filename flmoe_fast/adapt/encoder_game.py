@@ -12,8 +12,9 @@ from torch import nn
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import PlacedGame, Score, doubled, floating, name_players
 from flmoe_fast.adapt.players import PlayerMap, Players
+from flmoe_fast.adapt.reading import Stack
 from flmoe_fast.adapt.remember import Remembered
-from flmoe_fast.adapt.tower import Stack, Tower
+from flmoe_fast.adapt.tower import Tower
 from flmoe_fast.checks import ArgumentError, integer, one_of, shape
 from flmoe_fast.engines.choose import STACK_BACKENDS
 from flmoe_fast.games.rounding import too_coarse

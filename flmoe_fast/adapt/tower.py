@@ -8,86 +8,29 @@ hand over the engine's final states, and its own norms, pooling and classifier m
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from flmoe_fast.adapt.around import eager, instead, torch_mask, visible_keys
-from flmoe_fast.adapt.layers import LayerParts, Unsupported, fold, read_layer
+from flmoe_fast.adapt.around import count_returned, eager, instead
+from flmoe_fast.adapt.layers import Unsupported
+from flmoe_fast.adapt.placing import biases_of, places_of, shared
 from flmoe_fast.adapt.players import NOBODY, PlayerMap, repeated
+from flmoe_fast.adapt.reading import Call, Stack, compare_layers, find_stacks
 from flmoe_fast.adapt.steady import steady
 from flmoe_fast.engines.choose import choose
 from flmoe_fast.engines.engine import Request
+from flmoe_fast.engines.places import Places
 from flmoe_fast.engines.problem import StackProblem
-from flmoe_fast.engines.stack import PreparedStack
-from flmoe_fast.engines.torch_stack import TorchStack
 
-#: Largest relative difference between a layer and what was read of it, both in float64. Anything a layer does beside
-#: what a plain one does is far larger; some models take the softmax in float32 whatever the rest is in.
-LAYER_TOLERANCE = 1e-6
 #: Numbers of inputs, or of final states, to hold at a time.
 STATES = 1 << 24
 #: Tokens that a head may read before it is taken to read them all.
 MOST_READS = 8
-
-
-@dataclass
-class Stack:
-    """The encoder layers of a model: a list of modules, where they are, and what has been read of them.
-
-    One that is kept serves any number of samples: engines lay out its weights once, and its layers are compared with
-    what was read of them once.
-    """
-
-    name: str
-    layers: list[nn.Module]
-    parts: list[LayerParts] = field(default_factory=list)
-    compared: bool = False
-
-    @functools.cached_property
-    def prepared(self) -> PreparedStack:
-        """The layers as engines take them."""
-        return PreparedStack(fold(self.parts))
-
-
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """All lists of plain encoder layers in a model.
-
-    Raises
-    ------
-    Unsupported
-        There is none; the message says why the layers of the longest list of equal modules are not plain.
-    """
-    lists = [
-        Stack(name, list(module))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and len({type(m) for m in module}) == 1
-    ]
-    lists = [stack for stack in lists if any(True for _ in stack.layers[0].parameters())]
-    found, reasons = [], []
-    for stack in lists:
-        try:
-            stack.parts = [read_layer(layer, f"{stack.name}.{i}") for i, layer in enumerate(stack.layers)]
-            found.append(stack)
-        except Unsupported as reason:
-            reasons.append((len(stack.layers) * sum(p.numel() for p in stack.layers[0].parameters()), reason))
-    if found:
-        return found
-    if reasons:
-        raise max(reasons, key=lambda pair: pair[0])[1]
-    raise Unsupported("model", f"a {type(model).__name__} without a list of equal layers", "a stack of encoder layers")
-
-
-@dataclass
-class _Seen:
-    """What a forward pass showed of a stack."""
-
-    entering: torch.Tensor | None = None
-    mask: torch.Tensor | None = None  # (1, 1, 1 or L, L)
 
 
 class Tower:
@@ -144,27 +87,31 @@ class Tower:
         precision: str = "auto",
     ):
         self.model, self.run, self.read, self.inputs, self.players = model, run, read, dict(inputs), players
-        self._returned: type = torch.Tensor  # what a layer returns
+        self._returned = 0  # how many things a layer returns
         stacks = find_stacks(model) if stacks is None else stacks
+        self._entering = torch.ones(players.n, dtype=torch.bool)  # whose tokens go through the stack
         everyone = torch.ones(1, players.n, dtype=torch.bool)
         if like is None:
-            self.stack, calls, self.full = self._watch(stacks)
-            states, seen = self._states(everyone)
+            self.stack, calls, self.full, biases = self._watch(stacks)
+            states = self._states(everyone)
             if states.dim() != 3:
                 got = f"{self.stack.name} with an input of shape {tuple(states.shape)}"
                 raise Unsupported("model", got, "(1, L, H)")
-            allowed = visible_keys(seen.mask, states.shape[1], self.stack.name)
+            each = [
+                places_of(layer, parts, call, biases.get(layer), f"{self.stack.name}.{index}")
+                for index, (layer, parts, call) in enumerate(zip(self.stack.run, self.stack.parts_run, calls))
+            ]
+            self.stack.placed = any(not one.masked_only for one in each)
             if not self.stack.compared:
-                for index, (args, kwargs) in enumerate(calls):
-                    self._compare_layer(index, args, kwargs, allowed)
-                self.stack.compared = True
+                compare_layers(self.model, self.stack, calls, each)
+            places, allowed = shared(each)
             self._length, self._hidden = states.shape[1:]
-            self.problem = self._problem(states[0], allowed)
+            self.problem = self._problem(states[0], allowed, places)
         else:
             self.stack = next(stack for stack in stacks if stack.name == like.stack.name)
-            self._returned, self.full = like._returned, like.full
+            self._returned, self.full, self._entering = like._returned, like.full, like._entering
             self._length, self._hidden = like._length, like._hidden
-            states, absent = (self._states(coalition)[0][0].cpu() for coalition in (everyone, ~everyone))
+            states, absent = (self._states(coalition)[0].cpu() for coalition in (everyone, ~everyone))
             mixed = None if like.problem.mixed is None else self._mixed_states
             here = replace(like.problem, model=self.stack.prepared, mixed=mixed)
             self.problem = replace(here, present=states, absent=absent)
@@ -175,9 +122,17 @@ class Tower:
         """What is read of the model's output for coalitions (C, n) bool: (C, ...)."""
         rows, outputs = self._head_rows(), []
         for block in coalitions.split(max(rows, STATES // (len(self.problem.reads) * self._hidden))):
-            states = self.engine.evaluate(block)
+            states = self._final(block)
             outputs += [self._resume(*part) for part in zip(states.split(rows), block.split(rows))]
         return torch.cat(outputs)
+
+    def _final(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Final states (C, R, H); coalitions that differ only in players who do not enter the stack share them."""
+        if bool(self._entering.all()):
+            return self.engine.evaluate(coalitions)
+        mine = coalitions.cpu() | ~self._entering
+        distinct, which = mine.unique(dim=0, return_inverse=True)
+        return self.engine.evaluate(distinct)[which]
 
     def plainly(self, coalitions: torch.Tensor) -> torch.Tensor:
         """The same through the model itself, one coalition at a time. Nothing can be removed that has no mask."""
@@ -193,8 +148,9 @@ class Tower:
         And every layer's attention (C, h, L, L). All of it can be differentiated, if gradients are enabled.
         """
         maps = []
-        for parts in self.stack.parts:
-            states, attention = parts.attend(states, self.problem.allowed)
+        places = self.problem.places or (Places(self.problem.allowed),) * len(self.stack.run)
+        for parts, one in zip(self.stack.parts_run, places):
+            states, attention = parts.attend(states, one.map(functools.partial(_like, states)))
             maps.append(attention)
         everyone = torch.ones(len(states), self.players.n, dtype=torch.bool)
         graded = torch.is_grad_enabled()
@@ -203,46 +159,75 @@ class Tower:
 
     # ---- running the model around its layers --------------------------------------------------------------------
 
-    def _watch(self, stacks: list[Stack]) -> tuple[Stack, list[tuple[tuple, dict]], torch.Tensor]:
-        """One forward pass of the full sample: the stack it goes through, its layers' arguments, what is read."""
-        calls: dict[str, list[tuple[tuple, dict]]] = {stack.name: [] for stack in stacks}
+    def _watch(self, stacks: list[Stack]) -> tuple[Stack, list[Call], torch.Tensor, dict[nn.Module, torch.Tensor]]:
+        """One forward pass of the full sample: its stack, the layers' arguments, what is read, the layers' biases."""
+        calls: dict[str, list[Call]] = {}  # in the order in which they run
+        outputs: dict[str, list[torch.Tensor]] = {}
+        returned: dict[str, int] = {}
 
         def enters(name: str) -> Callable:
             def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                calls[name].append((args, kwargs))
+                calls.setdefault(name, []).append((args, kwargs))
 
             return keep
 
-        def leaves(module: nn.Module, args: tuple, output: object) -> None:
-            self._returned = type(output)
+        def leaves(name: str) -> Callable:
+            def keep(module: nn.Module, args: tuple, output: Any) -> None:
+                returned[name] = count_returned(output)
+                outputs.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
+
+            return keep
 
         with steady(self.model), eager(self.model), contextlib.ExitStack() as hooks:
+            biases = hooks.enter_context(biases_of([layer for stack in stacks for layer in stack.layers]))
             for stack in stacks:
                 for layer in stack.layers:
                     hook = layer.register_forward_pre_hook(enters(stack.name), with_kwargs=True)
                     hooks.callback(hook.remove)
-                hooks.callback(stack.layers[0].register_forward_hook(leaves).remove)
+                    hooks.callback(layer.register_forward_hook(leaves(stack.name)).remove)
             full = self.read(self.run(**self.inputs))
-        used = [stack for stack in stacks if calls[stack.name]]
-        if len(used) != 1:
-            got = f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'})"
-            raise Unsupported("model", got, "one (models with two towers are taken by similarity of their features)")
-        times, rest = divmod(len(calls[used[0].name]), len(used[0].layers))
-        if times != 1 or rest:
-            got = f"{used[0].name}, which runs {times + bool(rest)} times in one forward pass"
-            raise Unsupported("model", got, "a stack that runs once")
-        return used[0], calls[used[0].name], full
+        stack = self._first_played([next(s for s in stacks if s.name == name) for name in calls], calls)
+        self._returned = returned[stack.name]
+        times, rest = divmod(len(calls[stack.name]), len(stack.layers))
+        again = zip(outputs[stack.name], calls[stack.name][1:])
+        if rest or (times != 1 and not all(torch.equal(before, _states_of(call)) for before, call in again)):
+            got = f"{stack.name}, which runs {times + bool(rest)} times in one forward pass"
+            raise Unsupported("model", got, "a stack that runs once, or over and over on what it returned")
+        stack.times = times
+        return stack, calls[stack.name], full, biases
 
-    def _states(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, _Seen]:
+    def _first_played(self, used: list[Stack], calls: Mapping[str, list[Call]]) -> Stack:
+        """The first stack that players enter; those behind it, and those that nobody enters, belong to the head."""
+        if len(used) == 1:
+            return used[0]
+        seen: dict[str, torch.Tensor] = {}
+
+        def enters(name: str) -> Callable:
+            def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                seen.setdefault(name, _states_of((args, kwargs)))
+
+            return keep
+
+        nobody = torch.zeros(1, self.players.n, dtype=torch.bool)
+        with steady(self.model), contextlib.ExitStack() as hooks:
+            for stack in used:
+                hook = stack.layers[0].register_forward_pre_hook(enters(stack.name), with_kwargs=True)
+                hooks.callback(hook.remove)
+            self.run(**self.players.inputs(self.inputs, nobody, fill_removed=True))
+        for stack in used:
+            if stack.name in seen and not torch.equal(seen[stack.name], _states_of(calls[stack.name][0])):
+                return stack
+        got = (
+            f"{len(used)} encoder stacks in use ({', '.join(s.name for s in used) or 'none'}), none of them by players"
+        )
+        raise Unsupported("model", got, "one that players' tokens enter")
+
+    def _states(self, coalitions: torch.Tensor) -> torch.Tensor:
         """What enters the stack for coalitions (C, n) by replaced inputs, (C, L, H); the layers do not run."""
-        seen = _Seen()
+        seen: list[torch.Tensor] = []
 
         def enters(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            seen.entering = tensors[0]
-            seen.mask = next((t for t in tensors[1:] if t.dim() == 4), None)
-            if isinstance(module, nn.TransformerEncoderLayer):
-                seen.mask = torch_mask(kwargs)
+            seen.append(_states_of((args, kwargs)))
 
         inputs = self.players.inputs(self.inputs, coalitions, fill_removed=True)
         with steady(self.model), eager(self.model), instead(self.stack.layers, None, self._returned):
@@ -251,10 +236,9 @@ class Tower:
                 self.run(**inputs)
             finally:
                 hook.remove()
-        assert seen.entering is not None  # the stack is one that runs
-        if seen.entering.is_nested:
+        if seen[0].is_nested:
             raise Unsupported("model", f"{self.stack.name} with nested tensors", "enable_nested_tensor=False")
-        return seen.entering.detach().clone(), seen
+        return seen[0].detach().clone()
 
     def _resume(self, states: torch.Tensor, coalitions: torch.Tensor) -> torch.Tensor:
         """What is read of the model's output, from final states (C, R, H) of the tokens its head reads."""
@@ -268,12 +252,15 @@ class Tower:
             return self.read(self.run(**self._head_inputs(coalitions)))
 
     def _head_inputs(self, coalitions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The full sample's inputs for the head, with the masks of removed players, by which a head may pool."""
+        """The full sample's inputs for the head, with the masks of removed players, by which a head may pool.
+
+        And with what is replaced of inputs that do not enter the stack.
+        """
         inputs = {name: repeated(name, value, len(coalitions)) for name, value in self.inputs.items()}
         for part, columns in zip(self.players.parts, self.players.columns):
-            if part.mask:
-                alone = PlayerMap.of_parts([part]).inputs(self.inputs, coalitions[:, columns])
-                inputs[part.mask] = alone[part.mask]
+            name = part.mask if part.removed else part.input
+            if name and (part.removed or not bool(self._entering[columns].any())):
+                inputs[name] = PlayerMap.of_parts([part]).inputs(self.inputs, coalitions[:, columns])[name]
         return inputs
 
     def _head_rows(self) -> int:
@@ -283,8 +270,8 @@ class Tower:
 
     # ---- what the engine needs to know --------------------------------------------------------------------------
 
-    def _problem(self, full: torch.Tensor, allowed: torch.Tensor | None) -> StackProblem:
-        nobody, _ = self._states(torch.zeros(1, self.players.n, dtype=torch.bool))
+    def _problem(self, full: torch.Tensor, allowed: torch.Tensor | None, places: tuple[Places, ...]) -> StackProblem:
+        nobody = self._states(torch.zeros(1, self.players.n, dtype=torch.bool))
         if nobody.shape[1:] != full.shape:
             raise Unsupported("model", "as many tokens as there are players present", "a fixed number of tokens")
         owner, mixed = self._owners(full, nobody[0])
@@ -294,6 +281,7 @@ class Tower:
             got = f"token {token} of {self.stack.name}, which depends on several players"
             raise Unsupported("players", got, "removed players that share no token")
         removed = torch.where(owner >= 0, removes[owner], False)
+        self._entering = self._who_enters(full)
         reads = self._read_tokens(full)
         if bool(removes.any()):
             _keys_remain(removed, allowed, reads)
@@ -305,11 +293,21 @@ class Tower:
             removed=removed,
             allowed=allowed,
             reads=reads,
+            places=places,
             mixed=self._mixed_states if bool(mixed.any()) else None,
         )
 
+    def _who_enters(self, full: torch.Tensor) -> torch.Tensor:
+        """Whose tokens go through the stack (n,), all of a part or none; the others only matter to the head."""
+        enters = torch.zeros(self.players.n, dtype=torch.bool)
+        for columns in self.players.columns:
+            without = torch.ones(1, self.players.n, dtype=torch.bool)
+            without[:, columns] = False
+            enters[columns] = not torch.equal(self._states(without)[0], full)
+        return enters
+
     def _mixed_states(self, coalitions: torch.Tensor) -> torch.Tensor:
-        return self._states(coalitions.cpu())[0]
+        return self._states(coalitions.cpu())
 
     def _owners(self, full: torch.Tensor, nobody: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The player on whom each token's state depends (L,), and which tokens depend on several (L,).
@@ -325,7 +323,7 @@ class Tower:
         numbers = torch.arange(n)
         for digit in range(digits):
             ones = (numbers >> digit & 1).bool()
-            states = [self._states(coalition[None])[0][0] for coalition in (ones, ~ones)]
+            states = [self._states(coalition[None])[0] for coalition in (ones, ~ones)]
             near = [
                 ((s - full).abs().amax(1) <= 1e-3 * step, (s - nobody).abs().amax(1) <= 1e-3 * step) for s in states
             ]
@@ -337,16 +335,27 @@ class Tower:
         return torch.where(varies.cpu() & ~mixed, owner.clamp(max=n - 1), NOBODY), mixed
 
     def _read_tokens(self, full: torch.Tensor) -> torch.Tensor:
-        """Tokens whose final state the head reads: NaN put into all others must not reach the output."""
-        length = len(full)
+        """Tokens whose final state the head reads: NaN put into all others must not reach the output.
+
+        All of them where that depends on who is there: a head may count what a mask shows.
+        """
         everyone = torch.ones(1, self.players.n, dtype=torch.bool)
+        found = self._reaching(full, everyone)
+        if any(part.mask for part in self.players.parts) and len(found) < len(full):
+            for coalition in (~everyone, everyone & (torch.arange(self.players.n) > 0)):
+                if not torch.equal(self._reaching(full, coalition), found):
+                    return torch.arange(len(full))
+        return found
+
+    def _reaching(self, full: torch.Tensor, coalition: torch.Tensor) -> torch.Tensor:
+        """Tokens whose final state the head reads of one coalition (1, n)."""
 
         def reads_any(tokens: torch.Tensor) -> bool:
             poisoned = full.clone()
             poisoned[tokens] = torch.nan
-            return not bool(self._finish(poisoned[None], everyone).isfinite().all())
+            return not bool(self._finish(poisoned[None], coalition).isfinite().all())
 
-        everything = torch.arange(length)
+        everything = torch.arange(len(full))
         pending, found = [everything], list[int]()
         while pending and len(found) <= MOST_READS:
             tokens = pending.pop()
@@ -360,36 +369,15 @@ class Tower:
             raise Unsupported("model", f"an output that does not depend on {self.stack.name}", "one that does")
         return everything if len(found) > MOST_READS or pending else torch.tensor(sorted(found))
 
-    def _compare_layer(self, index: int, args: tuple, kwargs: dict, allowed: torch.Tensor | None) -> None:
-        """One layer as it was read against what it returns for the full sample, both in float64."""
-        layer = self.stack.layers[index]
-        name = f"{self.stack.name}.{index} ({type(layer).__name__})"
-        double = torch.float64
-        args, kwargs = tuple(_cast(a, double) for a in args), {k: _cast(v, double) for k, v in kwargs.items()}
-        before = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with steady(self.model), eager(self.model):
-            after = copy.deepcopy(layer).double()(*args, **kwargs)
-        after = after[0] if isinstance(after, tuple) else after
-        everyone = torch.arange(before.shape[1])
-        nobody = torch.full_like(everyone, NOBODY)
-        stack = self.stack.prepared.stack
-        alone = PreparedStack(replace(stack, layers=(stack.layers[index],)))
-        problem = StackProblem(alone, before[0], before[0], nobody, nobody >= 0, allowed, everyone)
-        engine = TorchStack(problem, dtype=double, device=before.device, memory=1 << 30)
-        ours = engine.evaluate(torch.ones(1, 1, dtype=torch.bool))
-        # Nobody ever sees what a model makes of padding.
-        seen = slice(None) if allowed is None else allowed.any(0).to(before.device)
-        error = float((ours - after).abs()[:, seen].max() / after.abs()[:, seen].max())
-        if not error <= LAYER_TOLERANCE:
-            got = f"{name}, whose output differs from a plain encoder layer's by {error:.1e}"
-            raise Unsupported("model", got, f"the same output within {LAYER_TOLERANCE:.0e}")
+
+def _like(states: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Where states are, and in their dtype if it has to do with numbers."""
+    return part.to(states.device, states.dtype if part.is_floating_point() else part.dtype)
 
 
-def _cast(value: object, dtype: torch.dtype) -> object:
-    """Floating point tensors, also inside tuples, in another dtype."""
-    if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _states_of(call: Call) -> torch.Tensor:
+    """What enters a layer."""
+    return next(value for value in (*call[0], *call[1].values()) if isinstance(value, torch.Tensor))
 
 
 def _keys_remain(removed: torch.Tensor, allowed: torch.Tensor | None, reads: torch.Tensor) -> None:

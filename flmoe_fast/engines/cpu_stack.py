@@ -51,6 +51,10 @@ class CpuStack(levels.AtLevel, TorchStack):
             return "its LayerNorms have different epsilons"
         if stack.activation is not None:
             return "its activation is not the exact GELU"
+        if stack.gated or any(norm.rule != "layer" for layer in stack.layers for norm in (layer.norm1, layer.norm2)):
+            return "its feed-forward blocks are gated, or its norms are no LayerNorms"
+        if problem.places:
+            return "its attention looks at where tokens are"
         if bool(problem.removed.any()) or problem.mixed is not None:
             return "absent tokens are not all replaced by states of their own"
         kept = problem.reaching

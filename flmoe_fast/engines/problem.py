@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flmoe_fast.engines.places import Places
 from flmoe_fast.engines.stack import PreparedStack
 from flmoe_fast.model.network import FLI2MoE
 
@@ -101,6 +102,9 @@ class StackProblem:
     mixed : function or None
         States (C, L, H) of coalitions (C, n) where tokens have more than two states, because several players share
         them; then ``present``, ``absent`` and ``owner`` are not used.
+    places : tuple of Places
+        What every layer's attention makes of tokens' places. ``allowed`` is what any of them allows. Empty where all
+        layers have nothing but that.
     """
 
     model: PreparedStack
@@ -111,6 +115,7 @@ class StackProblem:
     allowed: torch.Tensor | None
     reads: torch.Tensor
     mixed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    places: tuple[Places, ...] = ()
 
     @functools.cached_property
     def reaching(self) -> torch.Tensor:

@@ -6,7 +6,8 @@ described here in the same words, and engines lay the numbers out as they multip
 All folding is exact algebra, done in float64 so that an engine's cast is the only rounding:
 
 * 1/sqrt(d) of the scores goes into Q.
-* A constant added to every key moves all scores of a query alike, which a softmax does not see: K has no bias.
+* A constant added to every key moves all scores of a query alike, which a softmax does not see: K has no bias, unless
+  keys are rotated by their places or compared with relative positions.
 * Attention weights sum to one, so a constant added to every value comes out as it went in: V's bias goes through the
   output projection into the output's.
 * Where LayerNorms come before the sub-blocks, gain g and shift s go into the projection behind them:
@@ -33,11 +34,15 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm; ``gain`` and ``shift`` (E, 1, H) are None where they are folded into what follows."""
+    """A LayerNorm; ``gain`` and ``shift`` (E, 1, H) are None where they are folded into what follows.
+
+    By the rule "rms" the mean is left in; by "none" nothing happens.
+    """
 
     epsilon: float = EPSILON
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    rule: str = "layer"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Layer:
     """One layer of all E stacks; every matrix is stored input-major, ready for ``x @ w``. D = heads * head width.
 
     A sparse feed-forward block is in ``networks``; its layer's dense one, like that of a layer which has none, is of
-    width F = 0.
+    width F = 0. A gated one has 2 F columns in ``up``: those that go through the activation, then what multiplies them.
     """
 
     qkv: torch.Tensor  # (E, H, 3 D) columns of Q head by head, then of K, then of V
@@ -71,25 +76,27 @@ class Layer:
     networks: Networks | None = None
     norm1: Norm = Norm()
     norm2: Norm = Norm()
+    k_bias: torch.Tensor | None = None  # (E, 1, D), where scores depend on more than queries times keys
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layer:
         """The layer with every tensor replaced by what ``change`` makes of it."""
-        return _mapped(self, change)
+        return mapped(self, change)
 
     def projections(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Q, K and V as columns (E, H, 3 D) and their bias (E, 1, 3 D), scores times ``scale``."""
         q, k, v = self.qkv.chunk(3, dim=2)
         zeros = torch.zeros_like(self.q_bias)
-        return torch.cat([q * scale, k, v], dim=2), torch.cat([self.q_bias * scale, zeros, zeros], dim=2)
+        k_bias = zeros if self.k_bias is None else self.k_bias
+        return torch.cat([q * scale, k, v], dim=2), torch.cat([self.q_bias * scale, k_bias, zeros], dim=2)
 
 
-def _mapped(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def mapped(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A dataclass of tensors, numbers and dataclasses with every tensor replaced."""
     if isinstance(part, torch.Tensor):
         return change(part)
     if not is_dataclass(part) or isinstance(part, type):
         return part
-    return replace(part, **{field.name: _mapped(getattr(part, field.name), change) for field in fields(part)})
+    return replace(part, **{field.name: mapped(getattr(part, field.name), change) for field in fields(part)})
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class Stack:
         Rule by which tokens choose networks in sparse blocks, see :class:`FLI2MoEConfig`.
     slots : int
         Networks that a token goes to; 0 without sparse blocks.
+    gated : bool
+        Whether feed-forward blocks multiply what comes through the activation.
     """
 
     layers: tuple[Layer, ...]
@@ -119,6 +128,7 @@ class Stack:
     activation: Callable[[torch.Tensor], torch.Tensor] | None = None
     gate: str | None = None
     slots: int = 0
+    gated: bool = False
 
     @property
     def count(self) -> int:

@@ -6,12 +6,14 @@
 * Tokens from which no information reaches what the head reads are left out from the start: padding, and in a causal
   text everything after the token that is read.
 * In the last layer, queries, projections and the feed-forward block are computed only for the tokens the head reads.
+
+Tokens keep their places when others are left out: rotations and what is added to scores are taken from tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.engine import Engine
+from flmoe_fast.engines.places import Places
 from flmoe_fast.engines.problem import StackProblem
 from flmoe_fast.engines.stack import Norm, Stack
 
@@ -29,24 +32,40 @@ def gelu_in_place(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class PackedNorm:
+    """A norm of rows in one dtype on one device; gain and shift are None where they are folded into what follows."""
+
+    rule: str
+    epsilon: float
+    gain: torch.Tensor | None
+    shift: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rule == "none":
+            return x
+        if self.rule == "rms":
+            return F.rms_norm(x, x.shape[-1:], self.gain, self.epsilon)
+        return F.layer_norm(x, x.shape[-1:], self.gain, self.shift, self.epsilon)
+
+
+@dataclass(frozen=True)
 class PackedLayer:
     """One layer of a folded stack in one dtype on one device; every matrix is input-major, ready for ``x @ w``."""
 
     heads: int
     pre: bool
     qkv: torch.Tensor  # (H, 3 D)
-    qkv_bias: torch.Tensor  # (3 D,) of Q, then zeros
+    qkv_bias: torch.Tensor  # (3 D,) of Q, of K where it has one, then zeros
     out: torch.Tensor  # (D, H)
     out_bias: torch.Tensor  # (H,)
-    norm1: tuple[torch.Tensor | None, torch.Tensor | None]  # gain and shift where they could not be folded
-    eps1: float
-    up: torch.Tensor  # (H, F)
-    up_bias: torch.Tensor  # (F,)
+    norm1: PackedNorm
+    up: torch.Tensor  # (H, F), or (H, 2 F)
+    up_bias: torch.Tensor  # (F,), or (2 F,)
     down: torch.Tensor  # (F, H)
     down_bias: torch.Tensor  # (H,)
-    norm2: tuple[torch.Tensor | None, torch.Tensor | None]
-    eps2: float
+    norm2: PackedNorm
     activation: Callable[[torch.Tensor], torch.Tensor]
+    gated: bool
 
     @staticmethod
     def of(stack: Stack, index: int, dtype: torch.dtype, device: torch.device) -> PackedLayer:
@@ -56,10 +75,9 @@ class PackedLayer:
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device=device, dtype=dtype).contiguous()
 
-        def gain_and_shift(norm: Norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-            if norm.gain is None or norm.shift is None:
-                return None, None
-            return cast(norm.gain[0, 0]), cast(norm.shift[0, 0])
+        def packed(norm: Norm) -> PackedNorm:
+            gain, shift = (None if part is None else cast(part[0, 0]) for part in (norm.gain, norm.shift))
+            return PackedNorm(norm.rule, norm.epsilon, gain, shift)
 
         qkv, qkv_bias = layer.projections()
         return PackedLayer(
@@ -69,16 +87,15 @@ class PackedLayer:
             qkv_bias=cast(qkv_bias[0, 0]),
             out=cast(layer.out[0]),
             out_bias=cast(layer.out_bias[0, 0]),
-            norm1=gain_and_shift(layer.norm1),
-            eps1=layer.norm1.epsilon,
+            norm1=packed(layer.norm1),
             up=cast(layer.up[0]),
             up_bias=cast(layer.up_bias[0, 0]),
             down=cast(layer.down[0]),
             down_bias=cast(layer.down_bias[0, 0]),
-            norm2=gain_and_shift(layer.norm2),
-            eps2=layer.norm2.epsilon,
+            norm2=packed(layer.norm2),
             # The exact GELU is done in place.
             activation=gelu_in_place if stack.activation is None else stack.activation,
+            gated=stack.gated,
         )
 
     @property
@@ -88,7 +105,7 @@ class PackedLayer:
 
     def attention_input(self, x: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the stream (..., H): normalised where LayerNorms come first."""
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps1) if self.pre else x
+        return self.norm1(x) if self.pre else x
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values (..., 3 D) of the stream (..., H)."""
@@ -98,13 +115,16 @@ class PackedLayer:
         """The layer's output (R, H) from its input x (R, H) and the attention's output (R, D); ``x`` is overwritten."""
         x += self.out_bias
         x.addmm_(attended, self.out)
-        if not self.pre:
-            x = F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps1)
-        rows = F.layer_norm(x, x.shape[-1:], eps=self.eps2) if self.pre else x
-        wide = self.activation(torch.addmm(self.up_bias, rows, self.up))
+        x = x if self.pre else self.norm1(x)
+        wide = torch.addmm(self.up_bias, self.norm2(x) if self.pre else x, self.up)
+        if self.gated:
+            through, factor = wide.chunk(2, dim=-1)
+            wide = self.activation(through) * factor
+        else:
+            wide = self.activation(wide)
         x += self.down_bias
         x.addmm_(wide, self.down)
-        return x if self.pre else F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps2)
+        return x if self.pre else self.norm2(x)
 
 
 class TorchStack(Engine[StackProblem, torch.Tensor]):
@@ -120,9 +140,13 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
         self.removed = problem.removed.to(self.device)[self.kept]
         reads = problem.reads.to(self.device)
         self.reads = torch.searchsorted(self.kept, reads)
-        allowed = None if problem.allowed is None else problem.allowed.to(self.device)[self.kept][:, self.kept]
-        self.allowed = None if allowed is None or bool(allowed.all()) else allowed
-        self.causal = self.allowed is not None and bool((self.allowed == torch.ones_like(self.allowed).tril()).all())
+        self.places = self._layers_places()
+        self.adds = any(places.adds for places in self.places)
+        # Where all layers look at what is before, and order is kept, no mask is needed.
+        first, kinds = self.places[0], {id(places) for places in self.places}
+        causal = torch.ones(len(self.kept), len(self.kept), dtype=torch.bool, device=self.device).tril()
+        plain = len(kinds) == 1 and first.masked_only
+        self.causal = plain and first.allowed is not None and torch.equal(first.allowed, causal)
         # A removed token can be left out unless the head looks at it.
         self.packed = not bool((self.removed & (self.owner >= 0))[self.reads].any())
         self.states = None if problem.mixed is not None else self._two_states()
@@ -150,6 +174,20 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
     def _lay_out(self) -> tuple[PackedLayer, ...]:
         stack = self.problem.model.stack
         return tuple(PackedLayer.of(stack, i, self.dtype, self.device) for i in range(len(stack.layers)))
+
+    def _layers_places(self) -> list[Places]:
+        """Every layer's tables over the tokens that matter, each kind of them once."""
+        given = self.problem.places or (Places(self.problem.allowed),) * len(self.layers)
+        known: dict[int, Places] = {}
+        for places in given:
+            if id(places) not in known:
+                here = places.map(self._cast).of(self.kept)
+                hides = here.allowed is not None and not bool(here.allowed.all())
+                known[id(places)] = here if hides else replace(here, allowed=None)
+        return [known[id(places)] for places in given]
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
 
     # ---- what is computed once per sample -----------------------------------------------------------------------
 
@@ -179,6 +217,8 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
         """Coalitions of so many tokens that fit the memory."""
         hidden, wide = self.layers[0].up.shape
         per_token = 3 * hidden + max(4 * self.layers[0].width, 2 * wide)
+        if self.adds:  # scores are written out, and what is added to them
+            per_token += 3 * self.layers[0].heads * tokens
         return max(1, self.memory // (tokens * per_token * self.layers[0].out.element_size()))
 
     def _present(self, coalitions: torch.Tensor) -> torch.Tensor:
@@ -194,15 +234,20 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
         reads = self.reads.expand(count, -1)
         if tokens is not None:
             reads = torch.searchsorted(tokens, reads.contiguous())
-        mask = self._mask(coalitions, tokens)
+        keys = torch.arange(self.problem.length, device=self.device)[None] if tokens is None else tokens
+        masks: dict[int, torch.Tensor | None] = {}
         stream, qkv = self._first(coalitions, tokens)
         last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
+        for index, (layer, places) in enumerate(zip(self.layers, self.places)):
             if index:
                 qkv = layer.project(stream)
+            if id(places) not in masks:
+                masks[id(places)] = self._mask(coalitions, tokens, places.allowed)
+            mask, causal, rows = masks[id(places)], self.causal and masks[id(places)] is None, keys
             q, k, v = qkv.unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)  # (C, h, S, d) each
-            causal = self.causal and mask is None
+            q, k = places.rotated(q, keys), places.rotated(k, keys)
             if index == last and len(self.reads) < stream.shape[1]:
+                rows = self.reads.expand(len(keys), -1)
                 at = reads[:, None, :, None].expand(-1, layer.heads, -1, q.shape[-1])
                 q = q.gather(2, at)
                 if causal:
@@ -210,9 +255,12 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
                 elif mask is not None and mask.shape[2] > 1:
                     mask = mask.gather(2, reads[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
                 stream = stream.gather(1, reads[..., None].expand(-1, -1, stream.shape[2]))
+            added = places.added(q, k, rows, keys)
+            if added is not None:
+                mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0)
-            rows = attended.transpose(1, 2).reshape(-1, layer.width)
-            stream = layer.finish(stream.flatten(0, 1), rows).unflatten(0, (count, -1))
+            heads = attended.transpose(1, 2).reshape(-1, layer.width)
+            stream = layer.finish(stream.flatten(0, 1), heads).unflatten(0, (count, -1))
         return stream
 
     def _first(self, coalitions: torch.Tensor, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,20 +276,22 @@ class TorchStack(Engine[StackProblem, torch.Tensor]):
         stream, qkv = (part.flatten(0, 1)[at] for part in self.two_states)
         return stream, qkv
 
-    def _mask(self, coalitions: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
+    def _mask(
+        self, coalitions: torch.Tensor, tokens: torch.Tensor | None, allowed: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Which keys are visible, (C, 1, 1 or S, S) bool; None where all are, or where causality is all there is."""
         if tokens is not None:  # absent tokens are gone; order, and with it causality, is kept
-            if self.allowed is None or self.causal:
+            if allowed is None or self.causal:
                 return None
-            return self.allowed[tokens[:, :, None], tokens[:, None, :]][:, None]
+            return allowed[tokens[:, :, None], tokens[:, None, :]][:, None]
         if self.packed or not bool(self.removed.any()):
-            if self.allowed is None or self.causal:
+            if allowed is None or self.causal:
                 return None
-            return self.allowed.expand(len(coalitions), 1, -1, -1)
+            return allowed.expand(len(coalitions), 1, -1, -1)
         visible = (self._present(coalitions) | ~self.removed)[:, None, None, :]
-        if self.allowed is None:
+        if allowed is None:
             return visible
-        visible = visible & self.allowed
+        visible = visible & allowed
         # A query without any key would be NaN, and spread; what it sees instead reaches nobody.
         alone = ~visible.any(-1, keepdim=True)
         return visible | (alone & torch.eye(self.problem.length, dtype=torch.bool, device=self.device))

@@ -18,8 +18,8 @@ from flmoe_fast.adapt.dual_game import is_dual_encoder
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import VALUES, Score
 from flmoe_fast.adapt.players import Players
+from flmoe_fast.adapt.reading import find_stacks
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE, is_reference_layout
-from flmoe_fast.adapt.tower import find_stacks
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game
 from flmoe_fast.games.token_game import TokenGame

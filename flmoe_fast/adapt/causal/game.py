@@ -194,6 +194,8 @@ class DecoderGame(PlacedGame):
         tolerance = MODEL_TOLERANCE[theirs.dtype]
         if not error <= tolerance:
             got = f"logits that differ by {error:.1e} from those of {self._reading.name} run as a tree"
+            if bool(self._removed.any()) and "position_ids" not in inspect.signature(self.model.forward).parameters:
+                got += " (the model takes no position_ids: where tokens are removed it may number the others anew)"
             raise Unsupported("model", got, f"the same within {tolerance:.0e}")
 
     # ---- evaluation ---------------------------------------------------------------------------------------------

@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flmoe_fast.adapt.around import eager, instead, visible_keys
+from flmoe_fast.adapt.around import CACHES, count_returned, eager, instead, visible_keys
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.steady import steady
-
-#: What layers call the object that keeps keys and values.
-CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ class Reading:
         Which query (row) may attend to which key, one for every kind of layer.
     positions : Tensor or None
         Position ids that the model worked out, where it hands them to its layers' module.
-    returned : type
-        What the layers return.
+    returned : int
+        How many things the layers return, see :func:`count_returned`.
     logits : Tensor (1, R, V)
         The model's own, at the last positions.
     """
@@ -83,7 +80,7 @@ class Reading:
     states: torch.Tensor
     visible: tuple[torch.Tensor, ...]
     positions: torch.Tensor | None
-    returned: type
+    returned: int
     logits: torch.Tensor
 
     @property
@@ -122,7 +119,7 @@ def read_decoder(model: nn.Module, inputs: Mapping[str, torch.Tensor], reads: in
     seen: dict[str, list[dict[str, Any]]] = {name: [] for name in stacks}
     results: dict[str, list[torch.Tensor]] = {name: [] for name in stacks}
     started: list[str] = []
-    returned: dict[str, type] = {}
+    returned: dict[str, int] = {}
     positions: dict[str, torch.Tensor | None] = {}
 
     def enters(name: str):
@@ -134,7 +131,7 @@ def read_decoder(model: nn.Module, inputs: Mapping[str, torch.Tensor], reads: in
 
     def leaves(name: str):
         def keep(module: nn.Module, args: tuple, output: object) -> None:
-            returned[name] = type(output)
+            returned[name] = count_returned(output)
             results[name].append(first_of(output))
 
         return keep
@@ -168,7 +165,7 @@ def _reading(
     seen: list[dict[str, Any]],
     results: list[torch.Tensor],
     positions: torch.Tensor | None,
-    returned: type,
+    returned: int,
     logits: torch.Tensor,
 ) -> Reading:
     states = next(iter(seen[0].values()))[0]
@@ -219,7 +216,19 @@ def entering(model: nn.Module, reading: Reading, inputs: Mapping[str, torch.Tens
 def head(model: nn.Module, reading: Reading, states: torch.Tensor) -> torch.Tensor:
     """Logits (C, R, V) that the model makes of final states (C, R, H), by its own norm and projection."""
     with steady(model), instead(reading.layers, states, reading.returned):
-        return model(inputs_embeds=torch.zeros_like(states), use_cache=False).logits
+        return _speaker(model, reading)(inputs_embeds=torch.zeros_like(states), use_cache=False).logits
+
+
+def _speaker(model: nn.Module, reading: Reading) -> nn.Module:
+    """The model, or the part of it that has the layers and asks for nothing but embeddings."""
+    path = reading.name.split(".")
+    for depth in range(len(path)):
+        part = model.get_submodule(".".join(path[:depth]))
+        asked = inspect.signature(part.forward).parameters
+        needed = [p for p in asked.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if "inputs_embeds" in asked and not needed:
+            return part
+    return model
 
 
 def first_of(output: Any) -> torch.Tensor:
