@@ -25,6 +25,7 @@ from bench import (
     headline,
     memory,
     mixes,
+    overheads,
     peers_tables,
     pipeline,
     runtimes,
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (checks, runtimes, soak, zoo)
+BENCHES += (checks, overheads, runtimes, soak, zoo)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 
