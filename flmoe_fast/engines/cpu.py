@@ -180,9 +180,9 @@ class CpuEngine(levels.AtLevel, TokenEngine):
 
     def _costs(self, varying: torch.Tensor, patterns: Patterns) -> tuple[float, float]:
         """What layer-1 attention costs with shared sums and without, in keys for all queries of a coalition."""
-        length, experts, _, stack = self.problem.length, *self.sample.model.head.shape[:2], self.sample.model.stack
+        length, stack = self.problem.length, self.sample.model.stack
         queries, groups = length + len(varying), len(patterns.groups)
-        size = 4 * experts * patterns.count * queries * (stack.attended + stack.heads)
+        size = 4 * stack.count * patterns.count * queries * (stack.attended + stack.heads)
         shown = sum(shown.numel() for _, shown in patterns.groups)
         shared = len(patterns.pick) * KEYS_PER_GROUP * groups + COST_OF_SHARING * queries * (queries + shown) / length
         return shared if size <= SHARED_TABLE_BYTES else math.inf, len(patterns.pick) * length
