@@ -17,6 +17,8 @@ from flmoe_fast.probes.grid import CornerGrid
 QUICK = 0.02
 #: Pairs across and contexts of the corner grids that are tried, and how often.
 SIDE, CONTEXTS, ROUNDS = 3, 3, 3
+#: How many times as fast the engine has to be: what is as good as equal goes to the simpler way.
+MARGIN = 1.05
 
 
 def slower_than(game: Game, module: Callable[[], ModuleGame]) -> tuple[ModuleGame | None, str]:
@@ -27,8 +29,8 @@ def slower_than(game: Game, module: Callable[[], ModuleGame]) -> tuple[ModuleGam
     if not QUICK:
         return None, ""
     other = module()
-    # Making a game evaluated the module already, so nothing is paid for the first time here.
-    if _seconds(other, torch.ones(1, game.n, dtype=torch.bool)) > QUICK:
+    # A machine that does other things too makes a short pass a long one now and then, never the other way round.
+    if not any(_seconds(other, torch.ones(1, game.n, dtype=torch.bool)) <= QUICK for _ in range(ROUNDS)):
         return None, ""
     side = min(SIDE, game.n // 2)
     pairs = torch.cartesian_prod(torch.arange(side), torch.arange(game.n - side, game.n))
@@ -36,7 +38,7 @@ def slower_than(game: Game, module: Callable[[], ModuleGame]) -> tuple[ModuleGam
     contexts = torch.rand(CONTEXTS, game.n, generator=torch.Generator().manual_seed(0)) < 0.5
     z = (contexts[:, None] ^ grid.toggled).flatten(0, 1)
     ours, theirs = (min(times) for times in zip(*[(_seconds(game, z), _seconds(other, z)) for _ in range(ROUNDS)]))
-    if ours <= theirs:
+    if MARGIN * ours <= theirs:
         return None, ""
     return (
         other,
