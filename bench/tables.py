@@ -17,6 +17,7 @@ from bench import (
     adapt,
     contexts,
     cpu,
+    decoders,
     digits,
     explainers,
     gpu,
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (soak, zoo)
+BENCHES += (soak, zoo, decoders)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 
