@@ -172,7 +172,7 @@ def test_the_faster_path_is_taken(monkeypatch):
         asked.append((type(game).__name__, len(coalitions)))
         return speeds[type(game).__name__] * len(coalitions)
 
-    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.02)
+    monkeypatch.setattr("flmoe_fast.adapt.choice.LONG", 0.5)
     monkeypatch.setattr("flmoe_fast.adapt.choice._seconds", seconds)
     speeds = {"EncoderGame": 2e-3, "ModuleGame": 1e-3}
     with warnings.catch_warnings():
