@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     adapt,
+    checks,
     contexts,
     cpu,
     decoders,
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (soak, zoo, decoders)
+BENCHES += (checks, soak, zoo, decoders)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

@@ -15,7 +15,7 @@ import torch
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from flmoe_fast.model.config import FLI2MoEConfig
-from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
+from flmoe_fast.model.encoders import ColumnGroupEncoder, ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
 
 GIVEN = {"modalities": ("img", "lab"), "heads": 2, "temperature": 2.0, "task": "multiclass"}
@@ -52,6 +52,17 @@ def published(model):
             state["backbone.text_model.embeddings.position_ids"] = torch.arange(7)[None]
             state["vit.embeddings.weight"] = state["backbone.vision_model.embeddings.weight"]
     return {"ensemble_model": collections.OrderedDict(model.ensemble_state_dict()), "encoder_dict": encoders}
+
+
+def test_columns_in_groups_come_back(tmp_path):
+    config = FLI2MoEConfig(("img", "lab"), 8, 2, 1, 3, reweight_hidden=6)
+    model = FLI2MoE(config, {"img": ColumnGroupEncoder(11, 4, 8), "lab": TabularTokenEncoder(5, 8)}).eval()
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    loaded = load_checkpoint(tmp_path / "model.safetensors")
+    assert [type(encoder) for encoder in loaded.encoders.values()] == [ColumnGroupEncoder, TabularTokenEncoder]
+    inputs = [torch.randn(2, 11), torch.randn(2, 5)]
+    for found, expected in zip(loaded.encode(inputs), model.encode(inputs), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("suffix", ("pth", "pt", "safetensors"))

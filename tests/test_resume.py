@@ -301,6 +301,36 @@ def test_best_epoch_and_logs(tmp_path):
     assert [line["validation"]["loss"] for line in lines] == losses
 
 
+def test_patience_ends_a_run_that_can_go_on(tmp_path):
+    held = Examples(*data(seed=1))
+    options = {"batch_size": 5, "lr": 3e-2, "epochs": 8, "validation": held, "select": "loss"}
+    whole = fitted(small(), *data(), **options)
+    losses = [record["validation"]["loss"] for record in whole]
+    best = losses.index(min(losses[:3]))
+    assert best + 2 < len(losses) - 1 and min(losses[best + 1 : best + 3]) >= losses[best]  # or there is nothing to see
+    told: list[dict] = []
+    model = small()
+    files = {"checkpoint": tmp_path / "t.pt", "callback": told.append}
+    ended = fitted(model, *data(), **options, **files, patience=2)
+    assert [r["validation"]["loss"] for r in ended] == losses[: best + 3] and told == ended
+    assert evaluate(model, held)["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert fitted(small(), *data(), **options, **files, patience=2) == ended and len(told) == len(ended)  # it is over
+    longer = fitted(small(), *data(), **options, **files)
+    assert [r["validation"]["loss"] for r in longer] == losses
+
+
+def test_what_a_callback_raises_ends_a_run_that_can_go_on(tmp_path):
+    def stop(record):
+        record.clear()  # its own copy
+        raise RuntimeError("enough")
+
+    options = {"batch_size": 10, "lr": 1e-2, "checkpoint": tmp_path / "t.pt"}
+    with pytest.raises(RuntimeError, match="enough"):
+        fitted(small(), *data(), epochs=2, callback=stop, **options)
+    again = fitted(small(), *data(), epochs=2, **options)
+    assert [r["loss"] for r in again] == [r["loss"] for r in fitted(small(), *data(), epochs=2, batch_size=10, lr=1e-2)]
+
+
 def test_regression_learns_a_number():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(60, 3, 4, generator=generator) for _ in range(3)]
@@ -335,6 +365,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         ({"ablation": "nothing"}, "ablation"),
         ({"log": "x.txt"}, "log"),
         ({"checkpoint_steps": 0}, "checkpoint_steps"),
+        ({"patience": 2}, "patience"),
+        ({"patience": 0, "select": "loss"}, "patience"),
         ({"passes": "fast"}, "passes"),
     ):
         with pytest.raises(ArgumentError) as caught:
@@ -360,6 +392,8 @@ def test_replacing_is_all_or_nothing(tmp_path):
         ('kind = "digits"', 'kind = "letters"', "data.kind"),
         ('kind = "digits"', 'kind = "own"', "data.path"),
         ('kind = "digits"', 'kind = "digits"\nsize = 3', "data.size"),
+        ('kind = "digits"', 'kind = "hdxor"', "data.setting"),
+        ('kind = "digits"', 'kind = "own"\npath = "x.csv"\nmodalities = {a = {text = "a"}}', "data.target"),
         ("hidden = 8", "width = 8", "model.width"),
         ("[explain]", "[explaining]", "explaining"),
         ("[model]", "[model", "settings"),

@@ -8,6 +8,7 @@ carries a bit of its own and none says anything alone (synergy).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def hd_xor(
     count = integer("modalities", modalities, least=2, most=5)
     one_of("setting", setting, settings(count))
     samples = integer("samples", samples, least=20)
-    dimensions = DIMENSIONS[count] if dimensions is None else tuple(dimensions)
-    if len(dimensions) != count:
+    dimensions = DIMENSIONS[count] if dimensions is None else dimensions
+    if not isinstance(dimensions, Sequence) or len(dimensions) != count:
         raise ArgumentError("dimensions", dimensions, f"{count} lengths, one per modality")
     dimensions = tuple(integer(f"dimensions[{m}]", d, least=1) for m, d in enumerate(dimensions))
     random = np.random.default_rng(integer("seed", seed, least=0))

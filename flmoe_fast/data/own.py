@@ -55,6 +55,9 @@ def read_own(
     RawData
     """
     one_of("task", task, TASKS)
+    for name, column in (("target", target), ("split", split), ("id", id), ("separator", separator)):
+        if not isinstance(column, str) and (column is not None or name in ("target", "separator")):
+            raise ArgumentError(name, repr(column), "a text" if name == "separator" else "the name of a column")
     path, problems = Path(path), Problems(broken)
     wanted = _columns(modalities)
     needed = [column for _, columns in wanted.values() for column in columns]
@@ -96,14 +99,17 @@ def read_own(
 
 
 def _columns(modalities: Mapping) -> dict[str, tuple[str, list[str]]]:
-    wanted = {}
+    wanted, expected = {}, "{'text': column}, {'image': column} or {'table': [columns]}"
+    if not isinstance(modalities, Mapping) or not modalities:
+        raise ArgumentError("modalities", repr(modalities), f"by name {expected}")
     for name, source in modalities.items():
-        kinds = [kind for kind in ("text", "image", "table") if kind in source]
-        if len(source) != 1 or not kinds:
-            expected = "{'text': column}, {'image': column} or {'table': [columns]}"
-            raise ArgumentError(f"modalities[{name!r}]", dict(source), expected)
-        columns = source[kinds[0]]
-        wanted[name] = (kinds[0], [columns] if isinstance(columns, str) else list(columns))
+        kinds = [kind for kind in ("text", "image", "table") if isinstance(source, Mapping) and kind in source]
+        if not kinds or len(source) != 1:
+            raise ArgumentError(f"modalities[{name!r}]", repr(source), expected)
+        columns = [source[kinds[0]]] if isinstance(source[kinds[0]], str) else source[kinds[0]]
+        if not isinstance(columns, Sequence) or not columns or not all(isinstance(column, str) for column in columns):
+            raise ArgumentError(f"modalities[{name!r}]", repr(source), expected)
+        wanted[name] = (kinds[0], list(columns))
     return wanted
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from flmoe_fast.checks import ArgumentError, finite
 from flmoe_fast.files import replacing
 from flmoe_fast.model.config import DENSE, FLI2MoEConfig
-from flmoe_fast.model.encoders import ProjectionEncoder, TabularTokenEncoder
+from flmoe_fast.model.encoders import ColumnGroupEncoder, ProjectionEncoder, TabularTokenEncoder
 from flmoe_fast.model.network import FLI2MoE
 
 _TORCH_SUFFIXES = (".pth", ".pt")
@@ -146,8 +146,9 @@ def load_checkpoint(
     FLI2MoE
         A model with encoders when the file has a readable one for each modality: ``proj.*`` becomes a
         :class:`ProjectionEncoder` (frozen ``backbone.*`` and ``vit.*`` weights beside it are left out, so it takes the
-        backbone's output), ``feature_emb`` and ``bias`` a :class:`TabularTokenEncoder`. Otherwise a model without
-        encoders, and a warning if the file has encoders that could not be used.
+        backbone's output), ``feature_emb`` and ``bias`` a :class:`TabularTokenEncoder`, or a
+        :class:`ColumnGroupEncoder` where there are fewer tokens than columns. Otherwise a model without encoders, and a
+        warning if the file has encoders that could not be used.
 
     Raises
     ------
@@ -532,8 +533,12 @@ def _encoders(
             width = _encoder_width(path, f"{key}.proj.weight", state["proj.weight"], 1)
             builders[name] = lambda width=width: ProjectionEncoder(width, config.hidden)
         elif set(state) == {"feature_emb", "bias"}:
-            width = _encoder_width(path, f"{key}.feature_emb", state["feature_emb"], 0)
-            builders[name] = lambda width=width: TabularTokenEncoder(width, config.hidden)
+            columns = _encoder_width(path, f"{key}.feature_emb", state["feature_emb"], 0)
+            tokens = _encoder_width(path, f"{key}.bias", state["bias"], 0)
+            if tokens >= columns:  # a token each; what more there is does not fit, and is refused by its shape
+                builders[name] = lambda c=columns: TabularTokenEncoder(c, config.hidden)
+            else:
+                builders[name] = lambda c=columns, t=tokens: ColumnGroupEncoder(c, t, config.hidden)
         else:
             unread.append(f"{name} ({_some(encoder_states[name])})")
         states[name] = state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -76,8 +78,8 @@ class ColumnGroupEncoder(nn.Module):
         hidden = integer("hidden", hidden, least=1)
         self.feature_emb = nn.Parameter(0.02 * torch.randn(self.features, hidden))
         self.bias = nn.Parameter(torch.zeros(groups, hidden))
-        edges = torch.arange(groups + 1) * self.features // groups
-        self.sizes = (edges[1:] - edges[:-1]).tolist()
+        edges = [group * self.features // groups for group in range(groups + 1)]
+        self.sizes = [after - before for before, after in itertools.pairwise(edges)]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F) -> (B, T, H)."""

@@ -86,6 +86,7 @@ class TrainingSettings:
     regularizer_weight: float | None = None
     ablation: str | None = None
     select: str | None = None
+    patience: int | None = None
     checkpoint_steps: int | None = None
     reference_layout: bool = False
     device: str = "cpu"
@@ -224,11 +225,12 @@ def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if kind not in (*READERS, *MADE):
         raise ArgumentError("data.kind", repr(kind), f"one of {', '.join((*READERS, *MADE))}")
     allowed: Collection[str]
-    if kind in READERS:
+    reader: Callable | None = READERS.get(kind)
+    if reader is not None:
         if not isinstance(data.get("path"), str):
             raise ArgumentError("data.path", repr(data.get("path")), "the path of the data set")
         data["path"] = path.parent / data["path"]
-        options = list(inspect.signature(READERS[kind]).parameters)[1:]
+        options = list(inspect.signature(reader).parameters)[1:]
         allowed = dict.fromkeys(["path", *options, "modalities", "dtype", "batch_size"])
         if kind != "own" and not isinstance(data.get("modalities", []), list):
             raise ArgumentError("data.modalities", repr(data["modalities"]), "a list of names")
@@ -237,11 +239,19 @@ def _data(data: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ArgumentError("data.path", repr(data["path"]), "a file of the published data")
         data["path"] = path.parent / data["path"]
         allowed = ("path",)
+    elif kind == "hdxor":
+        reader, allowed = hd_xor, (*inspect.signature(hd_xor).parameters, "path")
     else:
-        allowed = ("seed",) if kind == "digits" else (*inspect.signature(hd_xor).parameters, "path")
+        allowed = ("seed",)
     for name in data:
         if name not in (*allowed, "kind"):
             raise ArgumentError(f"data.{name}", "this key", f"one of {', '.join(allowed)}")
+    needed = (
+        [] if reader is None else [p for p in inspect.signature(reader).parameters.values() if p.default is p.empty]
+    )
+    for name in (p.name for p in needed if p.name != "root"):
+        if name not in data:
+            raise ArgumentError(f"data.{name}", "nothing", f"this key, which data of the kind {kind!r} need")
     return data
 
 

@@ -73,10 +73,10 @@ def address(folder: Path) -> dict:
     sources = [CSRC / "bind.cpp", CSRC / "cpu" / "bind.cpp", CSRC / "fused" / "bind.cpp"]
     module = site / "flmoe_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     _build(folder, "asan", flags, sources, module, "-shared")
-    asked = [_compiler(), "-print-file-name=libasan.so"]
-    library = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    # The sanitizer looks for what throws exceptions when it starts, and Python itself has no C++ library.
+    preloaded = ":".join(map(_library, ("libasan.so", "libstdc++.so")))
     # In this order the copy is the package that is imported, also by processes that tests start.
-    env = {**os.environ, "LD_PRELOAD": library, "PYTHONPATH": f"{site}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "LD_PRELOAD": preloaded, "PYTHONPATH": f"{site}:{ROOT}", "OMP_NUM_THREADS": "1"}
     env |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     env |= {"PYTHONSAFEPATH": "1"}
     seen = [sys.executable, "-c", "import flmoe_fast._C as c; print(c.__file__)"]
@@ -86,6 +86,11 @@ def address(folder: Path) -> dict:
     tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", SELECTION, *PYTHON_TESTS]
     done = _run(tests, folder, "asan-tests", env=env)
     return _counted(folder, "asan-tests", done.returncode)
+
+
+def _library(name: str) -> str:
+    asked = [_compiler(), f"-print-file-name={name}"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
 
 def _counted(folder: Path, name: str, status: int) -> dict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ class FitSettings:
     select : str, optional
         A number of the validation (``"loss"``, ``"accuracy"``, ``"micro_f1"``, ``"macro_f1"``): the model ends with the
         weights of the best epoch instead of the last.
+    patience : int, optional
+        Training ends after so many epochs in a row that were no better than the best before them, by ``select``. More
+        patience, given later, lets a run go on from its checkpoint.
     checkpoint_steps : int, optional
         Write the checkpoint also after this many steps within an epoch.
 
@@ -88,6 +92,7 @@ class FitSettings:
     gate_gradient: bool = True
     passes: str = "auto"
     select: str | None = None
+    patience: int | None = None
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +105,10 @@ class FitSettings:
         one_of("ablation", self.ablation, ABLATIONS)
         one_of("passes", self.passes, PASSES)
         one_of("select", self.select, (None, *SELECTABLE))
+        if self.patience is not None:
+            integer("patience", self.patience, least=1)
+            if self.select is None:
+                raise ArgumentError("patience", self.patience, f"select, one of {', '.join(SELECTABLE)}, beside it")
         if self.checkpoint_steps is not None:
             integer("checkpoint_steps", self.checkpoint_steps, least=1)
 
@@ -109,9 +118,9 @@ class FitSettings:
         return warm * regularizer_factor(self.regularizer, self.regularizer_weight)
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run this run, as JSON types. The number of epochs is not among it: a run may be trained on."""
+        """What makes a run this run, as JSON types. How long it is trained is not among it: it may be trained on."""
         kept = dataclasses.asdict(self)
-        for name in ("epochs", "passes", "checkpoint_steps"):
+        for name in ("epochs", "patience", "passes", "checkpoint_steps"):
             del kept[name]
         weight = regularizer_factor(self.regularizer, self.regularizer_weight)
         return {**kept, "lr": float(self.lr), "regularizer_weight": weight}
@@ -125,6 +134,7 @@ def fit(
     validation: Examples | None = None,
     checkpoint: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train with Adam on shuffled batches; encoders with trainable parameters are trained too.
@@ -143,6 +153,9 @@ def fit(
         from it and ends with the numbers of an unbroken run.
     log : path, optional
         ``.jsonl`` or ``.csv`` file with one record per epoch so far, rewritten after every epoch.
+    callback : function of a dict, optional
+        Called with an epoch's record when the epoch is over and written, for a logger. What it returns is not read;
+        what it raises ends the training, which can go on from the checkpoint.
     progress : bool
         Show a progress bar over the epochs.
 
@@ -175,7 +188,7 @@ def fit(
         begun = min(run.state.epoch, settings.epochs)
         bar = tqdm(total=settings.epochs, initial=begun, desc="training", unit="epoch", disable=not progress)
         with bar:
-            while run.state.epoch < settings.epochs:
+            while run.state.epoch < settings.epochs and not run.state.stale(settings.patience):
                 record = run.epoch(checkpoint)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, batch_size=max(settings.batch_size, 64))
@@ -186,6 +199,8 @@ def fit(
                     write_log(log, run.state.history, model.config.expert_names)
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.4f}")
+                if callback is not None:
+                    callback(copy.deepcopy(record))
     if settings.select is not None:
         run.state.restore_best()
     model.eval()

@@ -32,8 +32,8 @@ class TrainingState:
     seed : int
         Of the shuffling, the noise and the choices of modalities.
     options : dict from str to Any
-        What makes the run this run, plain JSON types; a file of a run with other options is refused. The number of
-        epochs is not among them: a finished run may be trained further.
+        What makes the run this run, plain JSON types; a file of a run with other options is refused. How long it is
+        trained is not among them: a finished run may be trained further.
     """
 
     def __init__(
@@ -91,6 +91,10 @@ class TrainingState:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums = torch.zeros(())
         self._epoch_order = self.order.get_state()
+
+    def stale(self, patience: int | None) -> bool:
+        """Whether that many epochs have passed since the best one."""
+        return patience is not None and self.best is not None and self.epoch - 1 - self.best["epoch"] >= patience
 
     def restore_best(self) -> None:
         """Give the model the weights of the selected epoch."""
