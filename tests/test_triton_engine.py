@@ -47,7 +47,7 @@ BANDS = 4096
 TINY_SPARSE = sparse(Edge("tiny", (3, 2), (3, 2), hidden=16, heads=1, layers=3), "gshard", 6, "reference")
 
 
-@pytest.mark.parametrize("edge", (TINY, TINY_SPARSE), ids=lambda e: e.name)
+@pytest.mark.parametrize("edge", (TINY, pytest.param(TINY_SPARSE, marks=pytest.mark.long)), ids=lambda e: e.name)
 def test_chunks_and_order_change_no_bit(edge: Edge):
     contexts, toggled = coalitions_of(edge)
     ours = engine(edge)
