@@ -38,7 +38,11 @@ BUILD_LOG := build/extension.log
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+<<<<<<< HEAD
 .PHONY: demo test bench wheels env extension lint types host-test portable-check nvcc-check budgets pytest long soak clean
+=======
+.PHONY: demo test bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest soak clean
+>>>>>>> main
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
@@ -51,6 +55,11 @@ test: $(INSTALLED)
 
 bench: extension
 	$(PY) -m pytest bench $(ARGS)
+
+# What is said of FL-I2MoE, asked of models trained here, and the pages' tables; goes on where it stopped.
+findings: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
+	$(PY) -m bench.findings $(ARGS)
+	$(PY) -m bench.tables
 
 # The source distribution, the pure wheel and a manylinux wheel for every Python found, tried where there is no compiler.
 wheels: $(INSTALLED)

@@ -31,13 +31,17 @@ from bench import (
     zoo,
 )
 from bench.cells import markdown
+from bench.findings import digits as findings_digits
+from bench.findings import planted as findings_planted
+from bench.findings import shares as findings_shares
+from bench.findings import verdicts
 from bench.timing import read
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("measured", "accuracy", "precision", "models", "guarantees")
+DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (checks, soak, zoo)
+BENCHES += (checks, soak, zoo, findings_shares, findings_digits, findings_planted, verdicts)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

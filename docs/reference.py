@@ -33,6 +33,7 @@ FURTHER = (
     "flmoe_fast.pipeline.importance.patterns.pair_patterns",
     "flmoe_fast.pipeline.importance.patterns.compare_patterns",
     "flmoe_fast.pipeline.importance.tokens.head_importance",
+    "flmoe_fast.pipeline.interaction_share.interaction_share",
     "flmoe_fast.pipeline.routing.routing_table",
     "flmoe_fast.pipeline.routing.routing_follows",
     "flmoe_fast.pipeline.routing.experts_alone",

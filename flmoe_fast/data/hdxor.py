@@ -69,7 +69,7 @@ def hd_xor(
         raise ArgumentError("dimensions", dimensions, f"{count} lengths, one per modality")
     dimensions = tuple(integer(f"dimensions[{m}]", d, least=1) for m, d in enumerate(dimensions))
     random = np.random.default_rng(integer("seed", seed, least=0))
-    bits = _bits(setting, count, samples, random)
+    bits = synergy_bits(count if setting == "synergy" else 2, samples, random)
     labels = (bits.sum(1) == 1).astype(np.int64)
     if setting == "random":
         observed = [random.normal(0.5, 1.0, (samples, d)) for d in dimensions]
@@ -107,10 +107,14 @@ def read_hd_xor(path: str | os.PathLike) -> Splits:
     return Splits(Path(path).stem, names, "multiclass", ("0", "1"), *parts)
 
 
-def _bits(setting: str, count: int, samples: int, random: np.random.Generator) -> np.ndarray:
-    if setting != "synergy" or count == 2:
+def synergy_bits(count: int, samples: int, random: np.random.Generator) -> np.ndarray:
+    """The bits (N, M) behind synergetic data, one a modality.
+
+    With more than two bits exactly one is set less often than not, and rows are chosen so that it is in half of them.
+    That lets a single bit say something: of three, where one is set exactly one is in 36 %, otherwise in 62 %.
+    """
+    if count == 2:
         return random.integers(0, 2, (samples, 2))
-    # With more than two bits exactly one is set less often than not; half of the rows are chosen to be so.
     bits = random.integers(0, 2, (samples * (count - 1), count))
     one = bits.sum(1) == 1
     positives = min(int(one.sum()), samples // 2)
