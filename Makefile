@@ -38,11 +38,8 @@ BUILD_LOG := build/extension.log
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-<<<<<<< HEAD
-.PHONY: demo test bench wheels env extension lint types host-test portable-check nvcc-check budgets pytest long soak clean
-=======
-.PHONY: demo test bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest soak clean
->>>>>>> main
+.PHONY: demo test long bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest
+.PHONY: soak clean
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
