@@ -18,6 +18,7 @@ from bench import (
     checks,
     contexts,
     cpu,
+    decoders,
     digits,
     explainers,
     gpu,
@@ -43,7 +44,18 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (checks, overheads, runtimes, soak, zoo, findings_shares, findings_digits, findings_planted, verdicts)
+BENCHES += (
+    checks,
+    overheads,
+    runtimes,
+    soak,
+    zoo,
+    findings_shares,
+    findings_digits,
+    findings_planted,
+    verdicts,
+    decoders,
+)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 
