@@ -26,8 +26,10 @@ from bench import (
     headline,
     memory,
     mixes,
+    overheads,
     peers_tables,
     pipeline,
+    runtimes,
     soak,
     zoo,
 )
@@ -42,7 +44,18 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (checks, soak, zoo, decoders, findings_shares, findings_digits, findings_planted, verdicts)
+BENCHES += (
+    checks,
+    overheads,
+    runtimes,
+    soak,
+    zoo,
+    findings_shares,
+    findings_digits,
+    findings_planted,
+    verdicts,
+    decoders,
+)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 
