@@ -1,4 +1,4 @@
-# make demo | test | bench | clean: each does everything it needs from a fresh clone, in .venv, and nothing twice.
+# make demo | test | long | bench | clean: each does everything it needs from a fresh clone, in .venv, and nothing twice.
 # A Python of your own that already has the requirements: make test PY=/path/to/python (no .venv is made).
 # PYTHON=... chooses what .venv is made with; OUT=... where the demo writes; ARGS=... goes to pytest. TORCH=... is what
 # pip is told to install as torch: by default its CPU build, since the registry's own brings several GB of CUDA.
@@ -38,7 +38,8 @@ BUILD_LOG := build/extension.log
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest soak clean
+.PHONY: demo test long bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest
+.PHONY: soak clean
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
 demo: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
@@ -89,7 +90,11 @@ budgets: $(INSTALLED)
 
 # A file stays with one process, so that what its tests share is made once.
 pytest: extension
-	$(PY) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(MAX_JOBS) --dist loadfile -m "not long" $(ARGS)
+
+# What takes tens of seconds a test: kernels for every shipped GPU architecture, sanitized and sparse launches.
+long: extension
+	$(PY) -m pytest -n $(MAX_JOBS) --dist load -m long $(ARGS)
 
 # Thousands of random cases, mutated files, killed runs and sanitizers; goes on where it stopped. MINUTES=... says how long.
 MINUTES ?= 40

@@ -1,6 +1,6 @@
 """Other people's models: their own forward passes against the engine, side by side on the same coalitions.
 
-    python -m bench.adapt [--cases moe bert vit vilt clip experts] [--rounds 5] [--threads 2] [--layers 12]
+    python -m bench.adapt [--cases moe bert vit vilt clip] [--rounds 5] [--threads 2] [--layers 12]
 
 Every case runs the model one coalition at a time (what most explainers do), in batches (the slow path of
 ``accelerate``), and on the engine, for the same corner grid. First a few coalitions are compared in float64, and the
@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 import transformers as hf
-from transformers.integrations.moe import grouped_mm_experts_forward
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from bench.cells import Table, quartiles
 from bench.timing import interleave, spread, write
 from flmoe_fast import accelerate, image_players, text_players
-from flmoe_fast.adapt.experts import experts_forward
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.grid import CornerGrid
 from tests.reference_modules import InteractionMoE
 
 TEXT = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-#: (experts, chosen, hidden, intermediate, tokens)
-EXPERTS = ((8, 2, 512, 1024, 1024), (64, 4, 256, 128, 1024), (128, 8, 256, 96, 64), (64, 8, 512, 256, 1))
 
 
 def _words(tokens: int, valid: int, vocabulary: int = 1000) -> dict[str, torch.Tensor]:
@@ -177,37 +171,6 @@ def mixture(rounds: int) -> list[dict]:
     return _rows("published layout", {"case": "moe", "layers": 2, "players": game.n}, runs, rounds, agreement)
 
 
-def experts(rounds: int) -> list[dict]:
-    """Rows of the experts interface, without gradients; a run is one call of the experts module."""
-    rows = []
-    for count, chosen, hidden, wide, tokens in EXPERTS:
-        torch.manual_seed(0)
-        config = hf.Qwen3MoeConfig(
-            hidden_size=hidden, moe_intermediate_size=wide, num_experts=count, num_experts_per_tok=chosen
-        )
-        config._experts_implementation = "eager"
-        module = Qwen3MoeExperts(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-        weights, index = torch.randn(tokens, count).softmax(1).topk(chosen)
-        given = (torch.randn(tokens, hidden), index, weights)
-
-        candidates = {"eager": type(module).__call__, "grouped_mm": grouped_mm_experts_forward}
-        candidates["flmoe_fast"] = experts_forward
-        runs = {name: functools.partial(_without_gradients, f, module, *given) for name, f in candidates.items()}
-        agreement = _difference(runs["flmoe_fast"](), runs["grouped_mm"]())
-        case = f"{count} experts, {chosen} chosen, {hidden} x {wide}, {tokens} tokens"
-        named = {name: (1, run) for name, run in runs.items()}
-        rows += _rows("experts", {"case": case}, named, rounds, agreement)
-    return rows
-
-
-@torch.no_grad()
-def _without_gradients(function: Callable, *given: object) -> torch.Tensor:
-    return function(*given)
-
-
 def _rows(
     part: str, about: dict, runs: dict[str, tuple[int, Callable]], rounds: int, agreement: float | None
 ) -> list[dict]:
@@ -230,7 +193,7 @@ def _rows(
 def main() -> None:
     """Measure, print, and write bench/results/adapt.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cases = ("moe", *MODELS, "experts")
+    cases = ("moe", *MODELS)
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -242,8 +205,6 @@ def main() -> None:
     for case in options.cases:
         if case == "moe":
             rows += mixture(options.rounds)
-        elif case == "experts":
-            rows += experts(4 * options.rounds)
         else:
             rows += transformer(case, options.layers, options.rounds)
     if options.write:
@@ -264,9 +225,8 @@ def table(rows: list[dict]) -> Table:
     ]
     columns = ["model", "", "ms", "speed", "difference"]
     note = (
-        "Milliseconds per coalition, per call for the experts; medians and quartiles, speed against the first of each "
-        "model. Difference: the largest between engine and model relative to the largest value, in float64 for whole "
-        "models, in float32 against grouped_mm for the experts."
+        "Milliseconds per coalition, medians and quartiles, speed against the first of each model. Difference: the "
+        "largest between engine and model relative to the largest value, in float64."
     )
     return columns, lines, note
 

@@ -32,7 +32,7 @@ class BatchedSDPA(nn.Module):
     @torch.no_grad()
     def forward(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coalitions (C, n) bool to expert logits (C, E, K) and weights (C, E)."""
-        present = torch.ones(len(coalitions), len(self.features), dtype=torch.bool, device=self.features.device)
+        present = torch.ones(coalitions.shape[0], self.features.shape[0], dtype=torch.bool, device=self.features.device)
         present[:, self.players] = coalitions
         tokens = torch.where(present[..., None], self.features, self.fills)  # (C, L, H)
         logits = torch.stack([self._expert(e.fusion_model, tokens) for e in self.model.interaction_experts], 1)

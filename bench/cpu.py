@@ -192,8 +192,13 @@ def trained_model(epochs: int) -> tuple[FLI2MoE, list[torch.Tensor], float]:
     return model, features, float(torch.cat(right).float().mean())
 
 
-def noise(epochs: int, samples: int, contexts: int) -> list[dict]:
-    """Rows with the noise share of every arithmetic."""
+def noise(
+    epochs: int,
+    samples: int,
+    contexts: int,
+    more: Callable[[BatchedSDPA, torch.Tensor], dict[str, Callable]] | None = None,
+) -> list[dict]:
+    """Rows with the noise share of every arithmetic, and of ``more`` ways to run the batched model on coalitions."""
     torch.set_num_threads(2)
     model, features, accuracy = trained_model(epochs)
     generator = torch.Generator().manual_seed(0)
@@ -220,6 +225,8 @@ def noise(epochs: int, samples: int, contexts: int) -> list[dict]:
         ways = {"batched SDPA fp32": batched, "batched SDPA bf16 autocast": half}
         ways |= {"torch engine fp32": TorchEngine(game.problem).evaluate}
         ways |= {f"native {x} {levels()[x][0]}": CpuEngine(game.problem, level=x).evaluate for x in usable_levels()}
+        if more is not None:
+            ways |= more(batched, every[:81])
         for name, way in ways.items():
             with torch.no_grad():
                 parts = [way(part) for part in every.split(81)]

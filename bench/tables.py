@@ -15,9 +15,11 @@ from pathlib import Path
 
 from bench import (
     adapt,
+    calls,
     checks,
     contexts,
     cpu,
+    decoders,
     digits,
     explainers,
     gpu,
@@ -25,8 +27,10 @@ from bench import (
     headline,
     memory,
     mixes,
+    overheads,
     peers_tables,
     pipeline,
+    runtimes,
     soak,
     zoo,
 )
@@ -41,7 +45,19 @@ ROOT = Path(__file__).parent.parent
 DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
-BENCHES += (checks, soak, zoo, findings_shares, findings_digits, findings_planted, verdicts)
+BENCHES += (
+    calls,
+    checks,
+    overheads,
+    runtimes,
+    soak,
+    zoo,
+    findings_shares,
+    findings_digits,
+    findings_planted,
+    verdicts,
+    decoders,
+)
 TABLES = {name: table for bench in BENCHES for name, table in bench.TABLES.items()}
 
 

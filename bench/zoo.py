@@ -1,6 +1,9 @@
 """Every kind of model of transformers that people run: which path it takes, why, how exact and how fast.
 
-    python -m bench.zoo [--rounds 3] [--only NAME ...]
+    python -m bench.zoo [--rounds 3] [--only NAME ...] [--missing] [--seconds 300]
+
+Every model's line is written as soon as it is measured: ``--missing`` goes on with those that have none, ``--seconds``
+ends before the next model when so much time is over.
 
 Models come from tiny configurations with random weights (tests/zoo.py). Values are compared with the model's own, one
 masked input at a time, in float64 throughout; times are in float32, of one corner grid after another: one coalition at
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +25,7 @@ from torch import nn
 
 from bench.cells import Table
 from bench.cells import times as in_times
-from bench.timing import interleave, spread, write
+from bench.timing import interleave, read, spread, write
 from flmoe_fast import accelerate
 from flmoe_fast.adapt.remember import forget
 from flmoe_fast.games.game import Game
@@ -131,15 +135,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
-    torch.manual_seed(0)
-    rows = []
+    found = read("zoo") if options.missing or options.only else None
+    rows = {row["model"]: row for row in (found[1] if found else []) if row["model"] in CASES}
+    started = time.monotonic()
     for name, case in CASES.items():
-        if options.only is None or name in options.only:
-            rows.append(row(name, case, options.rounds))
-            print(rows[-1], flush=True)
-    if options.only is None:
-        write("zoo", rows)
+        wanted = name in options.only if options.only else not (options.missing and name in rows)
+        if not wanted or time.monotonic() - started > options.seconds:
+            continue
+        torch.manual_seed(0)
+        rows[name] = row(name, case, options.rounds)
+        print(rows[name], flush=True)
+        write("zoo", [rows[known] for known in CASES if known in rows])
 
 
 if __name__ == "__main__":

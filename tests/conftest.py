@@ -82,4 +82,4 @@ class _Torch:
 @pytest.fixture(autouse=True)
 def engines_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Games take the engine where they can: at the sizes of tests its speed says nothing, and changes with the load."""
-    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.0)
+    monkeypatch.setattr("flmoe_fast.adapt.choice.LONG", 0.0)

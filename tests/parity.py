@@ -44,7 +44,7 @@ TORCH_WAYS = {
     "a table for each context": {"SHARED_TABLE_BYTES": lambda engine: engine._table_bytes(min(2, engine.problem.n))},
 }
 CPU_WAYS = {
-    "patterns": {"SHARED_TABLE_BYTES": 1 << 40, "KEYS_PER_GROUP": 0},
+    "patterns": {"SHARED_TABLE_BYTES": 1 << 40, "KEYS_PER_GROUP": 0, "COST_OF_SHARING": 0},
     "as sized": {},
     "direct": {"SHARED_TABLE_BYTES": -1},
 }

@@ -28,7 +28,6 @@ def explain_one(number: int, sample: int) -> InteractionResult:
 
 def main() -> None:
     folder, fatal = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else -1
-    group = join()
 
     def explain(number: int, sample: int) -> InteractionResult:
         if number == fatal:
@@ -36,12 +35,13 @@ def main() -> None:
         return explain_one(number, sample)
 
     if fatal < 0:
+        group = join()
         game = SharedGame(game_of(100), group, N)
         for options in ({"contexts": 9}, {"budget": 300}, {"budget": 90, "method": "surrogate"}):
             found = interactions(game, gap="strict", progress=False, **options)
             name = "-".join(map(str, options.values()))
             found.save(folder / f"shared-{name}-{group.rank}.npz")
-    explain_many(range(SAMPLES), explain, folder / "many", chunk=2, format="safetensors", group=group, progress=False)
+    explain_many(range(SAMPLES), explain, folder / "many", chunk=2, format="safetensors", progress=False)
 
 
 if __name__ == "__main__":

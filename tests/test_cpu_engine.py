@@ -33,6 +33,7 @@ from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
 from flmoe_fast.engines.stack import LOG2E
 from flmoe_fast.model.network import FLI2MoE
 from flmoe_fast.native import extension
+from flmoe_fast.probes.grid import CornerGrid
 
 EXTENSION, _ = extension()
 pytestmark = needs_extension
@@ -52,6 +53,7 @@ def test_a_table_for_each_context(level: str, monkeypatch):
     edge = named("past a block of keys and of rows")
     ours, contexts = engine(edge, level), all_of(edge)[CONTEXTS]
     monkeypatch.setattr(cpu, "KEYS_PER_GROUP", 60)
+    monkeypatch.setattr(cpu, "COST_OF_SHARING", 0)
     calls = []
     original = ours._pattern_sums
     monkeypatch.setattr(ours, "_pattern_sums", lambda *a: calls.append(original(*a)) or calls[-1])
@@ -80,8 +82,10 @@ def test_threads_chunks_and_order_change_no_bit(edge: Edge, level: str, monkeypa
             torch.set_num_threads(1)
 
 
-def test_scores_that_spread_too_far_are_attended_directly():
+def test_scores_that_spread_too_far_are_attended_directly(monkeypatch):
     edge = EDGES[0]
+    for name, value in CPU_WAYS["patterns"].items():
+        monkeypatch.setattr(cpu, name, value)
 
     def steep(share: float = 1.0) -> FLI2MoE:
         """The same function for every ``share`` of a factor that moves from keys to queries."""
@@ -140,6 +144,22 @@ def test_grid_patterns_are_rows_and_columns():
     varying, patterns = ours._patterns(context ^ grid)
     assert len(varying) == 11
     assert [len(p) for _, p in patterns.groups] == [7, 6]
+
+
+def test_sums_are_shared_only_where_that_is_less_work(monkeypatch):
+    """By a corner grid, within each of its contexts; not by a coalition or two, nor by many with nothing in common."""
+    edge = named("past a block of keys and of rows")
+    ours = engine(edge, LEVELS[0])
+    calls = []
+    monkeypatch.setattr(ours, "_pattern_sums", lambda *a: calls.append(len(a[2].pick)))
+    several = edge.coalitions(ours.problem.n, 10)
+    for few in (several[:1], several[:2], several):
+        ours.evaluate(few)
+    assert not calls
+    pairs = torch.cartesian_prod(torch.arange(4), 150 + torch.arange(4))
+    toggled = CornerGrid.of(pairs, ours.problem.n).toggled
+    ours.evaluate_toggles(several[4:6], toggled)
+    assert calls == [25, 25]
 
 
 def test_workspace_does_not_grow_with_coalitions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import warnings
@@ -16,7 +17,7 @@ import transformers as hf
 from decoders import IMAGE, PICTURES, TEXTS, VISION_START, AllDouble, picture, prompt, ready
 from torch import nn
 
-from flmoe_fast import ArgumentError, accelerate, image_players, interactions, text_players
+from flmoe_fast import ArgumentError, accelerate, exact_interactions, image_players, interactions, text_players
 from flmoe_fast.adapt.causal.engine import CausalEngine
 from flmoe_fast.adapt.causal.game import DecoderGame, decoder_module_game
 from flmoe_fast.adapt.causal.players import grid_players, image_token_players
@@ -24,7 +25,7 @@ from flmoe_fast.adapt.causal.questions import Question, answer_logprob, contrast
 from flmoe_fast.adapt.causal.tree import beginnings, blocks, paths
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
-from flmoe_fast.explainers.shapiq import ShapiqGame
+from flmoe_fast.explainers.shapiq import ShapiqApproximator, ShapiqGame
 
 FP64 = 1e-10
 ANSWER = (5, 7, 9)
@@ -240,12 +241,20 @@ def test_bad_input():
         contrast(3, 3)
     with pytest.raises(ArgumentError, match="grids: got 6 tokens in all, expected 4"):
         image_token_players(prompt(4), IMAGE, grids=[(2, 3)])
+    with pytest.raises(ArgumentError, match=r"owner: got the players \[8\], who have no name or own nothing"):
+        dataclasses.replace(players, places=(*players.places, (99, 100)), names=(*players.names, "beyond"))
+    with pytest.raises(ArgumentError, match=r"owner: got the players \[9\]"):
+        dataclasses.replace(players, owner=players.owner.index_fill(0, torch.tensor([0]), 9))
     with pytest.raises(ArgumentError, match="image_token: got 41"):
         image_token_players(ids, IMAGE)
     with pytest.raises(ArgumentError, match="grids: got 16 patches in all, expected 12"):
         grid_players(picture(12, 24), torch.tensor([[1, 4, 4]]))
     with pytest.raises(ArgumentError, match="input_ids among"):
         fast.game({}, players, value=next_token(4))
+    seeing, given = PICTURES["LLaVA"]
+    short = {**given(), "input_ids": prompt(8), "attention_mask": torch.ones_like(prompt(8))}
+    with pytest.warns(UserWarning, match="slow path"), pytest.raises(ValueError, match="tokens: 8, features"):
+        accelerate(seeing()).game(short, words(prompt(8)), value=next_token(4))
 
 
 def test_a_model_in_training_mode():
@@ -306,6 +315,12 @@ def test_other_peoples_explainers_and_threads():
         assert sum(exact[(i,)] for i in range(game.n)) == pytest.approx(
             float(game(everyone.bool()) - game(~everyone.bool())), abs=1e-9
         )
+        for approximator in (ShapiqApproximator(game.n), shapiq.KernelSHAPIQ(n=game.n, index="SII", random_state=0)):
+            explainer = shapiq.AgnosticExplainer(ShapiqGame(game), index="SII", approximator=approximator)
+            explained = explainer.explain(budget=2**game.n)
+            assert explained[(0, 1)] == pytest.approx(
+                exact_interactions(game, pairs=[(0, 1)], progress=False).sii[0], abs=1e-6
+            )
         found = interactions(game, contexts=4, progress=False)
         assert found.player_names == game.player_names and len(found.pairs) == game.n - 1
     parts = coalitions(game.n, 24).split(6)

@@ -62,6 +62,7 @@ def test_not_measured_where_there_is_no_file(no_device):
     assert tables.text("gpu") == "not measured"
 
 
+@pytest.mark.long
 def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):
     """Here the narrowest of the widths alone: interpreted, the wide ones take minutes."""
     widths = sorted(int(source.stem.removeprefix("width_")) for source in CSRC.rglob("width_*.cu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from scale_worker import SAMPLES, N, explain_one, game_of
 
 from flmoe_fast import ArgumentError, InteractionResult, interactions
-from flmoe_fast.files import UNFINISHED
+from flmoe_fast.files import UNFINISHED, BusyError
 from flmoe_fast.scale.dataset import ExplanationSet, StorageError
 from flmoe_fast.scale.explain_many import explain_many
 from flmoe_fast.scale.group import Group, SharedGame
@@ -61,12 +62,12 @@ def test_any_number_of_processes_gives_the_same(processes, alone, tmp_path):
 
 
 def test_a_killed_process_costs_its_unfinished_shard_only(alone, tmp_path):
-    """Of two processes the second has the odd samples, two a shard; it is killed at sample 5, its third."""
-    done = torchrun(2, tmp_path, 5)
+    """Of two processes the second begins at sample 5, with shards of two; it is killed at its third sample, 7."""
+    done = torchrun(2, tmp_path, 7)
     assert done.returncode != 0
     store = ExplanationSet(tmp_path / "many", "safetensors")
     finished = set(store.samples())
-    assert {1, 3} <= finished and 5 not in finished and not {7, 9} & finished
+    assert {5, 6} <= finished and 7 not in finished
     computed = []
 
     def explain(number: int, sample: int) -> InteractionResult:
@@ -77,6 +78,56 @@ def test_a_killed_process_costs_its_unfinished_shard_only(alone, tmp_path):
     assert computed == sorted(set(range(SAMPLES)) - finished)
     assert all(same(store.result(i), alone.result(i)) for i in range(SAMPLES))
     assert not list(store.folder.glob(UNFINISHED))
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch.distributed
+from scale_worker import SAMPLES, explain_one
+from flmoe_fast.scale.explain_many import explain_many
+
+folder, rank = Path(sys.argv[2]), int(sys.argv[3])
+
+def explain(number, sample):
+    if rank == 1:  # holds its first sample until the other process has returned
+        (folder / "begun").touch()
+        while not (folder / "over").exists():
+            time.sleep(0.01)
+    return explain_one(number, sample)
+
+explain_many(
+    range(SAMPLES), explain, folder / "many", chunk=3, format="safetensors", rank=rank, size=2, progress=False
+)
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_nobody_waits_for_a_slow_process(alone, tmp_path):
+    """One process takes up all but what the other one holds, and returns; the index comes with the last sample."""
+    command = [sys.executable, "-c", WAITING, str(WORKER.parent), str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    slow = subprocess.Popen([*command, "1"], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert slow.poll() is None, slow.stderr.read()
+            time.sleep(0.01)
+        quick = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, timeout=240)
+        assert quick.returncode == 0, quick.stderr[-2000:]
+        store, held = ExplanationSet(tmp_path / "many", "safetensors"), SAMPLES // 2
+        assert sorted(store.samples()) == [i for i in range(SAMPLES) if i != held]
+        assert not (store.folder / "_index.csv").exists()
+        with pytest.raises(BusyError):  # somebody alone would think that nobody holds anything
+            explain_many(range(SAMPLES), explain_one, store.folder, format="safetensors", progress=False)
+        (tmp_path / "over").touch()
+        assert slow.wait(240) == 0
+    finally:
+        slow.kill()
+        slow.communicate()
+    assert all(same(store.result(i), alone.result(i)) for i in range(SAMPLES))
+    index = pandas.read_csv(store.folder / "_index.csv")
+    assert index["sample"].tolist() == list(range(SAMPLES)) and not list((store.folder / ".claims").iterdir())
 
 
 def test_a_sample_that_raises_keeps_those_before_it(tmp_path):
@@ -175,6 +226,10 @@ def test_bad_input(tmp_path, alone):
         ExplanationSet(tmp_path, "csv")
     with pytest.raises(ArgumentError, match="samples: got generator"):
         explain_many((i for i in range(3)), explain_one, tmp_path, progress=False)
+    with pytest.raises(ArgumentError, match="rank: got 1 with size None, expected both"):
+        explain_many(range(3), explain_one, tmp_path, rank=1, progress=False)
+    with pytest.raises(ArgumentError, match="rank: got 2"):
+        explain_many(range(3), explain_one, tmp_path, rank=2, size=2, progress=False)
     with pytest.raises(ArgumentError, match="sample: got 77"):
         store.result(77)
     with pytest.raises(ArgumentError, match="which has no shards"):

@@ -170,9 +170,11 @@ def test_the_faster_path_is_taken(monkeypatch):
 
     def seconds(game, coalitions):
         asked.append((type(game).__name__, len(coalitions)))
-        return speeds[type(game).__name__] * len(coalitions)
+        return overhead + speeds[type(game).__name__] * len(coalitions)
 
-    monkeypatch.setattr("flmoe_fast.adapt.choice.QUICK", 0.02)
+    overhead = 0.0
+
+    monkeypatch.setattr("flmoe_fast.adapt.choice.LONG", 0.5)
     monkeypatch.setattr("flmoe_fast.adapt.choice._seconds", seconds)
     speeds = {"EncoderGame": 2e-3, "ModuleGame": 1e-3}
     with warnings.catch_warnings():
@@ -183,10 +185,13 @@ def test_the_faster_path_is_taken(monkeypatch):
     assert type(accelerate(bert()).game(text_inputs(), words(), path="engine")).__name__ == "EncoderGame"
     speeds["EncoderGame"] = 0.9e-3
     assert type(accelerate(bert()).game(text_inputs(), words())).__name__ == "EncoderGame"
-    speeds = {"EncoderGame": 1.0, "ModuleGame": 0.5}  # nothing is tried that takes long
-    asked.clear()
-    assert type(accelerate(bert()).game(text_inputs(), words())).__name__ == "EncoderGame"
-    assert asked == [("ModuleGame", 1)]
+    speeds, few = {"EncoderGame": 0.2, "ModuleGame": 0.1}, [("ModuleGame", 1)] * 3
+    for module, expected in ((0.6, few), (0.1, few + [("ModuleGame", 4)] * 3)):  # nothing is tried that takes long
+        speeds["ModuleGame"] = module
+        asked.clear()
+        assert type(accelerate(bert()).game(text_inputs(), words())).__name__ == "EncoderGame" and asked == expected
+    overhead, speeds = 0.1, {"EncoderGame": 2e-3, "ModuleGame": 1e-3}  # calls that take long whatever is in them
+    assert isinstance(accelerate(bert()).game(text_inputs(), words()), ModuleGame)
 
 
 def test_copies_of_games():

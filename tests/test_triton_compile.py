@@ -72,7 +72,7 @@ def violations(found: dict[str, int], budget: dict[str, int] | None, arch: str, 
     return wrong
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.long) if a != "sm_90" else a for a in ARCHS])
 def test_every_shipped_configuration_is_within_budget(arch: str):
     budgets = json.loads(BUDGETS.read_text())[arch]
     found = compiled(arch)
@@ -81,6 +81,7 @@ def test_every_shipped_configuration_is_within_budget(arch: str):
     assert [line for name in found for line in violations(found[name], budgets[name], arch, name)] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ("sm_80", "sm_100"))
 def test_what_has_no_file_fits_as_well(arch: str):
     """Default configurations of the precisions that nobody tuned, at the usual head width."""

@@ -42,7 +42,10 @@ def test_settings_that_cannot_be_are_one_error(tmp_path):
     path.write_text("a = " + "[" * 100_000 + "]" * 100_000)
     with pytest.raises(ArgumentError, match="settings: got"):
         read_settings(path)
-    text = '[data]\nkind = "own"\npath = "x.csv"\n[model]\nhidden = 8\n[encoders.words]\nname = "./models/none/bert"\n'
+    text = (
+        '[data]\nkind = "own"\npath = "x.csv"\ntarget = "y"\nmodalities = {words = {text = "t"}}\n[model]\nhidden = 8\n'
+    )
+    text += '[encoders.words]\nname = "./models/none/bert"\n'
     path.write_text(text)
     assert tomllib.loads(text)
     with pytest.raises(ArgumentError, match=r"encoders\.words\.name: got .*no such folder"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flmoe_fast.adapt.layers import Unsupported
-from flmoe_fast.adapt.module_game import PlacedGame, Score, doubled, floating, name_players
+from flmoe_fast.adapt.module_game import PlacedGame, Score, doubled, floating, name_players, quantised
 from flmoe_fast.adapt.players import PlayerMap, Players
 from flmoe_fast.adapt.reading import Stack
 from flmoe_fast.adapt.remember import Remembered
@@ -44,7 +44,8 @@ class EncoderGame(PlacedGame):
         As for :class:`ModuleGame`.
     backend : "auto", "cpu" or "torch"
         "cpu" is the native engine: pre-norm stacks with exact GELU and a head that reads a token or two (ViT, DeiT,
-        ViLT), in float32, with absent tokens replaced. "auto" takes it where it can run.
+        ViLT), in float32, with absent tokens replaced. "auto" takes it where it can run and is the faster one: for wide
+        layers only on processors with matrix units. :meth:`about` says why where it does not.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic; the model's own by default.
     memory : int
@@ -178,6 +179,9 @@ def in_dtype(
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
     if not isinstance(inputs, Mapping):
         raise ArgumentError("inputs", type(inputs).__name__, "a mapping of keywords to tensors with a batch axis of 1")
+    if quantised(model):
+        got = f"a {type(model).__name__} with quantised parts ({quantised(model)})"
+        raise Unsupported("model", got, "floating point weights: what is computed together would change the scales")
     own = floating(model)
     if own is None:
         raise Unsupported("model", f"a {type(model).__name__} without floating point weights", "a transformer")

@@ -98,6 +98,8 @@ class ModuleGame(PlacedGame):
         full, random = draws_random_numbers(module, lambda: self.score.read(self._run(everyone)))
         if random:
             self._one_by_one("the model draws random numbers in evaluation too")
+        elif quantised(module):
+            self._one_by_one(f"a quantised {quantised(module)} may take its scale from what shares a batch")
         self._check_batch(everyone, full)
         self._outputs(~everyone)
         self.score.settle(full)
@@ -258,6 +260,15 @@ def name_players(game: PlacedGame, players: PlayerMap) -> None:
 def floating(module: nn.Module) -> torch.dtype | None:
     """The dtype of a module's first floating point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def quantised(module: nn.Module) -> str:
+    """The kind of a module's first part with weights that are no floating point numbers; empty if it has none."""
+    for part in module.modules():
+        packed = type(part).__module__.startswith("torch.ao.nn.")
+        if packed or any(not p.is_floating_point() for p in part.parameters(recurse=False)):
+            return type(part).__name__
+    return ""
 
 
 def doubled(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,6 +52,14 @@ class Players:
     mask: str | None = None
     flat: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.places) != self.n:
+            raise ArgumentError("places", f"{len(self.places)} of them", f"one for each of {self.n} players")
+        owns = set(self.owner.unique().tolist()) - {NOBODY}
+        if owns != set(range(self.n)):
+            got = f"the players {sorted(owns ^ set(range(self.n)))[:3]}, who have no name or own nothing"
+            raise ArgumentError("owner", got, f"each of the {self.n} players, and {NOBODY} for nobody")
+
     @property
     def n(self) -> int:
         return len(self.names)

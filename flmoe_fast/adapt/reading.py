@@ -14,6 +14,7 @@ from torch import nn
 from flmoe_fast.adapt.around import CACHES, eager
 from flmoe_fast.adapt.layer_reading import read_layer
 from flmoe_fast.adapt.layers import LayerParts, Unsupported, fold
+from flmoe_fast.adapt.module_game import quantised
 from flmoe_fast.adapt.players import NOBODY
 from flmoe_fast.adapt.steady import steady
 from flmoe_fast.engines.places import Places
@@ -84,6 +85,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     Unsupported
         There is none; the message says why the layers of the longest list of equal modules are not plain.
     """
+    if quantised(model):
+        got = f"a {type(model).__name__} with quantised parts ({quantised(model)})"
+        raise Unsupported("model", got, "floating point weights: what is computed together would change the scales")
     lists = [
         Stack(name, list(module))
         for name, module in model.named_modules()

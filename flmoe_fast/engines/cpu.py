@@ -18,6 +18,7 @@ offers, and the extension stays one small module that builds in seconds.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ from flmoe_fast.engines.stack import LOG2E
 SHARED_TABLE_BYTES = 1 << 28
 #: Keys whose direct attention costs as much as adding up one more group's patterns.
 KEYS_PER_GROUP = 4
+#: A key's weight, or its part of a pattern, computed here costs as much as that many keys of native attention.
+COST_OF_SHARING = 6
 #: A group with more patterns than this is cut in two.
 GROUP_PATTERNS = 32
 #: Tokens whose presence fits one int64 code.
@@ -60,7 +63,7 @@ class Patterns:
 
 
 class CpuEngine(levels.AtLevel, TokenEngine):
-    """Evaluates coalitions of one :class:`TokenProblem` in float32 on the CPU, on ``torch.get_num_threads()`` threads.
+    """Evaluates coalitions of one :class:`TokenProblem` in float32 on the CPU, on threads of its own.
 
     Parameters
     ----------
@@ -80,9 +83,17 @@ class CpuEngine(levels.AtLevel, TokenEngine):
     def __init__(self, problem: TokenProblem, **options: Any):
         super().__init__(problem, **options)
         self.sample = PreparedSample(problem)
-        self.states = TwoStates.of(self.sample, torch.float32, torch.device("cpu"))
-        self.routing = Routing.of(self.sample, torch.device("cpu"))
         self._scratch = Scratch()
+
+    @functools.cached_property
+    def states(self) -> TwoStates:
+        """What the first layer makes of both states of every token; computed when it is first asked for."""
+        return TwoStates.of(self.sample, torch.float32, torch.device("cpu"))
+
+    @functools.cached_property
+    def routing(self) -> Routing:
+        """The routing of the sample; computed when it is first asked for."""
+        return Routing.of(self.sample, torch.device("cpu"))
 
     @property
     def noise(self) -> dict[str, float]:
@@ -114,7 +125,8 @@ class CpuEngine(levels.AtLevel, TokenEngine):
             return Logits(nothing, nothing.sum(-1))
         tokens, first = self.problem.presence(coalitions), None
         varying, patterns = self._patterns(coalitions)
-        if self._worth_sharing(varying, patterns):
+        shared, direct = self._costs(varying, patterns)
+        if shared <= direct:
             first = self._pattern_sums(tokens[0], varying, patterns)
         logits = self._native.run(tokens, self._projected if first is None else first, self.memory)
         return Logits(logits, self.routing.weights(coalitions))
@@ -122,7 +134,11 @@ class CpuEngine(levels.AtLevel, TokenEngine):
     def evaluate_toggles(self, contexts: torch.Tensor, toggled: torch.Tensor) -> Logits:
         """Logits and routing of ``contexts[k] ^ toggled[g]`` for all k, g, in the order (k, g)."""
         everything = contexts.cpu()[:, None] ^ toggled.cpu()  # (K, G, n)
-        if not len(contexts) or self._worth_sharing(*self._patterns(everything.flatten(0, 1))):
+        if len(contexts) < 2:
+            return self.evaluate(everything.flatten(0, 1))
+        # What varies between contexts too is much, and has many patterns; within one it is few players.
+        together = min(self._costs(*self._patterns(everything.flatten(0, 1))))
+        if together <= len(contexts) * min(self._costs(*self._patterns(everything[0]))):
             return self.evaluate(everything.flatten(0, 1))
         parts = [self.evaluate(corners) for corners in everything]
         return Logits(torch.cat([p.experts for p in parts]), torch.cat([p.weights for p in parts]))
@@ -162,10 +178,14 @@ class CpuEngine(levels.AtLevel, TokenEngine):
             picks = [torch.zeros(len(coalitions), dtype=torch.long)]
         return varying, Patterns(tuple(groups), torch.stack(picks, 1).int().contiguous())
 
-    def _worth_sharing(self, varying: torch.Tensor, patterns: Patterns) -> bool:
-        experts, heads, _, length, depth = self.states.q.shape
-        size = 4 * experts * heads * patterns.count * (length + len(varying)) * (depth + 1)
-        return KEYS_PER_GROUP * len(patterns.groups) <= length and size <= SHARED_TABLE_BYTES
+    def _costs(self, varying: torch.Tensor, patterns: Patterns) -> tuple[float, float]:
+        """What layer-1 attention costs with shared sums and without, in keys for all queries of a coalition."""
+        length, stack = self.problem.length, self.sample.model.stack
+        queries, groups = length + len(varying), len(patterns.groups)
+        size = 4 * stack.count * patterns.count * queries * (stack.attended + stack.heads)
+        shown = sum(shown.numel() for _, shown in patterns.groups)
+        shared = len(patterns.pick) * KEYS_PER_GROUP * groups + COST_OF_SHARING * queries * (queries + shown) / length
+        return shared if size <= SHARED_TABLE_BYTES else math.inf, len(patterns.pick) * length
 
     def _pattern_sums(self, base: torch.Tensor, varying: torch.Tensor, patterns: Patterns) -> PatternSums | None:
         """Sums for coalitions that equal ``base`` (L,) bool outside ``varying``; None where scores spread too far."""

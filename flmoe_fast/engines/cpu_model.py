@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from flmoe_fast import native
+from flmoe_fast.engines import cores
 from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.engines.stack import EPSILON, LOG2E, Layer, Networks, Stack
 
@@ -168,7 +169,7 @@ class NativeSample:
         """
         count, length = tokens.shape
         experts, outputs, slots = self.reading.head.shape[:3]
-        threads, stride = torch.get_num_threads(), self.model.workspace(length, slots)
+        threads, stride = cores.threads(), self.model.workspace(length, slots)
         workspace = self._scratch.tensor("workspace", threads * stride)
         logits = torch.empty(count, experts, outputs, dtype=torch.float64)
         present = tokens.to(torch.uint8)

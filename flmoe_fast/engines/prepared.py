@@ -13,6 +13,7 @@ import threading
 import weakref
 
 import torch
+from torch import nn
 
 from flmoe_fast.engines.fold import Weights, fold
 from flmoe_fast.engines.problem import TokenProblem
@@ -98,18 +99,40 @@ class PreparedSample:
         config = problem.model.config
         counts = torch.tensor([stop - start for start, stop in problem.segments])
         self.shares = torch.where(counts > 0, 1 / counts.double().clamp(min=1), 0.0)
-        features, fills = problem.features[problem.valid], problem.fills[problem.valid]
-        positions = self.model.positions(sum(problem.padded_lengths))[:, None, problem.valid]
-        self.tokens = torch.stack([fills, features]) + positions
-        without = features.clone()
-        without[problem.players] = fills[problem.players]
-        means = [part.sum(0) for part in without.split(counts.tolist())]
-        self.absent = torch.stack(means) * self.shares[:, None]
-        self.step = (features - without) * self.shares.repeat_interleave(counts)[:, None]
         self.room: tuple[int, ...] | None = None
         if config.gate is not None and config.slots_limit:
             gate, networks = config.gate, self.model.stack.networks
             self.room = tuple(slots_per_network(gate, t, networks, False) for t in problem.padded_lengths)
+
+    # Not before somebody evaluates: a game is made in a few milliseconds.
+
+    @functools.cached_property
+    def tokens(self) -> torch.Tensor:
+        """Both states of every token (1 or E, 2, L, H)."""
+        problem = self.problem
+        positions = self.model.positions(sum(problem.padded_lengths))[:, None, problem.valid]
+        return torch.stack([problem.fills[problem.valid], problem.features[problem.valid]]) + positions
+
+    @functools.cached_property
+    def absent(self) -> torch.Tensor:
+        """Mean features (M, H) with all players absent."""
+        means = [part.sum(0) for part in self._without.split([stop - start for start, stop in self.problem.segments])]
+        return torch.stack(means) * self.shares[:, None]
+
+    @functools.cached_property
+    def step(self) -> torch.Tensor:
+        """What each token's presence adds to a mean (L, H)."""
+        counts = torch.tensor([stop - start for start, stop in self.problem.segments])
+        features = self.problem.features[self.problem.valid]
+        return (features - self._without) * self.shares.repeat_interleave(counts)[:, None]
+
+    @property
+    def _without(self) -> torch.Tensor:
+        """Features (L, H) with all players absent."""
+        problem = self.problem
+        without = problem.features[problem.valid]
+        without[problem.players] = problem.fills[problem.valid][problem.players]
+        return without
 
     @property
     def stream_head(self) -> torch.Tensor:
@@ -160,10 +183,19 @@ def forget(model: FLI2MoE) -> None:
 @torch.no_grad()
 def _mark(model: FLI2MoE) -> tuple:
     """What is compared to see whether a model is still the one that was prepared."""
-    held = (group for module in model.modules() for group in (module._parameters, module._buffers))
-    tensors = [tensor for group in held for tensor in group.values() if tensor is not None]
+    tensors: list[torch.Tensor] = []
+    modules: list[nn.Module | None] = [model]
+    while modules:  # a fifth of the time that model.modules() takes, which every game would pay
+        module = modules.pop()
+        if module is not None:
+            modules += module._modules.values()
+            held = (*module._parameters.values(), *module._buffers.values())
+            tensors += [tensor for tensor in held if tensor is not None]
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    sums = tuple(torch.stack([t.sum().double() for t in tensors]).tolist())
+    kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.sum())
+    sums = tuple(total for same in kinds.values() for total in torch.stack(same).tolist())
     # The capacity is a sample's matter: it is not folded into anything.
     return dataclasses.replace(model.config, capacity="none"), places, sums
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from flmoe_fast.coalitions import pack, sample_contexts, unpack
 from flmoe_fast.probes.gap import redundancy_gap
@@ -75,7 +75,7 @@ def gap_estimate(
     variance = rough.var(1) + (mean - smooth).square()
     variance = (1 - SHARED) * variance + SHARED * variance.nanmean(0)
     wider = WIDER[kind] * (1 + SCALES * process.coalitions.shape[1] / len(process.coalitions))
-    few = (student.ppf(0.975, rough.shape[1]) / student.ppf(0.975, len(process.coalitions))) ** 2
+    few = (stdtrit(rough.shape[1], 0.975) / stdtrit(len(process.coalitions), 0.975)) ** 2
     return GapEstimate((smooth + mean) / 2, float(few) * (wider * variance + sampling))
 
 

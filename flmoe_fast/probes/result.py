@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.files import read_arrays, replacing
@@ -361,5 +361,5 @@ def _jsonable(value: Any) -> Any:
 def half_width(stderr: np.ndarray, degrees: np.ndarray, level: float) -> np.ndarray:
     """Half the width of Student's intervals: NaN without degrees of freedom, 0 where nothing is uncertain."""
     with np.errstate(invalid="ignore"):
-        quantile = np.where(degrees > 0, student.ppf(0.5 + level / 2, np.maximum(degrees, 1e-9)), np.nan)
+        quantile = np.where(degrees > 0, stdtrit(np.maximum(degrees, 1e-9), 0.5 + level / 2), np.nan)
         return np.where(stderr == 0, 0.0, quantile * stderr)

@@ -62,7 +62,11 @@ class ExplanationSet:
 
     def samples(self) -> dict[int, Path]:
         """Samples that are explained, and the shard of each."""
-        return {int(sample): shard for shard in self.shards() for sample in _facts(shard)}
+        return {sample: shard for shard in self.shards() for sample in self.samples_of(shard)}
+
+    def samples_of(self, shard: Path) -> list[int]:
+        """Samples that are in a shard."""
+        return [int(sample) for sample in _facts(shard)]
 
     def add(self, results: Mapping[int, InteractionResult]) -> Path:
         """Write a shard with these samples.

@@ -33,14 +33,6 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1, handle: Any = None):
         self.rank, self.size, self._handle = rank, size, handle
 
-    def agree(self, value: Any) -> Any:
-        """The first process's ``value`` in all of them; any object that pickles."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._handle)
-        return box[0]
-
     def gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         """Every process's CPU tensor, which may differ in length, in the order of ranks."""
         if self.size == 1:
@@ -54,11 +46,6 @@ class Group:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self._handle)
         return [whole[: int(n)] for whole, n in zip(parts, lengths)]
-
-    def wait(self) -> None:
-        """Return when every process is here."""
-        if self.size > 1:
-            dist.barrier(group=self._handle)
 
 
 def join() -> Group:

@@ -183,7 +183,8 @@ def _reading(
         mask = next((n for n, v in given.items() if isinstance(v, torch.Tensor) and v.dim() == 4 and n != hidden), None)
         sees = visible_keys(None if mask is None else given[mask], length, what)
         if mask is None:
-            raise Unsupported("model", f"{what} without an attention mask", "a mask written out (1, 1, L, L)")
+            expected = "a mask written out (1, 1, L, L); linear attention has none, and keeps other state"
+            raise Unsupported("model", f"{what} without an attention mask", expected)
         everybody = torch.ones(length, length, dtype=torch.bool)
         sees = everybody if sees is None else sees | torch.eye(length, dtype=torch.bool)
         kind = next((k for k, known in enumerate(visible) if torch.equal(known, sees)), len(visible))

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn import functional
 
@@ -112,4 +112,4 @@ def _surely_positive(gains: Tensor) -> bool:
     if count < 2:
         return False
     error = float(gains.std()) / math.sqrt(count)
-    return bool(gains.mean() > student.ppf(LEVEL, count - 1) * error)
+    return bool(gains.mean() > stdtrit(count - 1, LEVEL) * error)
