@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     adapt,
+    calls,
     checks,
     contexts,
     cpu,
@@ -45,6 +46,7 @@ DOCS = ("measured", "accuracy", "precision", "models", "guarantees", "findings")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 BENCHES = (headline, cpu, contexts, memory, hdxor, digits, pipeline, adapt, mixes, gpu, explainers, peers_tables)
 BENCHES += (
+    calls,
     checks,
     overheads,
     runtimes,

@@ -20,6 +20,8 @@ from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame
 from flmoe_fast.adapt.remember import Remembered
 from flmoe_fast.engines import cpu_model
+from flmoe_fast.engines.cpu_stack import NARROW, CpuStack
+from flmoe_fast.engines.engine import Request
 from flmoe_fast.engines.levels import LEVEL_VARIABLE, levels
 from flmoe_fast.pipeline.faithful.masking import mask_pairs
 
@@ -276,7 +278,7 @@ def test_the_native_engine_is_as_exact_as_its_arithmetic(make, text, image, leve
     if arithmetic != "fp32":
         limit *= 2**8
     assert game.about()["level"] == level and 0 < float((game(z) - exact).abs().max()) <= limit
-    assert game.more_exact.startswith("dtype" if arithmetic == "fp32" else "backend='torch'")
+    assert game.more_exact.startswith("dtype" if arithmetic == "fp32" else "precision='fp32'")
     precise = game.precise()  # of the weights in float32
     assert precise.about().get("level") is None and relative(precise(z), exact) <= 1e-5
     if level == "portable":  # negative control: another scale of the stream is another epsilon
@@ -302,6 +304,33 @@ def test_why_not_the_native_engine(make, text, image, reason):
     with pytest.raises(ArgumentError, match=f"backend: got 'cpu', but .*{reason}"):
         EncoderGame(make(), inputs, both, dtype=torch.float32, value=first_logits, backend="cpu")
     assert EncoderGame(make(), inputs, both, dtype=torch.float32, value=first_logits).about().get("level") is None
+
+
+@pytest.mark.skipif(not levels(), reason="built without the C++ extension")
+def test_wide_layers_go_to_the_native_engine_only_where_its_products_are_cheaper(monkeypatch):
+    """In float32 PyTorch multiplies wide matrices faster; "auto" takes it and says so, a backend asked for is taken."""
+    best = next(name for name, (arithmetic, missing) in levels().items() if arithmetic == "fp32" and not missing)
+    monkeypatch.setenv(LEVEL_VARIABLE, best)
+    narrow, wide = (
+        hf.ViTForImageClassification(hf.ViTConfig(**{**encoders.IMAGE, "hidden_size": width})).eval()
+        for width in (NARROW, 2 * NARROW)
+    )
+    inputs, players = {"pixel_values": pixels().float()}, patches(0.0)
+
+    def made(model: nn.Module, **options) -> dict:
+        return EncoderGame(model, inputs, players, value="logit", **options).about()
+
+    assert made(narrow)["level"] == made(wide, backend="cpu")["level"] == best
+    about = made(wide)
+    assert "level" not in about and about["reason"] == "in float32 PyTorch is faster on layers of width 512"
+    products = {name: ("bf16x3", missing) for name, (_, missing) in levels().items()}
+    monkeypatch.setattr("flmoe_fast.engines.levels.levels", lambda: products)
+    assert CpuStack.slower(Request(torch.float32, torch.device("cpu"), wide_problem(wide, inputs, players))) == ""
+
+
+def wide_problem(model: nn.Module, inputs: dict, players):
+    """What an engine is asked to evaluate."""
+    return EncoderGame(model, inputs, players, value="logit", backend="torch").tower.engine.problem
 
 
 def first_logits(output):

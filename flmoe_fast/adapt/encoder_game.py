@@ -44,7 +44,8 @@ class EncoderGame(PlacedGame):
         As for :class:`ModuleGame`.
     backend : "auto", "cpu" or "torch"
         "cpu" is the native engine: pre-norm stacks with exact GELU and a head that reads a token or two (ViT, DeiT,
-        ViLT), in float32, with absent tokens replaced. "auto" takes it where it can run.
+        ViLT), in float32, with absent tokens replaced. "auto" takes it where it can run and is the faster one: for wide
+        layers only on processors with matrix units. :meth:`about` says why where it does not.
     dtype : torch.float32 or torch.float64, optional
         Arithmetic; the model's own by default.
     memory : int

@@ -70,7 +70,7 @@ def choose(request: Request) -> tuple[Any, str]:
     reasons: list[str] = []
     for backend in _candidates(request):
         for kind in engines(backend, request.problem):
-            reason = kind.unfit(request)
+            reason = kind.unfit(request) or kind.slower(request)
             if not reason and not kind.missing(request):
                 _check_precision(request, backend)
                 return kind.make(request), reasons[0] if reasons else ""

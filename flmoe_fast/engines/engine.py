@@ -162,6 +162,11 @@ class Engine(ABC, Generic[Problem, Outcome]):
         return ""
 
     @classmethod
+    def slower(cls, request: Request[Problem]) -> str:
+        """Why another engine is faster here although this one can run; empty if none is. Only "auto" asks."""
+        return ""
+
+    @classmethod
     def why_not(cls, request: Request[Problem]) -> str:
         """What keeps this engine from a request; empty if nothing does."""
         return cls.unfit(request) or cls.missing(request)

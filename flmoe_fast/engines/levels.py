@@ -80,6 +80,7 @@ class AtLevel(Engine[Any, Any]):
     def __init__(self, problem: Any, *, level: str | None = None, **options: Any):
         super().__init__(problem, **options)
         self.level = usable_level(level)
+        self._asked_for = level is not None or bool(os.environ.get(LEVEL_VARIABLE, "").strip())
 
     @classmethod
     def make(cls, request: Request) -> Engine:
@@ -95,7 +96,8 @@ class AtLevel(Engine[Any, Any]):
 
     @property
     def coarse(self) -> bool:
-        return self.arithmetic != "fp32"
+        """Whether the level's products are coarser than float32, and nobody asked for the level."""
+        return self.arithmetic != "fp32" and not self._asked_for
 
     def finer(self) -> Request | None:
         """The best level that multiplies float32, then float64."""
@@ -106,7 +108,7 @@ class AtLevel(Engine[Any, Any]):
     @property
     def more_exact(self) -> str:
         """How to get the same game with less rounding, for a person to read."""
-        return "precision='fp32', or dtype=torch.float64" if self.coarse else "dtype=torch.float64"
+        return "dtype=torch.float64" if self.arithmetic == "fp32" else "precision='fp32', or dtype=torch.float64"
 
     def about(self) -> dict[str, Any]:
         """Level and arithmetic."""
