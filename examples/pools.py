@@ -37,7 +37,7 @@ def main() -> None:
     try:
         from dask.distributed import Client, LocalCluster
     except ImportError:
-        print("no cluster: dask is not installed (pip install 'flmoe_fast[dask]')")
+        print("no cluster: dask is not installed (pip install 'flmoe-fast[dask]')")
         return
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
         sent = client.scatter(game, broadcast=True)
