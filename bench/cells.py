@@ -25,6 +25,6 @@ def times(ratio: dict) -> str:
 
 
 def over_seeds(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and spread."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
+    """Mean and spread; of a single seed the value, since its spread is not known."""
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

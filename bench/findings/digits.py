@@ -240,7 +240,7 @@ def regulariser_lines(rows: list[dict]) -> Table:
             cells.append(over_seeds([100 * row[name] for row in own], 1))
             pairs = [(row, base.get(row["settings"]["seed"])) for row in own]
             change = [100 * (row[name] - other[name]) for row, other in pairs if other]
-            cells.append("" if variant == BASE else over_seeds(change, 1, "+"))
+            cells.append("" if variant == BASE or not change else over_seeds(change, 1, "+"))
         cells += [_cells(own, "attnXgrad", "rank correlation", 2), _cells(own, "drop", "rank correlation", 2)]
         lines.append([variant, *cells])
     columns = ["variant", "accuracy, %", "comprehensiveness gap, %", "change", "sufficiency gap, %", "change"]

@@ -199,14 +199,13 @@ def planted_lines(rows: list[dict]) -> Table:
         cell = [row for row in own if row["settings"]["rule"] == rule]
         firsts = [over_seeds([100 * row[f"first_by_{by}"] for row in cell], 0) for by in ("sii", "gap", "player")]
         ranks = [over_seeds([row[f"rank_by_{by}"] for row in cell], 1) for by in ("sii", "gap")]
-        lines.append([rule, over_seeds([100 * row["accuracy"] for row in cell], 1), *firsts, *ranks])
-    columns = ["rule", "accuracy, %", "pair first by SII, %", "by strict gap, %", "digit first by drop, %"]
+        lines.append([rule, str(len(cell)), over_seeds([100 * row["accuracy"] for row in cell], 1), *firsts, *ranks])
+    columns = ["rule", "seeds", "accuracy, %", "pair first by SII, %", "by strict gap, %", "digit first by drop, %"]
     columns += ["mean rank by SII", "by strict gap"]
     pairs = own[0]["pairs"] if own else 1
     note = (
-        f"{len({r['settings']['seed'] for r in own})} seeds of data and weights, {PROBED} held-out samples each, mean "
-        f"± spread over seeds. By chance {100 / pairs:.0f} % of pairs are first (mean rank {(pairs + 1) / 2:.1f}), and "
-        f"{100 / (WORDS + PATCHES):.0f} % of players."
+        f"Mean ± spread over seeds, of data and weights; {PROBED} held-out samples each. By chance {100 / pairs:.0f} % "
+        f"of pairs are first (mean rank {(pairs + 1) / 2:.1f}), and {100 / (WORDS + PATCHES):.0f} % of players."
     )
     return columns, lines, note
 
