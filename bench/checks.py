@@ -23,7 +23,7 @@ from flmoe_fast.games import game as games
 from flmoe_fast.model.encoders import ProjectionEncoder
 
 #: Processor seconds that one measurement takes at least; shorter probes are repeated.
-LEAST = 0.05
+LEAST = 0.5
 
 
 @contextlib.contextmanager

@@ -5,7 +5,10 @@ AMX is not needed: its arithmetic, two bfloat16 terms an operand and three produ
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,6 +107,28 @@ def true_share(game: TokenGame) -> float:
         for values in (each(corners()).unflatten(0, (4, 4)) for each in (game, game.precise()))
     )
     return float(((ours - truth).square().mean(0) / truth.square().mean(0)).max())
+
+
+def test_threads_wait_for_the_judgement(amx, monkeypatch):
+    """Whoever calls a game between what is found of its arithmetic and the move gets values of the one it moves to."""
+    expected = game_of(steep(), precision="fp32")(corners())
+    game, judged_coarse = game_of(steep()), threading.Event()
+    assert game.arithmetic == "bf16x3"
+    moves = TokenGame._begin_finer
+
+    def slowly(self: TokenGame) -> None:
+        judged_coarse.set()
+        time.sleep(0.5)
+        moves(self)
+
+    monkeypatch.setattr(TokenGame, "_begin_finer", slowly)
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("ignore")
+        first = pool.submit(game, corners())
+        assert judged_coarse.wait(60)
+        second = pool.submit(game, corners())
+        found = first.result(), second.result()
+    assert game.arithmetic == "fp32" and all(torch.equal(one, expected) for one in found)
 
 
 def test_a_coarse_level_is_used_where_rounding_does_not_show(amx):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from flmoe_fast.games.sample import lay_out, name_players
 from flmoe_fast.model.network import FLI2MoE
 
 HEAD_GROUPS = ("mixture", "experts", "weighted")
+#: Held while an arithmetic is judged. It is no part of a game, which can be copied and pickled.
+_judging = threading.RLock()
 
 
 class TokenGame(Game):
@@ -226,16 +229,19 @@ class TokenGame(Game):
             self._run_on(request, f"rounding in {self.arithmetic} makes up {share} of what a sample shows")
 
     def _ready(self) -> TokenEngine:
-        """The engine, in an arithmetic that was judged if it is a coarse one."""
-        while not self._judged and self.engine.coarse and self.arithmetic not in self.noise:
-            finer = self.finer()
-            if finer is None:
-                break
-            plain = copy.copy(self)
-            plain._judged = True
-            if too_coarse(plain, finer):
-                self._begin_finer()
-        self._judged = True
+        """The engine, in an arithmetic that was judged if it is a coarse one; threads wait for the one that judges."""
+        if self._judged:
+            return self.engine
+        with _judging:
+            while not self._judged and self.engine.coarse and self.arithmetic not in self.noise:
+                finer = self.finer()
+                if finer is None:
+                    break
+                plain = copy.copy(self)
+                plain._judged = True
+                if too_coarse(plain, finer):
+                    self._begin_finer()
+            self._judged = True
         return self.engine
 
     @torch.no_grad()
