@@ -72,20 +72,23 @@ CASES = {
 def measured(probe: Callable[[], object], rounds: int) -> dict:
     """Processor seconds with and without, and the ratio within each round."""
 
-    def once(repeats: int) -> float:
+    def once() -> float:
         begin = time.process_time()
-        for _ in range(repeats):
-            probe()
+        probe()
         return time.process_time() - begin
 
     probe()
-    repeats = max(1, round(LEAST / max(once(1), 1e-4)))
+    repeats = max(1, round(LEAST / max(once(), 1e-4)))
     models = [model for _, model in prepared._prepared.values()]
     with_checks, without = [], []
-    for number in range(rounds):  # who is first takes turns too
-        for checked in (number % 2 == 0, number % 2 == 1):
-            with contextlib.nullcontext() if checked else unchecked(*models):
-                (with_checks if checked else without).append(once(repeats) / repeats)
+    for _ in range(rounds):
+        spent = {True: 0.0, False: 0.0}
+        for number in range(repeats):  # probe by probe, since a machine drifts; who is first takes turns too
+            for checked in (number % 2 == 0, number % 2 == 1):
+                with contextlib.nullcontext() if checked else unchecked(*models):
+                    spent[checked] += once()
+        with_checks.append(spent[True] / repeats)
+        without.append(spent[False] / repeats)
     ratios = [a / b for a, b in zip(with_checks, without)]
     return {"with": spread(with_checks), "without": spread(without), "ratio": spread(ratios)}
 

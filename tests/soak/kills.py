@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+import flmoe_fast
 from tests.commands import Commands, Ended
+
+#: The package under test.
+PACKAGE = Path(flmoe_fast.__file__).parent
 
 STEPS = ("train", "explain", "faithfulness", "report")
 SETTINGS = """
@@ -93,6 +97,14 @@ def place(folder: Path, name: str) -> tuple[Path, Path]:
     """A step's settings, and the folder it writes to."""
     kind = "reported" if name == "report" else "run"
     return folder / f"{kind}.toml", folder / kind
+
+
+def of_sources() -> str:
+    """What tells one state of the package from another: a soak may go on after a change of what is computed."""
+    seen = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        seen.update(path.read_bytes())
+    return seen.hexdigest()[:12]
 
 
 def undisturbed(commands: Commands, folder: Path, settings: str = SETTINGS, names: tuple[str, ...] = STEPS) -> Whole:
@@ -230,7 +242,7 @@ def run(seed: int, folder: Path) -> dict:
     rng = np.random.default_rng(seed)
     counts: dict = {"cases": 0, "breaks": {}, "trials": {}, "worst": {"seconds after Ctrl-C": 0.0}, "wrong": []}
     with Commands() as commands:
-        whole = undisturbed(commands, folder / "undisturbed")
+        whole = undisturbed(commands, folder / f"undisturbed-{of_sources()}")
         for name, step in whole.steps.items():
             breaks = [drawn(rng, step, commands.can_plant) for _ in range(BREAKS)]
             found, wrong = trial(commands, whole, name, breaks, folder / f"trial-{seed}-{name}")
