@@ -95,6 +95,12 @@ def report_run(settings: RunSettings) -> Path:
     out = settings.out
     if not (out / "study.json").is_file():
         raise ArgumentError("out", f"no {out / 'study.json'}", "a trained run: flmoe-fast train comes first")
+    with writing_to(out, "flmoe-fast report", shared=True):  # while it reads too: nobody trains meanwhile
+        return _report(settings)
+
+
+def _report(settings: RunSettings) -> Path:
+    out = settings.out
     about = json.loads((out / "study.json").read_text())
     metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").is_file() else {}
     predictions = {}
@@ -116,9 +122,7 @@ def report_run(settings: RunSettings) -> Path:
         explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
     path = out / "report.html"
-    page = build_page(contents)
-    with writing_to(out, "flmoe-fast report", shared=True):
-        page.save(path)
+    build_page(contents).save(path)
     return path
 
 
