@@ -103,7 +103,7 @@ soak: extension
 
 # The requirements, then the package itself, editable. The build requirements go into the same environment, so that the
 # build needs no environment of its own (and can never fetch torch for one). The extension is a target of its own.
-# torch comes first and by itself: pip finds the CPU build among its own sources or on torch's index, or this stops.
+# torch comes by itself, before what needs it: pip finds its CPU build among its own sources or on its index, or this stops.
 $(RUNS): pyproject.toml constraints.txt
 	@python=$$(for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -112,10 +112,10 @@ $(RUNS): pyproject.toml constraints.txt
 	  echo "make: no Python >= 3.11 with venv found (tried $(PYTHON) python3 python3.13 python3.12 python3.11);" \
 	       "name one with make PYTHON=/path/to/python3" >&2; exit 1; fi; \
 	echo "making $(VENV) with $$python: $(TORCH) and what the package needs"; "$$python" -m venv $(VENV)
+	@$(PY) -m pip install -qq -c constraints.txt setuptools wheel pybind11 cmake ninja
 	@$(PY) -m pip install -qq --no-deps '$(TORCH)' 2>/dev/null \
 	  || $(PY) -m pip install -qq --no-deps --index-url $(TORCH_INDEX) '$(TORCH)' \
 	  || { echo "make: no $(TORCH) here; make TORCH=torch takes the registry's own, several GB with CUDA" >&2; exit 1; }
-	@$(PY) -m pip install -qq -c constraints.txt setuptools wheel pybind11 cmake ninja
 	@FLMOE_NATIVE=off $(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
