@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.places import Places
-from flmoe_fast.engines.stack import Layer, Norm, Stack
+from flmoe_fast.engines.stack import Layer, Norm, Stack, normalised
 
 
 class Unsupported(ArgumentError):
@@ -32,11 +32,7 @@ class NormParts:
     epsilon: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rule == "none":
-            return x
-        if self.rule == "rms":
-            return F.rms_norm(x, x.shape[-1:], self.gain, self.epsilon)
-        return F.layer_norm(x, x.shape[-1:], self.gain, self.shift, self.epsilon)
+        return normalised(x, self.rule, self.gain, self.shift, self.epsilon)
 
 
 @dataclass(frozen=True)

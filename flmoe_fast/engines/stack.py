@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 T = TypeVar("T")
 
@@ -43,6 +44,17 @@ class Norm:
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     rule: str = "layer"
+
+
+def normalised(
+    x: torch.Tensor, rule: str, gain: torch.Tensor | None, shift: torch.Tensor | None, epsilon: float
+) -> torch.Tensor:
+    """Rows (..., H) by a rule of :class:`Norm`, with gain and shift (H,) where they are not folded."""
+    if rule == "none":
+        return x
+    if rule == "rms":
+        return F.rms_norm(x, x.shape[-1:], gain, epsilon)
+    return F.layer_norm(x, x.shape[-1:], gain, shift, epsilon)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.engines.engine import Engine
 from flmoe_fast.engines.places import Places
 from flmoe_fast.engines.problem import StackProblem
-from flmoe_fast.engines.stack import Norm, Stack
+from flmoe_fast.engines.stack import Norm, Stack, normalised
 
 
 def gelu_in_place(x: torch.Tensor) -> torch.Tensor:
@@ -41,11 +41,7 @@ class PackedNorm:
     shift: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rule == "none":
-            return x
-        if self.rule == "rms":
-            return F.rms_norm(x, x.shape[-1:], self.gain, self.epsilon)
-        return F.layer_norm(x, x.shape[-1:], self.gain, self.shift, self.epsilon)
+        return normalised(x, self.rule, self.gain, self.shift, self.epsilon)
 
 
 @dataclass(frozen=True)
