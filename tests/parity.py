@@ -179,8 +179,10 @@ ARITHMETIC = {
 
 
 @torch.no_grad()
-def in_one_batch(problem: TokenProblem, coalitions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the reference engine says (C, ...), from its model and all coalitions at once.
+def in_one_batch(
+    problem: TokenProblem, coalitions: torch.Tensor, dtype: torch.dtype, off: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """What the reference engine says (C, ...), from its model and all coalitions at once, features times ``off``.
 
     For arithmetic whose products are emulated call by call, where a batch saves most of the time; what an engine is
     compared with comes from the reference engine itself.
@@ -192,7 +194,7 @@ def in_one_batch(problem: TokenProblem, coalitions: torch.Tensor, dtype: torch.d
     mask[:, problem.valid] = True
     model = copy.deepcopy(problem.model).eval().to(dtype)
     said = model(
-        features.to(dtype).split(problem.padded_lengths, 1),
+        (features * off).to(dtype).split(problem.padded_lengths, 1),
         mask.split(problem.padded_lengths, 1) if problem.masked else None,
         passes=len(coalitions),
     )
