@@ -3,8 +3,8 @@
     python -m bench.triples --tables FOLDER [--budgets 512 1024 2048] [--games 4] [--seeds 1] [--python PYTHON]
 
 Tables are those of :mod:`bench.peers`; of every group the first games are taken, and of each all triples of players.
-With a budget of all 2^n coalitions, asked for by points, estimates have to be what enumeration says; that row is the
-largest difference relative to the largest interaction. Rows are appended to bench/results/triples.jsonl as they come;
+A process that has seen all 2^n coalitions has to say what enumeration says; that row is the largest difference relative
+to the largest interaction. Rows are appended to bench/results/triples.jsonl as they come;
 what is there is not measured again.
 """
 
@@ -24,15 +24,17 @@ from bench import shapiq_peers
 from bench.peers import Found, Probed, folders, nmse, slope, summary
 from bench.timing import RESULTS, machine_line, read, write
 from flmoe_fast import interactions
+from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.exact import exact_index
+from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.result import half_width
 
 NAME = "triples"
 BUDGETS = (512, 1024, 2048)
 #: Those of shapiq's estimators that were strong for pairs and know triples.
 PEERS = ("ProxySHAP", "ProxySHAP, MSR", "ProxySHAP, one tree", "ProxySHAP, linear, MSR")
-#: Coalitions up to which all are asked for by points, and our name for it.
-WHOLE, EXACT = 1 << 10, "default, all coalitions"
+#: Coalitions that such a process sees, and our name for it.
+WHOLE, EXACT = 1 << 10, "process, all coalitions"
 
 
 class Triples:
@@ -44,20 +46,20 @@ class Triples:
         every = (torch.arange(2**game.n)[:, None] >> torch.arange(game.n) & 1).bool()
         self.truth = exact_index(game.torch(every)[:, None], game.n, self.members, "SII", 3)[:, 0].numpy()
 
-    def ours(self, budget: int, seed: int, **options: float) -> tuple[Found, np.ndarray]:
-        """The default call, and its estimates (T,)."""
+    def ours(self, budget: int, seed: int) -> Found:
+        """The default call."""
         game = self.game
         game.asked, game.seconds, started = 0, 0.0, time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = interactions(game.torch, n=game.n, pairs=[(0, 1)], triples=self.members.numpy(), budget=budget,
-                                  seed=seed, progress=False, **options)  # fmt: skip
+                                  seed=seed, progress=False)  # fmt: skip
         seconds = time.process_time() - started - game.seconds
         found = result.also["SII", 3]
         near = half_width(found.stderr, found.degrees, 0.95) + 1e-9 * np.abs(self.truth).max()
         held = {"sii": float((np.abs(found.values - self.truth) <= near).mean())}
         figures = nmse(found.values, self.truth), slope(found.values, self.truth), game.asked, seconds
-        return Found(*figures, held, {"sii": float(np.isnan(near).mean())}), found.values
+        return Found(*figures, held, {"sii": float(np.isnan(near).mean())})
 
     def theirs(self, budget: int, seed: int, worker: shapiq_peers.Shapiq, name: str) -> Found:
         """One of shapiq's estimators."""
@@ -72,7 +74,7 @@ def cell(games: list[Triples], budget: int, seeds: int, worker: shapiq_peers.Sha
     row: dict = {"n": games[0].game.n, "games": len(games), "seeds": seeds}
     try:
         found = [
-            three.ours(budget, seed)[0] if worker is None else three.theirs(budget, seed, worker, name)
+            three.ours(budget, seed) if worker is None else three.theirs(budget, seed, worker, name)
             for three in games
             for seed in range(seeds)
         ]
@@ -82,10 +84,13 @@ def cell(games: list[Triples], budget: int, seeds: int, worker: shapiq_peers.Sha
 
 
 def exactness(games: list[Triples]) -> dict:
-    """Largest difference from enumeration when points see everything."""
+    """Largest difference between a process's closed form and enumeration when the process has seen everything."""
     worst = 0.0
     for three in games:
-        found = three.ours(2**three.game.n, 0, until=1e-300)[1]
+        n = three.game.n
+        drawn = complementary(n, 2 ** (n - 1), 0)
+        process = ParityProcess(drawn, *(three.game.torch(rows)[:, None] for rows in (drawn, ~drawn)))
+        found = process.index(three.members, "SII", 3)[0][:, 0].numpy()
         worst = max(worst, float(np.abs(found - three.truth).max() / np.abs(three.truth).max()))
     return {"n": games[0].game.n, "games": len(games), "seeds": 1, "difference": worst}
 
