@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
-#: Relative change of the objective at which a search ends: for a likelihood of some hundred nats, ten thousandths of one.
+#: Relative change of the objective at which a search ends: ten thousandths of a nat where a likelihood has hundreds.
 ENOUGH = 1e-6
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
