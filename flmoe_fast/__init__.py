@@ -42,7 +42,7 @@ GROUPS = {
         "screen": "flmoe_fast.probes.screening",
         "player_values": "flmoe_fast.probes.values",
         "InteractionResult": "flmoe_fast.probes.result",
-        "PlayerValues": "flmoe_fast.probes.values",
+        "PlayerValues": "flmoe_fast.probes.value_result",
         "Screening": "flmoe_fast.probes.screening",
         "Game": "flmoe_fast.games.game",
         "GroupedGame": "flmoe_fast.games.grouped",
@@ -139,7 +139,7 @@ if TYPE_CHECKING:
     from flmoe_fast.probes.result import InteractionResult as InteractionResult
     from flmoe_fast.probes.screening import Screening as Screening
     from flmoe_fast.probes.screening import screen as screen
-    from flmoe_fast.probes.values import PlayerValues as PlayerValues
+    from flmoe_fast.probes.value_result import PlayerValues as PlayerValues
     from flmoe_fast.probes.values import player_values as player_values
     from flmoe_fast.scale.dataset import ExplanationSet as ExplanationSet
     from flmoe_fast.scale.explain_many import explain_many as explain_many

@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game, as_game
+from flmoe_fast.probes.exact import MOST_PLAYERS, enumerate_values, exact_index
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import contrast
 from flmoe_fast.probes.moments import Draw, combine, unit_means
+from flmoe_fast.probes.naming import checked_names
 from flmoe_fast.probes.pairs import resolve_players
 from flmoe_fast.probes.progress import progress_bar
-from flmoe_fast.probes.result import half_width
+from flmoe_fast.probes.value_result import PlayerValues
 
 DEFAULT_CONTEXTS = 64
-
-
-@dataclass(frozen=True)
-class PlayerValues:
-    """Values of players with their standard errors.
-
-    Attributes
-    ----------
-    players : int64 (Q,)
-    values, stderr : float64 (Q,) or (Q, O)
-    degrees : float64 (Q,)
-    evaluations : int
-    """
-
-    players: np.ndarray
-    values: np.ndarray
-    stderr: np.ndarray
-    degrees: np.ndarray
-    evaluations: int
-
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends of the confidence intervals, shaped like ``values``."""
-        degrees = self.degrees if self.values.ndim == 1 else self.degrees[:, None]
-        half = half_width(self.stderr, degrees, level)
-        return self.values - half, self.values + half
 
 
 def player_values(
@@ -55,11 +30,13 @@ def player_values(
     contexts: int | None = None,
     budget: int | None = None,
     seed: int = 0,
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> PlayerValues:
     """Shapley values ("SV") or Banzhaf values ("BV") of players.
 
-    A context costs ``1 + Q`` evaluations for Q players. Contexts are drawn as for :func:`interactions`.
+    A context costs ``1 + Q`` evaluations for Q players. Contexts are drawn as for :func:`interactions`. Where they
+    would cost as much as all coalitions, those are evaluated instead, and the values are exact.
 
     Parameters
     ----------
@@ -74,9 +51,12 @@ def player_values(
     budget : int, optional
         Evaluations that may be spent; never exceeded.
     seed : int
+    names : sequence of n str, optional
+        As for :func:`interactions`.
     progress : bool
     """
     game = as_game(game, n)
+    called = game.player_names if names is None else checked_names(names, game.n)
     one_of("index", index, ("SV", "BV"))
     integer("seed", seed, least=0, most=2**64 - 1)
     chosen = torch.arange(game.n) if players is None else resolve_players("players", players, game.n).sort().values
@@ -89,6 +69,11 @@ def player_values(
             raise ArgumentError("budget", budget, f"at least {grid.evaluations} evaluations, the cost of one context")
         contexts -= contexts % 2 if contexts >= 4 else 0
     count = integer("contexts", DEFAULT_CONTEXTS if contexts is None else contexts, least=1)
+    if game.n <= MOST_PLAYERS and 2**game.n <= count * grid.evaluations:
+        rows = enumerate_values(game, progress)
+        value = exact_index(rows if rows.dim() == 2 else rows[:, None], game.n, chosen[:, None], index, 1)
+        exact = torch.full((len(chosen),), torch.inf, dtype=torch.float64)
+        return _found(game, called, index, chosen, value, torch.zeros_like(value), exact, 2**game.n)
     antithetic = count % 2 == 0 and count >= 4
     drawn = unpack(sample_contexts(game.n, count, seed=seed, antithetic=antithetic).words, game.n)
     samples = []
@@ -101,6 +86,30 @@ def player_values(
             bar.update(values.shape[0] * values.shape[1])
     units = unit_means(torch.cat(samples), 2 if antithetic else 1)
     value, stderr, degrees = combine([Draw(torch.arange(len(chosen)), units)], len(chosen))
+    return _found(game, called, index, chosen, value, stderr, degrees, count * grid.evaluations)
+
+
+def _found(
+    game: Game,
+    names: tuple[str, ...],
+    index: str,
+    players: torch.Tensor,
+    values: torch.Tensor,
+    stderr: torch.Tensor,
+    degrees: torch.Tensor,
+    evaluations: int,
+) -> PlayerValues:
+    """The result of values and standard errors (Q, O)."""
     if game.heads is None:
-        value, stderr = value[:, 0], stderr[:, 0]
-    return PlayerValues(chosen.numpy(), value.numpy(), stderr.numpy(), degrees.numpy(), count * grid.evaluations)
+        values, stderr = values[:, 0], stderr[:, 0]
+    return PlayerValues(
+        players.numpy(),
+        values.numpy(),
+        stderr.numpy(),
+        degrees.numpy(),
+        evaluations=evaluations,
+        index=index,
+        heads=game.heads,
+        player_names=names,
+        about=game.about(),
+    )
