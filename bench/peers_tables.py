@@ -75,6 +75,16 @@ def bias(rows: list[dict]) -> Table:
     return columns, lines, f"Mean ± standard error. {_counts(rows)}"
 
 
+def triples(rows: list[dict]) -> Table:
+    """Interactions of order 3: the default beside the best of shapiq's estimators, and beside enumeration."""
+    columns, lines, note = accuracy([row for row in rows if "difference" not in row])
+    for row in rows:
+        if "difference" in row:
+            said = f"{row['difference']:.0e} from enumeration"
+            lines.append([row["group"], f"all {row['budget']:,}", said, *[""] * (len(columns) - 3)])
+    return columns, lines, note
+
+
 def peers(rows: list[dict]) -> Table:
     """Every estimator in every cell."""
     budgets = sorted({row["budget"] for row in rows})
@@ -166,7 +176,8 @@ def _counts(rows: list[dict]) -> str:
 TABLES: dict[str, tuple[str, Callable[[list[dict]], Table]]] = {
     "accuracy": ("peers", accuracy),
     "coverage": ("peers", coverage),
-    "kinds": ("peers", kinds),
+    "kinds": ("kinds", kinds),
+    "triples": ("triples", triples),
     "peers": ("peers", peers),
     "bias": ("bias", bias),
     "controls": ("controls", controls),

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from bench import kinds, peers, peers_tables, shapiq_peers
+from bench import kinds, peers, peers_tables, shapiq_peers, triples
 
 GAME = kinds.conjunction(0, n=6, size=3)
 
@@ -96,3 +96,16 @@ def test_a_control_that_finds_something_is_told():
     assert said == "1 of 3 refused, ranks of the pair: 1, 7"
     [[*_, said]] = peers_tables.controls([asked | {"game": "null", "seed": 0, "rank": None, "reliability": 0.9}])[1]
     assert said == "0 of 1 refused, 1 accepted"
+
+
+def test_triples_are_enumerated_and_told():
+    """Few coalitions leave an error, all of them none; a cell's row and the distance from enumeration are lines."""
+    three = triples.Triples(peers.Probed.of_kind(kinds.masked_text(1, n=6)))
+    row = triples.cell([three], 40, 1, None, "default")
+    assert 0 < row["nmse"] < 10 and row["most_evaluations"] == 40
+    assert triples.exactness([three])["difference"] < 1e-10
+    key = {"group": "g", "estimator": "default", "budget": 40}
+    peer = row | {"group": "g", "estimator": "shapiq A", "budget": 40, "nmse": 2 * row["nmse"]}
+    whole = {"group": "g", "estimator": "all", "budget": 64, "games": 1, "seeds": 1, "difference": 2e-14}
+    _, lines, _ = peers_tables.triples([row | key, peer, whole])
+    assert [line[5][:3] for line in lines[:1]] == ["0.5"] and lines[1][:3] == ["g", "all 64", "2e-14 from enumeration"]

@@ -195,7 +195,7 @@ def test_values_of_players_are_read_like_pairs(tmp_path):
     assert sorted(bar.get_width() for bar in bars) == pytest.approx([0.25, 0.5, 0.5])
     with pytest.raises(ArgumentError, match="one whose value was estimated"):
         player_values(committee, n=3, players=[0], progress=False)[1]
-    drawn = player_values(committee, n=3, contexts=1, progress=False)
+    drawn = player_values(committee, n=3, contexts=1, method="grid", progress=False)
     assert drawn.evaluations == 4 and "exactly" not in repr(drawn)
 
 
@@ -208,7 +208,7 @@ def test_drawn_values_hold_the_exact_ones(index, share):
         return z.double() @ weight + z.view(len(z), 4, 3).all(2).double() @ three
 
     truth = (weight + share * three.repeat_interleave(3)).numpy()
-    drawn = player_values(game, n=12, index=index, contexts=200, progress=False)
+    drawn = player_values(game, n=12, index=index, contexts=200, method="grid", progress=False)
     assert drawn.evaluations == 200 * 13
     assert (np.abs(drawn.values - truth) / drawn.stderr).max() < 4.5
     assert (np.abs(drawn.values + 0.3 - truth) / drawn.stderr).max() > 4.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
@@ -27,14 +28,19 @@ class Counted:
         return 3 * (z.double() @ self.weight).tanh().sum(1)
 
 
-def probe(game: Counted, **options):
+def probed(game: Counted, **options):
     pairs = [(0, 1), (2, 3), (1, 4)]
     return interactions(game, n=game.n, pairs=pairs, budget=500, progress=False, **options)
 
 
-@pytest.mark.parametrize("n", [12, 40])
-def test_good_enough_is_enough(n):
+#: Every way that a probe goes.
+WAYS = pytest.mark.parametrize("n, method", [(12, "auto"), (40, "auto"), (12, "grid"), (12, "surrogate")])
+
+
+@pytest.mark.parametrize("n, method", [(12, "auto"), (40, "auto"), (12, "grid")])
+def test_good_enough_is_enough(n, method):
     """It stops once the errors are small enough, not before, and has asked for the first part of the same order."""
+    probe = functools.partial(probed, method=method)
     whole = Counted(n)
     until_end = probe(whole, until=1e-12)
     assert "stopped" not in until_end.about and until_end.evaluations > 400
@@ -49,8 +55,9 @@ def test_good_enough_is_enough(n):
     assert probe(Counted(n), until=f"{150 * share}%").about["stopped"] == "until"
 
 
-@pytest.mark.parametrize("n", [12, 40])
-def test_interrupts_return_what_there_is(n):
+@WAYS
+def test_interrupts_return_what_there_is(n, method):
+    probe = functools.partial(probed, method=method)
     game = Counted(n, interrupt_after=200)
     found = probe(game, on_interrupt="return")
     assert found.about["stopped"] == "interrupt" and 100 <= found.evaluations < 450
@@ -61,8 +68,9 @@ def test_interrupts_return_what_there_is(n):
         probe(Counted(n, interrupt_after=0), on_interrupt="return")
 
 
-@pytest.mark.parametrize("n", [12, 40])
-def test_time_that_is_over(n):
+@WAYS
+def test_time_that_is_over(n, method):
+    probe = functools.partial(probed, method=method)
     found = probe(Counted(n, delay=0.02), seconds=0.01)
     assert found.about["stopped"] == "seconds" and found.evaluations < 200
     assert "stopped" not in probe(Counted(n), seconds=600).about
@@ -75,6 +83,14 @@ def test_everything_seen_is_exact_when_it_could_have_ended_sooner():
     assert "stopped" not in found.about and not found.sii_stderr.any()
 
 
+def test_a_last_batch_of_two_contexts_is_a_pair_of_complements():
+    """No interaction among additive players, whatever the batches: 12 contexts come as 6, 4 and 2."""
+    weights = torch.arange(30, dtype=torch.float64)
+    pairs = [(0, 1), (2, 3)]
+    found = interactions(lambda z: z.double() @ weights, n=30, pairs=pairs, budget=12 * 7, until=1e-300, progress=False)
+    assert found.evaluations == 12 * 7 and np.abs(found.sii).max() < 1e-9
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -83,9 +99,9 @@ def test_everything_seen_is_exact_when_it_could_have_ended_sooner():
         {"until": "x%"},
         {"seconds": -1.0},
         {"on_interrupt": "stop"},
-        {"until": 0.1, "method": "grid"},
+        {"adaptive": True, "method": "grid", "until": 0.1},
     ],
 )
 def test_refusals(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
-        probe(Counted(12), **wrong)
+        probed(Counted(12), **wrong)

@@ -39,13 +39,22 @@ def spend(grid: CornerGrid, contexts: int | None, budget: int | None) -> Spendin
     return Spending(budget, affordable - affordable % 2 if affordable >= 4 else affordable)
 
 
+def enumerates(n: int, total: int, ended: bool) -> bool:
+    """Whether all 2^n coalitions are asked for in order.
+
+    Not where something else than the budget may end a probe (``ended``) and a process takes as many: that sees all of
+    them too, and is worth something before.
+    """
+    return n < 63 and 2**n <= total and not (ended and 2**n <= 2 * MOST_ROWS)
+
+
 def default_way(n: int, spending: Spending, ended: bool = False) -> tuple[str, str]:
     """Which way the default goes, "enumeration", "points", "contexts" or "grid", and why, for a person to read.
 
     ``ended``: something else than the budget may end it, so that half of it has to be worth something.
     """
     total, contexts = spending.evaluations, spending.contexts
-    if n < 63 and 2**n <= total and not (ended and 2**n <= 2 * MOST_ROWS):
+    if enumerates(n, total, ended):
         return "enumeration", f"all {2**n} coalitions cost no more than the budget"
     if contexts >= LEAST_CONTEXTS and n > MOST_PLAYERS:
         return "contexts", f"{n} players, more than {MOST_PLAYERS}, and a budget for {contexts} contexts"

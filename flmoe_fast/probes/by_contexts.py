@@ -4,9 +4,8 @@ With many players a coalition drawn at random says nothing about a pair, so the 
 which gives every pair's second difference in every context. Their means are unbiased. The process that is fitted to the
 same values knows more where the game is smooth, and it may be wrong where it is not; how wrong is measured by
 cross-fitting: every unit of contexts is predicted from all the others, and what is left of its second differences is
-averaged. That mean is the unbiased estimate less the process's. Where it is larger over all pairs than its own standard
-errors explain, the process is off by the excess, and the estimate moves to the unbiased one by the share of the excess
-in the whole (an empirical Bayes rule; the positive part of Stein's).
+averaged. That mean is the unbiased estimate less the process's, and the estimate moves by a share of it
+(:func:`flmoe_fast.probes.moments.moved`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from flmoe_fast.probes.budget import LEAST_CONTEXTS, MOST_ROWS, Spending
 from flmoe_fast.probes.by_points import estimate_of, evaluate_pairs, widened
 from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.grid import CornerGrid
-from flmoe_fast.probes.moments import Draw, combine
+from flmoe_fast.probes.moments import Draw, combine, moved
 from flmoe_fast.probes.noise import noise_share
 from flmoe_fast.probes.parity import FIT_POINTS, ParityProcess, parity_kernel
 from flmoe_fast.probes.run import (
@@ -73,10 +72,7 @@ def _from_grid(run: Run, grid: CornerGrid, draw: DrawnGrid, more: int) -> Found:
     smooth, claimed = process.index(grid.pairs, "SII", 2)
     left = _left_of_units(process, rows, draw, grid)  # (units, P, O)
     excess, stderr, degrees = combine([Draw(torch.arange(pairs), left)], pairs, borrowed=BORROWED)
-    doubt = stderr.square().mean(0)
-    off = (excess.square().mean(0) - doubt).clamp(min=0.0)
-    share = torch.where(off > 0, off / (off + doubt), 0.0)
-    variance = torch.maximum(widened(claimed), share * stderr.square())
+    sii, variance, share = moved(smooth, widened(claimed), excess, stderr)
     gaps, gap_stderr, _ = combine([draw.gap], pairs, borrowed=BORROWED)
     also = others_of(run.game, [draw])
     for key, members in run.members_of_triples().items():
@@ -84,7 +80,7 @@ def _from_grid(run: Run, grid: CornerGrid, draw: DrawnGrid, more: int) -> Found:
         also[key] = estimate_of(run.game, members, values, widened(square).sqrt(), float(len(rows.coalitions)))
     return Found(
         "process and grid",
-        smooth + share * excess,
+        sii,
         variance.sqrt(),
         gaps,
         gap_stderr,

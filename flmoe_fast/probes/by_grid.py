@@ -9,21 +9,26 @@ from flmoe_fast.probes.budget import Spending
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.moments import Draw, combine, successive_variance
 from flmoe_fast.probes.noise import noise_share
-from flmoe_fast.probes.run import BORROWED, Found, Run, contexts_of, others_of
+from flmoe_fast.probes.run import BORROWED, DrawnGrid, Found, Run, contexts_of, others_of
 
 #: Fewest units of a first draw whose variances are worth choosing pairs by: the pairs that by chance vary little are
 #: those that by chance are small, and with fewer units that shrinks the estimates.
 PILOT_UNITS = 12
+#: Contexts of the first batch, where something else than the budget may end a probe.
+FIRST_CONTEXTS = 8
 
 
 def by_grid(run: Run, grid: CornerGrid, spending: Spending, adaptive: bool) -> Found:
-    """Estimates from whole contexts; where ``adaptive``, half of a budget goes to the pairs that vary most."""
+    """Estimates from whole contexts; where ``adaptive``, half of a budget goes to the pairs that vary most.
+
+    Nothing is where something else than the budget may end it: then contexts come in batches for all pairs.
+    """
     if not spending.contexts:
         least = f"at least {grid.evaluations} evaluations, the cost of one context"
         raise ArgumentError("budget", spending.evaluations, least)
     pairs, pilot = len(grid.pairs), 2 * max(PILOT_UNITS, spending.contexts // 4)
-    adaptive = adaptive and spending.contexts > pilot
-    draws = [run.draw(grid, torch.arange(pairs), pilot if adaptive else spending.contexts)]
+    adaptive = adaptive and spending.contexts > pilot and not run.stopping.asked
+    draws = _in_batches(run, grid, pilot if adaptive else spending.contexts)
     noise, checks = noise_share(run.game, grid, draws[0])
     if adaptive:
         again, more = _worth_repeating(grid.pairs, draws[0].sii, spending.evaluations - run.evaluations)
@@ -43,6 +48,30 @@ def by_grid(run: Run, grid: CornerGrid, spending: Spending, adaptive: bool) -> F
         checks,
         others_of(run.game, draws),
     )
+
+
+def _in_batches(run: Run, grid: CornerGrid, contexts: int) -> list[DrawnGrid]:
+    """Draws of so many contexts together, or of fewer if something ends them; a single one where nothing may."""
+    pairs = torch.arange(len(grid.pairs))
+    draws: list[DrawnGrid] = []
+    done = 0
+    for total in run.stopping.totals(min(FIRST_CONTEXTS, contexts), contexts, step=2):
+        try:
+            draws.append(run.draw(grid, pairs, total - done, replicate=len(draws)))
+        except KeyboardInterrupt:
+            if run.stopping.interrupted(len(draws) > 0):
+                break
+            raise
+        done = total
+        if done == contexts:
+            break
+        if run.stopping.until is not None:
+            sii, stderr, _ = combine([draw.sii for draw in draws], len(pairs), borrowed=BORROWED)
+            if run.stopping.ends(sii, stderr):
+                break
+        if run.stopping.late():
+            break
+    return draws
 
 
 def _worth_repeating(pairs: torch.Tensor, pilot: Draw, left: int) -> tuple[torch.Tensor, int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from flmoe_fast.games.game import Game
@@ -17,6 +20,7 @@ from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.posterior import Posterior
 from flmoe_fast.probes.run import Found, Run, per_head
 
+T = TypeVar("T")
 #: What the variances of indices are multiplied by, since scales are estimated.
 WIDER = 1.25
 #: Complementary pairs of the first batch, where something else than the budget may end a probe.
@@ -48,6 +52,25 @@ def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
 def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     """Estimates from a process fitted to complementary pairs of coalitions, drawn by the law that the SII asks for."""
     drawn = complementary(run.game.n, min(budget // 2, MOST_ROWS), run.seed)
+
+    def estimated(some: torch.Tensor, values: torch.Tensor) -> Found:
+        if len(some) == 2 ** (run.game.n - 1):
+            return _from_table(run, grid, table_of(some, values))
+        return _from_points(run, grid, some, values)
+
+    return in_batches(run, drawn, estimated, lambda found: (found.sii, found.sii_stderr))
+
+
+def in_batches(
+    run: Run,
+    drawn: torch.Tensor,
+    estimated: Callable[[torch.Tensor, torch.Tensor], T],
+    errors: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+) -> T:
+    """What is ``estimated`` of coalitions (m, n) and values (m, 2, O) once nothing more of ``drawn`` is asked for.
+
+    ``errors``: the numbers and their standard errors that have to be good enough.
+    """
     parts: list[torch.Tensor] = []
     done, found = 0, None
     for total in run.stopping.totals(min(FIRST_ROWS, len(drawn)), len(drawn)):
@@ -58,20 +81,18 @@ def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
                 break
             raise
         done, found = total, None
-        if done == 2 ** (run.game.n - 1):
-            return _from_table(run, grid, _table(drawn, torch.cat(parts)))
         if done == len(drawn):
             break
         if run.stopping.until is not None:
-            found = _from_points(run, grid, drawn[:done], torch.cat(parts))
-            if run.stopping.ends(found.sii, found.sii_stderr):
+            found = estimated(drawn[:done], torch.cat(parts))
+            if run.stopping.ends(*errors(found)):
                 break
         if run.stopping.late():
             break
-    return found or _from_points(run, grid, drawn[:done], torch.cat(parts))
+    return estimated(drawn[:done], torch.cat(parts)) if found is None else found
 
 
-def _table(drawn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def table_of(drawn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """All values (2^n, O) from those of every complementary pair."""
     found = torch.empty(2 * len(drawn), values.shape[2], dtype=values.dtype)
     found[codes(drawn)], found[codes(~drawn)] = values[:, 0], values[:, 1]

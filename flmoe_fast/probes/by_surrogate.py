@@ -14,6 +14,8 @@ from flmoe_fast.probes.surrogate import Surrogate
 
 #: Fewest coalitions worth fitting a surrogate to.
 LEAST_POINTS = 32
+#: Evaluations of the first batch, where something else than the budget may end a probe.
+FIRST_POINTS = 128
 #: Share of the pairs' mean variance that is added to each pair's: a surrogate that errs by more than it knows errs on
 #: pairs it takes for well known. Chosen by the coverage on games of digits.
 SHARED = 0.05
@@ -21,10 +23,33 @@ SHARED = 0.05
 
 def by_surrogate(run: Run, grid: CornerGrid, budget: int) -> Found:
     """Estimates from surrogates fitted to coalitions drawn at random, one for every output."""
+    points = Points(run.game, run.seed, run.bar)
+    found: Found | None = None
+    before = run.evaluations
+    for total in run.stopping.totals(min(FIRST_POINTS, budget), budget):
+        try:
+            points.evaluate(total)
+        except KeyboardInterrupt:
+            if run.stopping.interrupted(points.count >= LEAST_POINTS):
+                break
+            raise
+        finally:
+            run.evaluations = before + points.spent
+        found = None
+        if total == budget:
+            break
+        if run.stopping.until is not None:
+            found = _from_points(run, grid, points)
+            if run.stopping.ends(found.sii, found.sii_stderr):
+                break
+        if run.stopping.late():
+            break
+    return _from_points(run, grid, points) if found is None else found
+
+
+def _from_points(run: Run, grid: CornerGrid, points: Points) -> Found:
+    """Estimates from all that was evaluated."""
     game, pairs = run.game, len(grid.pairs)
-    points = Points(game, run.seed, run.bar)
-    points.evaluate(budget)
-    run.evaluations += points.spent
     surrogates = [Surrogate(points.coalitions, column) for column in points.values.T]
     readings = [read(s, grid, game.n, run.gap_kind, run.also, run.seed) for s in surrogates]
 

@@ -5,10 +5,10 @@ largest by far at the ends: ``{i, j}`` alone weighs ``1 / (n - 1)`` in the Shapl
 size next to nothing. The variance of a sum over strata is least when a stratum is sampled in proportion to its
 size times the root mean square of its weights (Neyman), which for pairs is
 
-    q_s ~ sqrt(1 / (s (s - 1)) + 1 / ((n - s)(n - s - 1)) + 2 / (s (n - s))).
+    q_s ~ sqrt(1 / (s (s - 1)) + 1 / ((n - s)(n - s - 1)) + 2 / (s (n - s)))
 
-Sizes that this exhausts are taken whole and what they leave goes to the others. Only one coalition of each
-complementary pair is listed; both are evaluated.
+and for the Shapley values of single players ``1 / sqrt(s (n - s))``. Sizes that this exhausts are taken whole and what
+they leave goes to the others. Only one coalition of each complementary pair is listed; both are evaluated.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ import math
 import numpy as np
 import torch
 
+from flmoe_fast.probes.indices import mass
+
 #: Strata up to this size are listed and shuffled; of larger ones, draws that repeat are drawn again.
 LISTED = 1 << 16
 #: Rounds of drawing again before a stratum is left with fewer coalitions than were asked for.
 PATIENCE = 20
 
 
-def complementary(n: int, count: int, seed: int) -> torch.Tensor:
-    """Bool (m, n): at most ``count`` distinct coalitions, no two of them complements, those of the ends first.
+def complementary(n: int, count: int, seed: int, index: str = "SII", order: int = 2) -> torch.Tensor:
+    """Bool (m, n): at most ``count`` distinct coalitions, no two of them complements, for an index; the ends first.
 
     ``m < count`` only where all ``2^(n - 1)`` pairs are taken. Every leading part is a sample of the same law among
     the sizes that are not taken whole.
     """
     generator = np.random.default_rng([0x5EED, seed])
-    counts, whole = _counts(n, count)
+    counts, whole = _counts(n, count, root_mean_weights(n, index, order))
     first: list[np.ndarray] = []
     rest: list[np.ndarray] = []
     for size, wanted in enumerate(counts):
@@ -51,10 +53,10 @@ def _stratum_size(n: int, size: int) -> int:
     return math.comb(n, size) // 2 if 2 * size == n else math.comb(n, size)
 
 
-def _counts(n: int, count: int) -> tuple[list[int], list[bool]]:
+def _counts(n: int, count: int, weights: list[float]) -> tuple[list[int], list[bool]]:
     """Pairs to take of each smaller size 0..n//2, and which sizes are taken whole."""
     sizes = range(n // 2 + 1)
-    weight = [root_mean_weight(n, s) * (0.5 if 2 * s == n else 1.0) for s in sizes]
+    weight = [(weights[s] + weights[n - s]) / 2 * (0.5 if 2 * s == n else 1.0) for s in sizes]
     there = [_stratum_size(n, s) for s in sizes]
     counts, whole = [0] * len(weight), [False] * len(weight)
     left = min(count, sum(there))
@@ -74,16 +76,20 @@ def _counts(n: int, count: int) -> tuple[list[int], list[bool]]:
     return counts, whole
 
 
-def root_mean_weight(n: int, s: int) -> float:
-    """Root mean square of the SII's weights over pairs of players, times the number of coalitions of size s."""
-    total = 0.0
-    if s >= 2:
-        total += 1 / (s * (s - 1))
-    if n - s >= 2:
-        total += 1 / ((n - s) * (n - s - 1))
-    if 1 <= s <= n - 1:
-        total += 2 / (s * (n - s))
-    return math.sqrt(total)
+def root_mean_weights(n: int, index: str, order: int) -> list[float]:
+    """Of every size 0..n: the number of coalitions times the root mean square of their weights in an index.
+
+    The mean is over the sets of ``order`` players; a coalition's weight depends on how many of these it has.
+    """
+    masses, sets = mass(index, order, n).tolist(), math.comb(n, order)
+    found = []
+    for s in range(n + 1):
+        total, there = 0.0, math.comb(n, s)
+        for inside in range(max(0, order - (n - s)), min(order, s) + 1):
+            share = math.comb(s, inside) * math.comb(n - s, order - inside) / sets
+            total += share * (masses[s - inside] * (there / math.comb(n - order, s - inside))) ** 2
+        found.append(math.sqrt(total))
+    return found
 
 
 def _stratum(n: int, size: int, wanted: int, generator: np.random.Generator) -> np.ndarray:

@@ -84,7 +84,7 @@ def interactions(
         Kind of redundancy gap, see :mod:`flmoe_fast.probes.gap`.
     adaptive : bool, optional
         Spend the second half of a budget on the pairs whose estimates vary most (chosen by their variance only).
-        Only for "grid" with a budget; by default yes where that is at least 24 contexts.
+        Only for "grid" with a budget that alone ends it; by default yes where that is at least 24 contexts.
     also : sequence of "SV", "BV", "BII", "BV(p)", "BII(p)", "STII", "FSII", "k-SII"
         Other indices to estimate from the same evaluations (:mod:`flmoe_fast.probes.indices`): single players' for the
         players of the pairs, k-SII of single players only where all their pairs are probed. They are in
@@ -96,7 +96,7 @@ def interactions(
     until : float or str, optional
         Stop before the budget is spent once no interaction's standard error exceeds this: a number, or a percentage of
         the largest interaction such as "5%". Looked at whenever evaluations have grown by half; a standard error that
-        was stopped at is the smallest so far, and flatters a little. By the default method only, like ``seconds``.
+        was stopped at is the smallest so far, and flatters a little.
     seconds : float, optional
         Stop evaluating after this time.
     on_interrupt : "raise" or "return"
@@ -136,22 +136,23 @@ def interactions(
     if three is not None and method != "auto":
         raise ArgumentError("triples", f'triples with method="{method}"', "the default method")
     stopping = Stopping.of(until, seconds, on_interrupt)
-    if stopping.asked and method != "auto":
-        name = "until" if until is not None else "seconds" if seconds is not None else "on_interrupt"
-        raise ArgumentError(name, f'it with method="{method}"', "the default method")
-    if adaptive and (budget is None or method != "grid"):
-        raise ArgumentError("adaptive", True, 'a budget to allocate and method="grid", or adaptive=False')
+    if adaptive and (budget is None or method != "grid" or stopping.asked):
+        expected = 'a budget to allocate, method="grid", and nothing else that may end it, or adaptive=False'
+        raise ArgumentError("adaptive", True, expected)
     spending = spend(grid, contexts, budget)
 
     def estimated(game: Game) -> tuple[Run, Found]:
         run = Run(game, gap, seed, progress, wanted, spending.evaluations, three, stopping)
         with run.bar:
             if method == "grid":
-                return run, by_grid(run, grid, spending, budget is not None and adaptive is not False)
-            if method == "surrogate":
-                expected = integer("budget", spending.evaluations, least=LEAST_POINTS, most=MOST_POINTS)
-                return run, by_surrogate(run, grid, expected)
-            return run, _by_default(run, grid, spending)
+                found = by_grid(run, grid, spending, budget is not None and adaptive is not False)
+            elif method == "surrogate":
+                total = integer("budget", spending.evaluations, least=LEAST_POINTS, most=MOST_POINTS)
+                found = by_surrogate(run, grid, total)
+            else:
+                found = _by_default(run, grid, spending)
+        stopped = {} if stopping.reason is None else {"stopped": stopping.reason}
+        return run, replace(found, facts={**stopped, **found.facts})
 
     game, run, found = _steadily(game, estimated)
     result = InteractionResult(
@@ -217,5 +218,4 @@ def _by_default(run: Run, grid: CornerGrid, spending: Spending) -> Found:
         found = by_grid(run, grid, spending, adaptive=False)
     else:
         raise ArgumentError("budget", spending.evaluations, f"at least {LEAST_BUDGET} evaluations for triples")
-    stopped = {} if run.stopping.reason is None else {"stopped": run.stopping.reason}
-    return replace(found, facts={"why": why, **stopped, **found.facts})
+    return replace(found, facts={"why": why, **found.facts})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flmoe_fast.probes.drawing import root_mean_weight
+from flmoe_fast.probes.drawing import root_mean_weights
 from flmoe_fast.probes.parity import ParityProcess
 
 #: Shares of the range this close to a bound count as that close, in logits.
@@ -49,41 +49,44 @@ def link_of(values: torch.Tensor) -> Logit | None:
     return link if float(saturated.double().mean()) <= MOST_SATURATED else None
 
 
-def left_out(process: ParityProcess, head: int, link: Logit | None = None) -> torch.Tensor:
-    """Left-out errors (m,) of the means of complementary values, for a process of linked values or of plain ones."""
-    even, odd = (process.half(sign).left_out[:, head] for sign in (1, -1))
+def left_out(process: ParityProcess, head: int, link: Logit | None = None, sign: int = 1) -> torch.Tensor:
+    """Left-out errors (m,) of one half, for a process of linked values or of plain ones."""
     if link is None:
-        return even
+        return process.half(sign).left_out[:, head]
+    even, odd = (process.half(side).left_out[:, head] for side in (1, -1))
     upper, lower = process.values[:, head], process.complements[:, head]
     found = link.inverse(upper) - link.inverse(upper - even - odd)
-    return (found + link.inverse(lower) - link.inverse(lower - even + odd)) / 2
+    return (found + sign * (link.inverse(lower) - link.inverse(lower - even + odd))) / 2
 
 
-def share_of_link(process: ParityProcess, head: int, linked: ParityProcess, link: Logit) -> float:
+def share_of_link(process: ParityProcess, head: int, linked: ParityProcess, link: Logit, order: int = 2) -> float:
     """Share of the linked prediction in the mixture with the plain one that errs least where values are left out.
 
-    Squares are weighted as the coalitions that were not evaluated enter an interaction, by how many are left of a size.
+    Squares are weighted as the coalitions that were not evaluated enter a Shapley index of an order, by how many are
+    left of a size: an even order depends on the even half, an odd one on the odd half.
     """
-    plain, other = left_out(process, head), left_out(linked, 0, link)
-    weight = unseen_weights(process.coalitions)
+    sign = (-1) ** order
+    plain, other = left_out(process, head, sign=sign), left_out(linked, 0, link, sign)
+    weight = unseen_weights(process.coalitions, order)
     change = plain - other
     total = float((weight * change.square()).sum())
     return min(1.0, max(0.0, float((weight * plain * change).sum()) / total)) if total > 0 else 0.0
 
 
-def unseen_weights(coalitions: torch.Tensor) -> torch.Tensor:
+def unseen_weights(coalitions: torch.Tensor, order: int = 2) -> torch.Tensor:
     """Weights (m,) of the squared errors of complementary pairs of coalitions (m, n) for those that were not evaluated.
 
-    Where every value errs by the same e, independently, the weights times e^2 sum up to the variance of an interaction,
-    as a mean over all pairs of players.
+    Where every value errs by the same e, independently, the weights times e^2 sum up to the variance of a Shapley index
+    of that order, as a mean over all sets of as many players.
     """
     n = coalitions.shape[1]
+    weights = root_mean_weights(n, "SV" if order == 1 else "SII", order)
     size = coalitions.sum(1)
     size = torch.minimum(size, n - size)
     found = torch.zeros(len(size), dtype=torch.float64)
     for s in size.unique().tolist():
         rows = size == s
         seen, there = int(rows.sum()), math.comb(n, s) / (2 if 2 * s == n else 1)
-        mean_square = n / (n - 1) * (root_mean_weight(n, s) / math.comb(n, s)) ** 2
+        mean_square = (weights[s] / math.comb(n, s)) ** 2
         found[rows] = 4 * mean_square * (there - seen) / seen  # a value and its complement's weigh the same
     return found

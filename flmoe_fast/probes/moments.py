@@ -82,3 +82,20 @@ def combine(draws: list[Draw], pairs: int, borrowed: float = 0.0) -> tuple[torch
     stderr = (unit_variance / units[:, None]).sqrt() * scale
     # m - 1 successive differences overlap; they are worth 2/3 of as many independent ones.
     return estimate, stderr, freedom * (2.0 / 3.0)
+
+
+def moved(
+    smooth: torch.Tensor, claimed: torch.Tensor, excess: torch.Tensor, stderr: torch.Tensor, margin: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Estimates (P, O) of a model moved to unbiased ones as far as these show it off; variances, and the share (O,).
+
+    ``claimed`` is the model's own variance, ``excess`` what the unbiased estimates are over it, ``stderr`` their
+    standard errors. Where the excess is larger over all pairs than its standard errors explain, the model is off by
+    the rest, and the estimate moves by the share of that in the whole (an empirical Bayes rule; the positive part of
+    Stein's). ``margin`` is the share of what the standard errors explain that counts as chance on top of it: for few
+    estimates, whose mean square excess is vague.
+    """
+    doubt = stderr.square().mean(0)
+    off = (excess.square().mean(0) - (1 + margin) * doubt).clamp(min=0.0)
+    share = torch.where(off > 0, off / (off + doubt), 0.0)
+    return smooth + share * excess, torch.maximum(claimed, share * stderr.square()), share

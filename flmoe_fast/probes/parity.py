@@ -81,7 +81,7 @@ def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int, start: Scales | None
     if y.shape[1]:
         step = -(-len(x) // FIRST_POINTS)
         stages = [(x[::step], y[::step], FIRST_STEPS)]
-        if step > 1 and sign > 0:
+        if step > 1 and (sign > 0 or start is None):
             stages.append((x, y, FIT_STEPS))
         for points, values, steps in stages:
             theta = minimum(_Likelihood(points, values, sign), theta, bounds, steps)

@@ -36,6 +36,8 @@ class Posterior:
         Of the values themselves.
     seed : int
         Of the draws.
+    order : int
+        Of the indices that the scale is chosen for.
 
     Attributes
     ----------
@@ -47,8 +49,8 @@ class Posterior:
         Heads whose indices have no closed form.
     """
 
-    def __init__(self, process: ParityProcess, seed: int):
-        self.process, self.seed = process, seed
+    def __init__(self, process: ParityProcess, seed: int, order: int = 2):
+        self.process, self.seed, self.order = process, seed, order
         n, self.heads = process.coalitions.shape[1], process.values.shape[1]
         self._tabled = n <= TABLED_PLAYERS and self.heads <= TABLED_HEADS
         seen = torch.cat([process.values, process.complements])
@@ -69,7 +71,7 @@ class Posterior:
         process = self.process
         upper, lower = process.values[:, head, None], process.complements[:, head, None]
         linked = ParityProcess(process.coalitions, link.of(upper), link.of(lower))
-        share = share_of_link(process, head, linked, link)
+        share = share_of_link(process, head, linked, link, self.order)
         if share >= LEAST_SHARE:
             self.logit_share[head] = share
             self._linked[head] = TableSource(linked, link, upper, lower, self.seed)
@@ -93,14 +95,17 @@ class Posterior:
         found = self._index(self._tables[head], members, name, order)
         mean, variance = found[:, 1:].mean(1), found[:, 1:].var(1)
         if self.levels[head]:
-            mean, variance = (found[:, 0] + mean) / 2, variance + (found[:, 0] - mean).square() + self._missed(head)
+            mean, variance = (
+                (found[:, 0] + mean) / 2,
+                variance + (found[:, 0] - mean).square() + self._missed(head, order),
+            )
         if head in self._apart:
             variance = variance + self._index(self._apart[head], members, name, order)[:, 0].square()
         wider = WIDER * (1 + SCALES * self.process.coalitions.shape[1] / len(self.process.coalitions))
         return mean, wider * ((1 - SHARED) * variance + SHARED * variance.mean())
 
-    def _missed(self, head: int) -> float:
-        """Variance of an interaction that a step adds which none of the evaluated values shows.
+    def _missed(self, head: int, order: int) -> float:
+        """Variance of an index of that order that a step adds which none of the evaluated values shows.
 
         By Laplace's rule of succession an unseen value is wrong with a chance of one in as many as were seen, and then
         by up to the range of the values. No estimate of a stepped game is exact before everything is seen.
@@ -108,7 +113,7 @@ class Posterior:
         upper, lower = self.process.values[:, head], self.process.complements[:, head]
         span = torch.maximum(upper.max(), lower.max()) - torch.minimum(upper.min(), lower.min())
         chance = 1 / (2 * len(upper) + 2)
-        return float(chance * span.square() / 2 * unseen_weights(self.process.coalitions).sum())
+        return float(chance * span.square() / 2 * unseen_weights(self.process.coalitions, order).sum())
 
     def _index(self, tables: torch.Tensor, members: torch.Tensor, name: str, order: int) -> torch.Tensor:
         if (name, order) != ("k-SII", 1):

@@ -135,9 +135,10 @@ class Run:
     ) -> DrawnGrid:
         """Evaluate ``grid`` in ``count`` fresh contexts; ``chosen`` are its pairs' numbers.
 
-        Draws of different ``replicate`` are independent. ``keep`` keeps all values.
+        Draws of different ``replicate`` are independent. ``keep`` keeps all values. Contexts that are even in number
+        come with their complements; not two by themselves, which would be a single unit.
         """
-        antithetic = count % 2 == 0 and count >= 4
+        antithetic = count % 2 == 0 and (count >= 4 or replicate > 0)
         words = sample_contexts(self.game.n, count, seed=self.seed, antithetic=antithetic, replicate=replicate).words
         contexts = unpack(words, self.game.n)
         second, gaps, defined, gains, kept = [], [], [], [], []

@@ -89,8 +89,8 @@ class Screening:
 
     def __repr__(self) -> str:
         lines = [
-            f"Screening: {len(self)} pairs, {self.evaluations:,} evaluations; {self.reliability:.0%} of what tells them "
-            f"apart is real; the first {len(self.checked)} measured anew"
+            f"Screening: {len(self)} pairs, {self.evaluations:,} evaluations; {self.reliability:.0%} of what tells "
+            f"them apart is real; the first {len(self.checked)} measured anew"
         ]
         table = self.top(SHOWN)
         for name_i, name_j, *numbers in table[list(table.columns[2:])].itertuples(index=False):

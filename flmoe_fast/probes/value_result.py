@@ -82,7 +82,7 @@ class PlayerValues:
     heads : tuple of str or None
     player_names : tuple of n str
     about : dict
-        Further facts, such as the target and the kind of value. JSON types only.
+        What was done and why, and facts such as the target and the kind of value. JSON types only.
     """
 
     players: np.ndarray
@@ -128,7 +128,7 @@ class PlayerValues:
 
     def _summary(self) -> str:
         heads = "" if self.heads is None else f" of {self.heads[0]!r} (first of {len(self.heads)} heads)"
-        return f"PlayerValues: {self.index} of {len(self)} players{heads}, {self.evaluations:,} evaluations"
+        return f"PlayerValues: {self.index} of {len(self)} players{heads}, {self.evaluations:,} evaluations ({self.about['method']})"
 
     def score(self, row: int, head: str | int | None = None) -> PlayerScore:
         """What a head says about the player in a row of ``players``."""
@@ -142,10 +142,13 @@ class PlayerValues:
     def _columns(self, *more: np.ndarray) -> tuple[np.ndarray, ...]:
         return (self.values, self.stderr, *more)
 
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends of the confidence intervals, shaped like ``values``."""
+    def interval(self, level: float = 0.95, simultaneous: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends of the confidence intervals, shaped like ``values``.
+
+        ``simultaneous`` intervals hold for all Q players at once (Bonferroni's).
+        """
         degrees = self.degrees if self.values.ndim == 1 else self.degrees[:, None]
-        half = half_width(self.stderr, degrees, level)
+        half = half_width(self.stderr, degrees, 1 - (1 - level) / len(self.players) if simultaneous else level)
         return self.values - half, self.values + half
 
     def order(self, head: str | int | None = None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,9 +20,17 @@ CURVES = (
     ("#3aa3c9", "X"),
     ("#7a4b2a", "*"),
 )
+#: The mixture, beside its experts.
+WHOLE = ("0.45", "o")
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False}
 STYLE["text.parse_math"] = False  # names are shown letter by letter, dollars and all
+
+
+def curves_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every expert, the same in every figure, whether the mixture is beside them or not."""
+    experts = [name for name in names if name != "mixture"]
+    return dict(zip(experts, CURVES * 3)) | {name: WHOLE for name in names if name == "mixture"}
 
 
 def styled(more: Mapping[Any, Any] | None = None):
