@@ -20,7 +20,7 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.cli import main
 from flmoe_fast.model.checkpoint import load_checkpoint
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
-from flmoe_fast.pipeline.records import SampleRecord, is_done
+from flmoe_fast.pipeline.records import SampleRecord, is_done, read_records
 from flmoe_fast.pipeline.show.data_views import place_map
 from flmoe_fast.pipeline.show.html import INK, Page, as_svg, inked
 from flmoe_fast.pipeline.show.pair_view import pair_view

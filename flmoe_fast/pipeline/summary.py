@@ -26,7 +26,8 @@ def summarize(records: Sequence[Found], level: float = 0.95) -> pandas.DataFrame
     Parameters
     ----------
     records : N of one model
-        What :func:`read_records` read of a run, or what :func:`explain` or :func:`interactions` returned for each sample.
+        What :func:`read_records` read of a run, or what :func:`explain` or :func:`interactions` returned for each
+        sample.
     level : float
         Of the intervals that decide whether an interaction is seen.
 

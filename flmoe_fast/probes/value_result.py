@@ -128,7 +128,8 @@ class PlayerValues:
 
     def _summary(self) -> str:
         heads = "" if self.heads is None else f" of {self.heads[0]!r} (first of {len(self.heads)} heads)"
-        return f"PlayerValues: {self.index} of {len(self)} players{heads}, {self.evaluations:,} evaluations ({self.about['method']})"
+        spent = f"{self.evaluations:,} evaluations ({self.about['method']})"
+        return f"PlayerValues: {self.index} of {len(self)} players{heads}, {spent}"
 
     def score(self, row: int, head: str | int | None = None) -> PlayerScore:
         """What a head says about the player in a row of ``players``."""
