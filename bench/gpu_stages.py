@@ -40,7 +40,12 @@ SOURCES = (
     "LICENSE",
 )
 #: What stages write in the copy: never overwritten from the checkout once it is there.
-WRITTEN = ("bench/results/gpu.jsonl", "bench/results/gpu_kernels.jsonl", "flmoe_fast/engines/gpu/fastest.json")
+WRITTEN = (
+    "bench/results/gpu.jsonl",
+    "bench/results/gpu_kernels.jsonl",
+    "bench/results/gpu_tune.jsonl",
+    "flmoe_fast/engines/gpu/fastest.json",
+)
 CONFIGS = "flmoe_fast/engines/gpu/kernels/configs"
 #: A compile cache that was made without a GPU (make gpu-cache) and travels with the checkout.
 CARRIED = "build/gpu-cache"
@@ -100,9 +105,7 @@ def stages(architecture: str) -> dict[str, Stage]:
             Stage("times", 480, (python("bench.gpu", "times"),)),
             Stage("kernels", 240, (python("bench.gpu_kernels"),)),
             Stage("sanitize", 300, tuple(sanitize)),
-            Stage(
-                "tune", 520, (python("bench.tune", "--kernels", "qkv", "up", "up_last", "later", "--seconds", "480"),)
-            ),
+            Stage("tune", 520, (python("bench.tune", "--kernels", *TUNED, "--seconds", "480"),)),
             Stage("compiled", 520, (python("bench.gpu", "compiled"),)),
         )
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,6 @@ pytest.importorskip("triton", reason="triton is not installed (it is part of the
 from bench import gpu, shapes, tables, timing, tune
 from flmoe_fast.engines.gpu.kernels.configs import KERNELS, Config
 from flmoe_fast.engines.gpu.triton import interpreted
-from flmoe_fast.native import extension
 
 pytestmark = [
     pytest.mark.skipif(
@@ -23,7 +21,6 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("quick_interpreter"),
 ]
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TINY = shapes.Shape("tiny", ("a", "b"), (2, 1), 16, 1, 2, 2, "multiclass")
 
 
@@ -62,20 +59,6 @@ def test_not_measured_where_there_is_no_file(no_device):
     assert tables.text("gpu") == "not measured"
 
 
-@pytest.mark.long
-def test_sanitizer_run_reaches_every_kernel(no_device, monkeypatch, capsys):
-    """Here the narrowest of the widths alone: interpreted, the wide ones take minutes."""
-    widths = sorted(int(source.stem.removeprefix("width_")) for source in CSRC.rglob("width_*.cu"))
-    assert [width for width, _, _ in gpu.FUSED] == widths
-    monkeypatch.setattr(gpu, "SHAPES", {"digits": TINY})
-    monkeypatch.setattr(gpu, "FUSED", gpu.FUSED[:1])
-    gpu.sanitize()
-    expected = ["tiny triton fp16 done", "digits-fused-64 triton fp16 done"]
-    if extension()[0]:
-        expected.append("digits-fused-64 cuda fp16 done")
-    assert capsys.readouterr().out.splitlines() == [*expected, "digits-gshard triton fp16 done"]
-
-
 def test_which_engine_was_faster_is_kept_by_device(monkeypatch, tmp_path):
     """One shape that both engines ran, one that only Triton did; what is known of other devices stays."""
     file = tmp_path / "fastest.json"
@@ -101,11 +84,21 @@ def test_tuner_keeps_what_is_faster_and_can_run(no_device, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, used: [broken, faster] if kernel == "up" else [])
     seconds = iter((3.0, 1.0))
     monkeypatch.setattr(gpu, "seconds_of", lambda run: next(seconds))
-    kept = []
-    found = tune.Trial("tiny", "fp16", 1, "sm_90").tune(KERNELS, float("inf"), kept.append)
-    assert len(kept) == len(KERNELS) and kept[-1] == found
+    kept, trial = [], tune.Trial("tiny", "fp16", 1, "sm_90")
+    trial.tune(KERNELS, float("inf"), lambda *found: kept.append(found))
+    assert [kernel for kernel, _, _ in kept] == list(KERNELS)
+    assert [(tried, best) for kernel, tried, best in kept if kernel == "up"] == [(2, 1.0)]
+    found = trial.entries()
     assert found["up/fp16"] == faster
     assert {name.split("/")[0] for name in found} == set(KERNELS)
+
+
+def test_tuner_stops_when_its_time_is_up(no_device, monkeypatch):
+    """A kernel some of whose candidates were not tried is not called done."""
+    monkeypatch.setattr(tune, "SHAPES", {"tiny": TINY})
+    kept = []
+    tune.Trial("tiny", "fp16", 1, "sm_90").tune(["up"], float("-inf"), lambda *found: kept.append(found))
+    assert kept == []
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):

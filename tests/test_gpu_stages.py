@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (it is part of the test extra)")
 
-from bench import gpu_stages
+from bench import gpu, gpu_stages
 from bench.gpu_stages import Stage
+from flmoe_fast.native import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +67,81 @@ def test_times_are_cut_off_and_resumed(work, monkeypatch, tmp_path, capfd):
     assert rehearse(in_rehearsal("times"), work, monkeypatch, tmp_path, FLMOE_REHEARSAL_CUT="1") == 0
     assert result.read_text() == before
     assert "===== times" in (tmp_path / "out" / "logs.txt").read_text()
+
+
+def test_what_is_compiled_has_rows_of_its_own(work, monkeypatch, tmp_path):
+    assert rehearse(in_rehearsal("compiled"), work, monkeypatch, tmp_path) == 0
+    found = [row for row in rows(tmp_path / "out" / "gpu.jsonl") if "torch.compile" in row.get("candidate", "")]
+    assert found and all(row["complete"] for row in found)
+
+
+@pytest.mark.long
+def test_kernels_are_cut_off_and_resumed(work, monkeypatch, tmp_path):
+    """What the first engine took is there, and is not taken again."""
+    result, stage = tmp_path / "out" / "gpu_kernels.jsonl", in_rehearsal("kernels")
+    assert rehearse(stage, work, monkeypatch, tmp_path, FLMOE_REHEARSAL_CUT="50") != 0  # 20 for the rates, 26 an engine
+    first = rows(result)
+    assert {row.get("candidate") for row in first} == {None, "triton mixed"}
+    assert len(first) == 1 + 13 and all(row["ms"]["median"] > 0 for row in first[1:])
+    assert rehearse(stage, work, monkeypatch, tmp_path) == 0
+    found = rows(result)
+    assert found[: len(first)] == first and {row["candidate"] for row in found[len(first) :]} == {"triton fp16"}
+    assert len(found) == 1 + 2 * 13
+
+
+@pytest.mark.long
+def test_tuning_is_cut_off_and_resumed(work, monkeypatch, tmp_path, capfd):
+    """A kernel all of whose candidates were tried is not tried again."""
+    result, stage = tmp_path / "out" / "gpu_tune.jsonl", in_rehearsal("tune")
+    assert rehearse(stage, work, monkeypatch, tmp_path, FLMOE_REHEARSAL_CUT="3") != 0
+    assert [(row["precision"], row["kernel"], row["tried"]) for row in rows(result)] == [("fp16x2", "qkv", 1)]
+    assert rehearse(stage, work, monkeypatch, tmp_path) == 0
+    every = [(precision, kernel) for precision in ("fp16x2", "fp16") for kernel in gpu_stages.TUNED]
+    assert [(row["precision"], row["kernel"]) for row in rows(result)] == every
+    assert (tmp_path / "out" / "rehearsal.json").exists()  # the device's configurations
+    before = result.read_text()
+    assert rehearse(stage, work, monkeypatch, tmp_path, FLMOE_REHEARSAL_CUT="1") == 0
+    assert result.read_text() == before
+
+
+@pytest.mark.long
+def test_the_sanitized_run_reaches_every_kernel(work, monkeypatch, tmp_path):
+    """Here the narrowest of the fused widths alone."""
+    widths = sorted(int(source.stem.removeprefix("width_")) for source in (ROOT / "csrc").rglob("width_*.cu"))
+    assert [width for width, _, _ in gpu.FUSED] == widths
+    assert rehearse(in_rehearsal("sanitize"), work, monkeypatch, tmp_path) == 0
+    expected = ["tiny triton fp16 done", "digits-fused-64 triton fp16 done"]
+    if extension()[0]:
+        expected.append("digits-fused-64 cuda fp16 done")
+    log = (work / "logs" / "sanitize.log").read_text().splitlines()
+    assert log == [*expected, "digits-gshard triton fp16 done"]
+
+
+def test_an_interrupt_leaves_what_there_is(tmp_path):
+    """Ctrl-C in a stage: its output is collected, the next stage does not begin, and the summary says so."""
+    program = """
+import sys
+from pathlib import Path
+from bench.gpu_stages import Stage, perform
+work = Path(sys.argv[1])
+(work / "copy").mkdir()
+slow = "import time; print('so far', flush=True); time.sleep(60)"
+stages = [Stage(name, 60, ((sys.executable, "-c", slow),)) for name in ("slow", "next")]
+sys.exit(perform(stages, work / "copy", work, {}, "90a"))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "OUT": str(tmp_path / "out"), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = [process.stdout.readline()]
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == 130 and said[0] == "so far\n"
+    assert [line for line in said if "interrupted" in line] == ["slow       interrupted, 0 s"]
+    assert (tmp_path / "out" / "logs.txt").read_text() == "===== slow\nso far\n"
 
 
 def test_a_stage_ends_when_its_time_is_up(work, monkeypatch, tmp_path, capfd):

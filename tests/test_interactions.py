@@ -265,6 +265,11 @@ def test_token_game_end_to_end(edge_game):
     assert result.check_evaluations > 0 and result.about["dtype"] == "float32"
 
 
+def test_the_check_of_a_short_run_is_short(edge_game):
+    result = interactions(edge_game, budget=100, progress=False)
+    assert 0 < result.check_evaluations <= 24 and 0 < result.noise_share.max() < 1e-6
+
+
 def test_cross_modal_pairs_are_the_default(edge_game):
     result = interactions(edge_game, contexts=4, method="grid", progress=False)
     sizes = [len(players) for _, players in edge_game.groups]

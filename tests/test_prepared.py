@@ -162,3 +162,19 @@ def test_games_of_transformers_copy_and_pickle():
     values = game(coalitions)
     for twin in (copy.deepcopy(game), pickled(game)):
         assert twin.about() == game.about() and torch.equal(twin(coalitions), values)
+
+
+def test_a_game_is_checked_on_the_weights_it_is_played_with():
+    """The model is changed after its game was made: the same game in float64 is still the former model's."""
+    model = EDGE.model().float()
+    game = EDGE.game(model, backend="torch", dtype=torch.float32)
+    coalitions = EDGE.coalitions(game.n)
+    before = game(coalitions)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    precise = game.precise()
+    assert precise is not None and precise.engine.sample is game.engine.sample
+    assert (
+        relative(precise(coalitions), before) < 1e-4 < relative(EDGE.game(model, backend="torch")(coalitions), before)
+    )

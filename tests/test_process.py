@@ -15,10 +15,13 @@ from flmoe_fast import ArgumentError, exact_interactions, interactions
 from flmoe_fast.games.game import CallableGame
 from flmoe_fast.probes.budget import MOST_PLAYERS
 from flmoe_fast.probes.drawing import complementary
+from flmoe_fast.probes.draws import Known, sampled_gaps
 from flmoe_fast.probes.exact import enumerate_values, exact_index
 from flmoe_fast.probes.gap import GAPS
+from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import mass, rule
-from flmoe_fast.probes.parity import ParityProcess
+from flmoe_fast.probes.parity import ParityProcess, fit_scales
+from flmoe_fast.probes.surrogate import signs
 
 N = 10
 BITS = 1 << torch.arange(N)
@@ -56,6 +59,34 @@ def by_definition(values: torch.Tensor, n: int, members: tuple[int, ...], name: 
             )
             total += float(weights[size]) / math.comb(n - order, size) * derivative
     return total
+
+
+# ---- the scales
+
+
+def unlikelihood(x: torch.Tensor, y: torch.Tensor, sign: int, theta: torch.Tensor) -> torch.Tensor:
+    """Minus the logarithm of the penalised likelihood of one half, term by term."""
+    rates, rough = theta[:-1], theta[-1]
+    differ = (x[:, None] != x).double()
+    same, other = (0.5 * (-(part * rates.exp()).sum(2)).exp() for part in (differ, 1 - differ))
+    covariance = same + sign * other + rough.exp() * torch.eye(len(x), dtype=torch.float64)
+    ones, solved = torch.ones(len(x), dtype=torch.float64), torch.linalg.inv(covariance)
+    residual = y - (ones @ solved @ y) / (ones @ solved @ ones) if sign > 0 else y
+    amplitude = (residual * (solved @ residual)).mean(0)
+    prior = 0.5 * (rates - rates.mean()).square().sum() + (rates.mean() + 2).square() / 8
+    return 0.5 * len(x) * amplitude.log().mean() + 0.5 * torch.logdet(covariance) + prior
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scales_are_the_most_likely_ones(sign):
+    """No slope is left at the scales found, but for those at a bound."""
+    x, y = signs(complementary(8, 40, 0)), torch.stack([smooth(complementary(8, 40, 0), seed) for seed in (0, 1)], 1)
+    found = fit_scales(x, y, sign)
+    theta = torch.cat([found.rate.log(), torch.tensor([math.log(found.rough)])]).requires_grad_()
+    start = torch.tensor([math.log(3.5 / 8)] * 8 + [-4.0], dtype=torch.float64, requires_grad=True)
+    (slope,), (before,) = (torch.autograd.grad(unlikelihood(x, y, sign, at), at) for at in (theta, start))
+    inside = (theta > math.log(2e-8)) & (theta < 2.9)
+    assert float(slope[inside].abs().max()) < 0.01 * float(before.abs().max())
 
 
 # ---- the draw
@@ -273,3 +304,34 @@ def test_many_players_are_no_worse_than_the_grid(game):
 def test_bad_input(options, message):
     with pytest.raises(ArgumentError, match=message):
         interactions(smooth, n=N, progress=False, **options)
+
+
+# ---- gaps of many heads
+
+
+@pytest.mark.parametrize("n", [5, 64, 130])
+def test_coalitions_are_found_among_known_ones(n):
+    generator = torch.Generator().manual_seed(n)
+    rows = (torch.rand(60, n, generator=generator) < 0.5).unique(dim=0)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    known, asked = rows[: len(rows) // 2], rows[torch.randperm(len(rows), generator=generator)]
+    where = {tuple(row): number for number, row in enumerate(known.tolist())}
+    assert Known(known).numbers(asked).tolist() == [where.get(tuple(row), -1) for row in asked.tolist()]
+
+
+@pytest.mark.parametrize(("seen", "contexts"), [(4, 16), (100, 200), (1 << 20, (1 << 14) // 4 // 2 * 2)])
+def test_few_values_are_read_in_few_contexts(seen, contexts):
+    class Counted:
+        read = 0
+
+        def values(self, coalitions):
+            self.read += 2 * len(coalitions)
+            value = coalitions.double().sum(1)[:, None, None].expand(-1, 3, 1)
+            return value, coalitions.shape[1] - value
+
+    games, grid = Counted(), CornerGrid.of(torch.tensor([[0, 7]]), 12)
+    found, variance = sampled_gaps(games, grid, "max", 0, seen)
+    assert games.read == contexts * grid.evaluations
+    assert (
+        torch.allclose(found, torch.ones_like(found)) and float(variance.max()) < 1e-20
+    )  # additive: what one is worth

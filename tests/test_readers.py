@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.data import adni as adni_files
 from flmoe_fast.data.adni import read_adni
 from flmoe_fast.data.enrico import read_enrico
 from flmoe_fast.data.errors import DataError
@@ -462,6 +463,24 @@ def test_a_matrix_larger_than_any_is_not_read(adni):
         del file["X"]
         file.create_dataset("X", shape=(2**20, 2**20), dtype="f4", chunks=(64, 64))  # a file of a kilobyte
     with pytest.raises(DataError, match="more than 4 GiB"):
+        read_adni(adni)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import time; time.sleep(60)", "is not done after 1 s"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "does not read to its end"),
+        ("import numpy, sys; print('{\"arrays\": 1}', flush=True); sys.exit(3)", "does not read to its end"),
+    ],
+    ids=("hangs", "crashes", "ends early"),
+)
+def test_a_file_that_the_hdf5_library_cannot_stand_is_refused(adni, tmp_path, monkeypatch, program, said):
+    reader = tmp_path / "reader.py"
+    reader.write_text(program)
+    monkeypatch.setattr(adni_files, "READER", reader)
+    monkeypatch.setattr(adni_files, "SECONDS", 0.9)
+    with pytest.raises(DataError, match=rf"genomic_merged\.h5ad: got a file .*{said}"):
         read_adni(adni)
 
 

@@ -173,8 +173,8 @@ FLMOE_BODY void chain_block(M& m, const ChainArgs& args, std::int64_t block) {
   keep(shared, acc);
   Norm norm = finish_rows(m, shared, args.out_bias + expert * T::kHidden, args.residual, args.sizes, at, nullptr);
 
-  // Feed-forward onto the stream: 64 hidden activations at a time, which never leave the registers.
-  take_back(shared, acc);
+  // Feed-forward: 64 hidden activations at a time, which never leave the registers.
+  clear(acc);
   FLMOE_ROLLED
   for (int slab = 0; slab < args.wide / kSlab; ++slab) {
     Acc<kSlab> hidden;
@@ -186,7 +186,7 @@ FLMOE_BODY void chain_block(M& m, const ChainArgs& args, std::int64_t block) {
     ring.release();
   }
 
-  keep(shared, acc);
+  add_to_kept(shared, acc);
   norm = finish_rows(m, shared, args.down_bias + expert * T::kHidden, ResidualSource{}, args.sizes, at, args.stream);
 
   FLMOE_UNROLL

@@ -8,6 +8,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
@@ -298,7 +299,9 @@ class Emulated {
   };
 
   // What the tensor cores do for a warp: sixteen rows of the left operand, of which four threads hold two each, times the
-  // columns of the right one; in fp32, one product after the other.
+  // columns of the right one. Sixteen exact products and the number they are added to are aligned to the largest of them,
+  // lose what lies more than kAligned bits below its first, and their sum loses what fp32 cannot hold: nothing is rounded
+  // up, so that errors do not cancel (Fasi, Higham, Mikaitis, Pranesh 2021, of which later devices keep a bit more).
   template <class B>
   static void multiply(Emulated& m, std::size_t index) {
     const Product& asked = m.asked_[index];
@@ -321,13 +324,52 @@ class Emulated {
       }
     }
     for (int row = 0; row < 16; ++row) {
-      float sums[B::kN];
-      for (int n = 0; n < B::kN; ++n) sums[n] = *m.result(index, row, n);
-      for (int k = 0; k < 16; ++k) {
-        for (int n = 0; n < B::kN; ++n) sums[n] += a[row][k] * b[k][n];
+      float start[B::kN], plain[B::kN], largest[B::kN], scale[B::kN];
+      std::int32_t sums[B::kN];
+      for (int n = 0; n < B::kN; ++n) {
+        start[n] = plain[n] = *m.result(index, row, n);
+        largest[n] = std::fabs(start[n]);
       }
-      for (int n = 0; n < B::kN; ++n) *m.result(index, row, n) = sums[n];
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < B::kN; ++n) {
+          const float product = a[row][k] * b[k][n];
+          plain[n] += product;
+          largest[n] = std::max(largest[n], std::fabs(product));
+        }
+      }
+      for (int n = 0; n < B::kN; ++n) {
+        scale[n] = power_of_two(kAligned - std::max(exponent(largest[n]), kLeastExponent));
+        sums[n] = whole(start[n] * scale[n], plain[n]);
+      }
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < B::kN; ++n) sums[n] += whole(a[row][k] * b[k][n] * scale[n], plain[n]);
+      }
+      for (int n = 0; n < B::kN; ++n) {
+        const double sum = sums[n] / static_cast<double>(scale[n]);
+        *m.result(index, row, n) = std::isfinite(plain[n]) ? toward_zero(sum) : plain[n];
+      }
     }
+  }
+
+  // Bits kept below the first of the largest addend, and an exponent below which nothing is told from zero.
+  static constexpr int kAligned = 24, kLeastExponent = -100;
+
+  static int exponent(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return static_cast<int>(bits >> 23 & 0xFF) - 127;
+  }
+  static float power_of_two(int power) {
+    const auto bits = static_cast<std::uint32_t>(power + 127) << 23;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  // The whole part of an addend; of a sum that is no number there is none.
+  static std::int32_t whole(float x, float plain) { return std::isfinite(plain) ? static_cast<std::int32_t>(x) : 0; }
+  static float toward_zero(double x) {
+    const auto near = static_cast<float>(x);
+    return std::fabs(static_cast<double>(near)) > std::fabs(x) ? std::nextafter(near, 0.0f) : near;
   }
 
   // Where a number of the product lies, in the registers of which thread.

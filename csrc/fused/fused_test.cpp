@@ -171,6 +171,51 @@ void test_kernels(int coalitions, int length) {
   CHECK((found == run<Terms, 1>(coalitions, length, true)), "%d terms, %d tokens: blocks or order matter", Terms, length);
 }
 
+// The stream keeps its bits however many products are added to it: sums of tensor cores, which round nothing up, must not
+// start from it. Weights of the down-projection are all the same, those before it zero, so that the answer is a sum.
+template <int Terms>
+void test_stream_keeps_its_bits() {
+  using T = Tile<Model::kH, Terms, 1>;
+  using A = Heads<T, Model::kDepth>;
+  using Machine = Emulated<T>;
+  constexpr int kH = Model::kH, kWide = 512, kLength = 5;
+  constexpr float kWeight = 0x1.8p-12f;
+  state = 0;
+  Bytes tape(static_cast<std::size_t>(chain_stages<T>(kWide)) * T::kStageBytes);
+  for (int slab = 0; slab < kWide / kSlab; ++slab) {
+    const Halves weights(kH * kSlab, half_bits(kWeight));
+    const int down = kH / kSlab + 2 * slab + 1;
+    pack_stages<kH>(weights.data(), tape.data() + down * static_cast<std::int64_t>(T::kStageBytes), kSlab, kH, true);
+  }
+  const Floats none(3 * kH);
+  Floats up_bias = random_floats(kWide), states(2 * kLength * kH);
+  for (float& x : states) x = 1.5f + 0.5f * random_number();
+  const std::uint64_t all = ~std::uint64_t{0};
+  const Rows sizes{1, 1, kLength};
+  const Halves attended(Terms * kLength * kH);
+  Floats stream(kLength * kH);
+  Halves query(Terms * kLength * kH);
+  Bytes images(A::kHeads * key_tiles<A>(kLength) * A::kImageBytes);
+  const ChainArgs chain{sizes, kWide, attended.data(), kLength * kH, tape.data(), static_cast<std::int64_t>(tape.size()),
+                        none.data(), up_bias.data(), none.data(), none.data(), {Residual::states, states.data(), &all, 1},
+                        stream.data(), query.data(), kLength * kH, images.data()};
+  emulate<T>(chain_blocks<T>(1, kLength), Fault::none, false,
+             [&](Machine& m, std::int64_t block) { chain_block<Machine, T, A>(m, chain, block); });
+  double added = 0.0, size = 0.0;
+  for (const float u : up_bias) {
+    const double gelu = 0.5 * u * (1.0 + std::erf(static_cast<double>(u) * 0.70710678118654752));
+    added += kWeight * gelu;
+    size += kWeight * std::fabs(gelu);
+  }
+  // Two roundings of the stream; of the sum, what its terms keep, GELU's own error, and a bit a step of sixteen.
+  const double kept = Terms == 2 ? 0x1p-20 : 0x1p-11;
+  const double most = 2.0 * 2.0 * 0x1p-24 + size * (kept + 0x1p-22 + Terms * (kWide / 16) * 0x1p-23);
+  for (int i = 0; i < kLength * kH; ++i) {
+    const double error = std::fabs(stream[i] - (states[kLength * kH + i] + added));
+    CHECK(error <= most, "%d terms: the stream is off by %.3g of %.3g", Terms, error, most);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -185,6 +230,7 @@ int main() {
   test_kernels<2>(2, 19);
   test_kernels<2>(1, 70);
   test_kernels<1>(2, 33);
+  test_stream_keeps_its_bits<2>();
   std::printf("fused_test: %ld checks passed\n", testing::checks);
   return 0;
 }

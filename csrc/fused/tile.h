@@ -309,13 +309,16 @@ FLMOE_BODY void keep(const Shared<M, T>& shared, const Acc<T::kHidden>& acc) {
   }
 }
 
+// The kept rows grow by what the products gave. Tensor cores drop bits of what their sums start from, so these start at
+// zero and meet the stream here, in fp32.
 template <class M, class T>
-FLMOE_BODY void take_back(const Shared<M, T>& shared, Acc<T::kHidden>& acc) {
+FLMOE_BODY void add_to_kept(const Shared<M, T>& shared, const Acc<T::kHidden>& acc) {
   FLMOE_UNROLL
   for (int b = 0; b < T::kBlocks; ++b) {
-    const Quad quad = shared.kept(b);
+    Quad quad = shared.kept(b);
     FLMOE_UNROLL
-    for (int i = 0; i < 4; ++i) acc.v[b][i] = quad.v[i];
+    for (int i = 0; i < 4; ++i) quad.v[i] += acc.v[b][i];
+    shared.kept(b) = quad;
   }
 }
 

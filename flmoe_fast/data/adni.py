@@ -8,11 +8,14 @@ Layout: ``label.csv`` (``PTID``, ``DIAGNOSIS`` from 1 to 3), ``PTID_splits.json`
 
 from __future__ import annotations
 
-import math
+import json
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,6 +31,9 @@ DIAGNOSES = ("cognitively normal", "mild cognitive impairment", "dementia")
 LEAKS = ("PTCOGBEG", "PTADDX", "PTADBEG")
 #: Bytes of the largest matrix that is read; the published one has a tenth of it.
 LARGEST = 4 << 30
+#: The program that reads HDF5, the seconds that it has, and how many bytes give it another one.
+READER = Path(__file__).with_name("hdf5_process.py")
+SECONDS, BYTES_A_SECOND = 30.0, 5e6
 
 
 def read_adni(root: str | os.PathLike, *, modalities: Sequence[str] = MODALITIES, broken: str = "raise") -> RawData:
@@ -117,43 +123,58 @@ def read_genome(path: str | os.PathLike) -> tuple[dict[str, int], np.ndarray]:
     Raises
     ------
     DataError
-        No such file, or one without ``obs`` and ``X``, with indices beyond its shape, or larger than :data:`LARGEST`.
+        No such file, or one without ``obs`` and ``X``, with indices beyond its shape, or larger than :data:`LARGEST`;
+        or one that the HDF5 library crashes on, or does not come to an end with.
     """
-    h5py = require("h5py", "data")
+    require("h5py", "data")
     path = existing(path)
     try:
-        with h5py.File(path) as file:
-            index = file["obs"][file["obs"].attrs.get("_index", "_index")][()]
-            names = [name.decode() if isinstance(name, bytes) else str(name) for name in index]
-            node = file["X"]
-            matrix = _whole(node) if isinstance(node, h5py.Dataset) else _from_sparse(node)
+        names, layout, shape, arrays = _contents(path)
+        matrix = arrays[0] if layout == "dense" else _from_sparse(layout, shape, arrays)
         matrix = matrix.astype(np.float64)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+    except (OSError, LookupError, ValueError, TypeError, MemoryError) as error:
         raise DataError([problem(path, None, str(error), "an AnnData file with obs and X")]) from error
     if len(matrix) != len(names):
         raise DataError([problem(path, None, f"{len(matrix)} rows of X", f"{len(names)}, as obs has")])
     return {name: row for row, name in enumerate(names)}, matrix
 
 
-def _whole(node: Any) -> np.ndarray:
-    """A data set of a file: one that says it is larger than any real one is not read."""
-    if math.prod(node.shape) * max(node.dtype.itemsize, 8) > LARGEST:
-        raise ValueError(f"{node.name} of shape {node.shape}, more than {LARGEST >> 30} GiB")
-    return np.asarray(node[()])
+def _contents(path: Path) -> tuple[list[str], str, list[int], list[np.ndarray]]:
+    """Names of the rows, layout ("dense", "csr", "csc"), shape and arrays of X, which another process reads."""
+    command = [sys.executable, "-P", str(READER), os.fspath(path), str(LARGEST)]
+    seconds = SECONDS + path.stat().st_size / BYTES_A_SECOND
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        patience = threading.Timer(seconds, process.kill)
+        patience.start()
+        try:
+            head = json.loads(process.stdout.readline())
+            pipe = SimpleNamespace(read=process.stdout.read)  # NumPy would seek in what it takes for a file
+            arrays = [np.lib.format.read_array(pipe) for _ in range(head["arrays"])]
+        except ValueError:
+            head, arrays = {"error": "a file that the HDF5 library does not read to its end"}, []
+        finally:
+            late = not patience.is_alive()
+            patience.cancel()
+            process.kill()
+    if late:
+        raise OSError(f"a file with which the HDF5 library is not done after {seconds:.0f} s")
+    if "error" in head:
+        raise OSError(head["error"])
+    return head["names"], head["layout"], head.get("shape", []), arrays
 
 
-def _from_sparse(node: Any) -> np.ndarray:
+def _from_sparse(layout: str, shape: Sequence[int], arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The dense matrix of compressed rows or columns, whose indices are checked: scipy writes where they point."""
     from scipy.sparse import csc_matrix, csr_matrix
 
-    layout = csc_matrix if "csc" in str(node.attrs.get("encoding-type", "csr")) else csr_matrix
-    rows, columns = (int(size) for size in node.attrs["shape"])
+    rows, columns = shape
     if min(rows, columns) < 0 or rows * columns * 8 > LARGEST:
         raise ValueError(f"a sparse X of shape {rows, columns}, more than {LARGEST >> 30} GiB")
-    data, indices, starts = (_whole(node[name]) for name in ("data", "indices", "indptr"))
+    data, indices, starts = arrays
     if data.dtype.kind not in "fiub" or indices.dtype.kind not in "iu" or starts.dtype.kind not in "iu":
         raise ValueError("a sparse X whose data or indices are no numbers")
-    matrix = layout((data, indices, starts), shape=(rows, columns))
+    matrix = (csc_matrix if layout == "csc" else csr_matrix)((data, indices, starts), shape=(rows, columns))
     matrix.check_format(full_check=True)
     return matrix.toarray()
 

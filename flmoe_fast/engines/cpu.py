@@ -29,7 +29,7 @@ from flmoe_fast.engines import levels
 from flmoe_fast.engines.cpu_model import NativeModel, NativeSample, PatternSums, Reading
 from flmoe_fast.engines.engine import Request, TokenEngine
 from flmoe_fast.engines.first_layer import Routing, TwoStates
-from flmoe_fast.engines.prepared import PreparedSample
+from flmoe_fast.engines.prepared import prepared_sample
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.engines.stack import LOG2E
@@ -82,7 +82,7 @@ class CpuEngine(levels.AtLevel, TokenEngine):
 
     def __init__(self, problem: TokenProblem, **options: Any):
         super().__init__(problem, **options)
-        self.sample = PreparedSample(problem)
+        self.sample = prepared_sample(problem)
         self._scratch = Scratch()
 
     @functools.cached_property

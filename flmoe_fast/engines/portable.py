@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from flmoe_fast.engines.engine import Request, TokenEngine
 from flmoe_fast.engines.first_layer import Routing, TwoStates
-from flmoe_fast.engines.prepared import PreparedModel, PreparedSample
+from flmoe_fast.engines.prepared import PreparedModel, prepared_sample
 from flmoe_fast.engines.problem import Logits, TokenProblem
 from flmoe_fast.engines.scratch import Scratch
 from flmoe_fast.engines.sparse_rows import Dispatch, choose, combine, dispatch, grouped_matmul, pool
@@ -88,7 +88,7 @@ class TorchEngine(TokenEngine):
 
     def __init__(self, problem: TokenProblem, **options: Any):
         super().__init__(problem, **options)
-        self.sample = PreparedSample(problem)
+        self.sample = prepared_sample(problem)
         self.stack = self.sample.model.stack
         self.packed = self.sample.model.kept(
             (LaidOut, self.dtype, str(self.device)), lambda: LaidOut.of(self.sample.model, self.dtype, self.device)

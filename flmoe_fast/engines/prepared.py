@@ -174,6 +174,14 @@ def prepared(model: FLI2MoE) -> PreparedModel:
         return found[1]
 
 
+def prepared_sample(problem: TokenProblem) -> PreparedSample:
+    """The prepared sample of a problem, one for all engines that hold it: an engine is checked on its own weights."""
+    found = _samples.get(id(problem))  # the sample holds its problem, so nothing else has this number
+    if found is None:
+        found = _samples[id(problem)] = PreparedSample(problem)
+    return found
+
+
 def forget(model: FLI2MoE) -> None:
     """Drop what was prepared of a model. Engines and games that exist keep what they have."""
     with _lock:
@@ -201,4 +209,5 @@ def _mark(model: FLI2MoE) -> tuple:
 
 
 _prepared: weakref.WeakKeyDictionary[FLI2MoE, tuple[tuple, PreparedModel]] = weakref.WeakKeyDictionary()
+_samples: weakref.WeakValueDictionary[int, PreparedSample] = weakref.WeakValueDictionary()
 _lock = threading.Lock()

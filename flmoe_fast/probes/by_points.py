@@ -44,7 +44,7 @@ def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
     for (name, order), members in wanted_members(run, grid).items():
         found = exact_index(rows, n, members, name, order)
         also[name, order] = estimate_of(game, members, found, torch.zeros_like(found), float("inf"))
-    noise, checks = fresh_noise_share(game, grid, run.seed)
+    noise, checks = fresh_noise_share(game, grid, run.seed, run.evaluations)
     zero = torch.zeros_like(sii)
     return Found("enumeration", sii, zero, gaps, zero, exact, torch.full((pairs,), 2 ** (n - 2)), noise, checks, also)
 
@@ -124,7 +124,7 @@ def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.
         gaps, gap_variance = estimate.value, estimate.variance
     flat = values.flatten(0, 1).var(0) == 0  # where nothing varied, nothing tells how much anything might
     variance[:, flat] = gap_variance[:, flat] = torch.nan
-    noise, checks = fresh_noise_share(game, grid, run.seed)
+    noise, checks = fresh_noise_share(game, grid, run.seed, run.evaluations)
     return Found(
         "process",
         sii,

@@ -66,7 +66,7 @@ def _from_points(run: Run, grid: CornerGrid, points: Points) -> Found:
         also[key] = IndexEstimate(members.numpy(), per_head(game, value), per_head(game, stderr), degrees.numpy())
     sii, sii_stderr, degrees = stacked([reading.sii for reading in readings])
     spread = torch.stack([(reading.unit_variance * 2).mean() for reading in readings])
-    noise, checks = fresh_noise_share(game, grid, run.seed, spread)
+    noise, checks = fresh_noise_share(game, grid, run.seed, run.evaluations, spread)
     return Found(
         "surrogate",
         sii,

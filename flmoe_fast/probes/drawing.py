@@ -13,6 +13,7 @@ they leave goes to the others. Only one coalition of each complementary pair is 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -96,9 +97,8 @@ def _stratum(n: int, size: int, wanted: int, generator: np.random.Generator) -> 
     """Bool (wanted, n): distinct coalitions of one size; of half the players, only those with player 0."""
     halves = 2 * size == n
     if _stratum_size(n, size) <= LISTED:
-        players = np.arange(n)
-        rows = np.array(list(itertools.combinations(players[1:] if halves else players, size - halves)), dtype=np.int64)
-        rows = generator.permutation(rows)[:wanted]
+        listed = _listed(n, size)
+        rows = listed[generator.permutation(len(listed))[:wanted]].astype(np.int64)
         found = np.zeros((len(rows), n), dtype=bool)
         np.put_along_axis(found, rows.reshape(len(rows), -1), True, axis=1)
         found[:, 0] |= halves
@@ -115,3 +115,12 @@ def _stratum(n: int, size: int, wanted: int, generator: np.random.Generator) -> 
         if len(found) == wanted:
             break
     return found
+
+
+@functools.lru_cache(maxsize=16)
+def _listed(n: int, size: int) -> np.ndarray:
+    """The players (C, size) of all coalitions of one size; of half the players, those beside player 0 (C, size - 1)."""
+    halves = 2 * size == n
+    chosen = itertools.combinations(range(1 if halves else 0, n), size - halves)
+    flat = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.uint16)
+    return flat.reshape(_stratum_size(n, size), size - halves)

@@ -46,6 +46,8 @@ SHARED = 0.2
 WIDER, SCALES = {"sum": 1.25, "max": 0.8, "strict": 0.65, "ratio": 1.4}, 4.0
 #: Coalitions read where not all are.
 READINGS, FEWEST_CONTEXTS = 1 << 14, 16
+#: Contexts read for every value seen, at most: what sampling adds to a variance stays about a hundredth of it.
+CONTEXTS_PER_VALUE = 2
 #: These contexts are independent of all that are evaluated on the game.
 REPLICATE = 1 << 31
 ROWS = 1 << 13
@@ -79,10 +81,13 @@ def gap_estimate(
     return GapEstimate((smooth + mean) / 2, float(few) * (wider * variance + sampling))
 
 
-def sampled_gaps(games: Games, grid: CornerGrid, kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaps (P, 1 + D, O) over sampled contexts, and the variance (P, O) that is due to sampling them."""
+def sampled_gaps(games: Games, grid: CornerGrid, kind: str, seed: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaps (P, 1 + D, O) over sampled contexts, and the variance (P, O) that is due to sampling them.
+
+    ``seen`` values of the game are what is known of it: few of them are not worth many contexts.
+    """
     n = grid.toggled.shape[1]
-    contexts = max(FEWEST_CONTEXTS, READINGS // grid.evaluations // 2 * 2)
+    contexts = max(FEWEST_CONTEXTS, min(CONTEXTS_PER_VALUE * seen, READINGS // grid.evaluations // 2 * 2))
     chosen = unpack(sample_contexts(n, contexts, seed=seed, replicate=REPLICATE).words, n)
     gaps, share = [], []
     for block in chosen[::2].split(max(1, ROWS // grid.evaluations)):
@@ -118,8 +123,7 @@ class Drawn:
         self._halves = {sign: _DrawnHalf(process.half(sign), count // 2, self.generator) for sign in (1, -1)}
         self._seen = torch.cat([process.values, process.complements])
         self._spreads = [Spread(process, head) for head in range(self.outputs)]
-        words = pack(torch.cat([process.coalitions, ~process.coalitions]))
-        self._known = {row: number for number, row in enumerate(map(tuple, words.tolist()))}
+        self._known = Known(torch.cat([process.coalitions, ~process.coalitions]))
 
     def values(self, coalitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (C, 1 + D, O) of coalitions (C, n) and of their complements: first the posterior mean, then draws."""
@@ -131,7 +135,7 @@ class Drawn:
             self._halves[sign].values(signs(coalitions), self.generator) for sign in (1, -1)
         )
         both = self._drawn(even + odd, even_by + odd_by), self._drawn(even - odd, even_by - odd_by)
-        number = torch.tensor([self._known.get(row, -1) for row in map(tuple, pack(coalitions).tolist())])
+        number = self._known.numbers(coalitions)
         known = (number >= 0).nonzero()[:, 0]
         if len(known):
             here, half = number[known], len(self.process.values)
@@ -144,6 +148,30 @@ class Drawn:
         """Values (C, 1 + D, O) around means (C, O) from deviations (C, D / 2, O)."""
         parts = [spread.draws(mean[:, h], deviation[:, :, h].T).T for h, spread in enumerate(self._spreads)]
         return torch.stack(parts, 2)
+
+
+class Known:
+    """Distinct coalitions (m, n) that others are found among."""
+
+    def __init__(self, coalitions: torch.Tensor):
+        words = pack(coalitions)
+        keys, self._order = _keys(words).sort()
+        self._keys, self._words = keys, words[self._order]
+
+    def numbers(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Which of them each of some coalitions (C, n) is, (C,); -1 for others."""
+        words = pack(coalitions)
+        at = torch.searchsorted(self._keys, _keys(words)).clamp(max=len(self._keys) - 1)
+        return torch.where((self._words[at] == words).all(1), self._order[at], -1)
+
+
+def _keys(words: torch.Tensor) -> torch.Tensor:
+    """One number (C,) for the words (C, W) of each coalition; equal ones of different coalitions are never met."""
+    odd = torch.tensor([0x9E3779B97F4A7C15 - (1 << 64)])
+    key = words[:, 0].clone()
+    for column in words.T[1:]:
+        key = (key ^ (key >> 29)) * odd + column
+    return key
 
 
 def levels_of(values: torch.Tensor) -> torch.Tensor | None:

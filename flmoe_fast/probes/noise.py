@@ -18,8 +18,10 @@ from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.run import DrawnGrid, corner_values, second_difference
 
 #: Contexts and pairs that are looked at again: at first, and where the share is near the limit. Where a run evaluated
-#: no second differences their variance is that of the few, and these are not quite as few.
+#: no second differences their variance is that of the few, and these are not quite as few, unless the run was short.
 FEW, FEW_FRESH, MORE = (2, 2), (2, 4), (8, 4)
+#: Evaluations of a short run, of which the check of as many pairs would be a large part.
+SHORT = 512
 #: Within this factor of the limit a few errors do not tell on which side of it the share is.
 NEAR = 10.0
 
@@ -42,9 +44,9 @@ def noise_share(game: Game, grid: CornerGrid, draw: DrawnGrid) -> tuple[torch.Te
 
 
 def fresh_noise_share(
-    game: Game, grid: CornerGrid, seed: int, spread: torch.Tensor | None = None
+    game: Game, grid: CornerGrid, seed: int, evaluations: int, spread: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, int]:
-    """As :func:`noise_share`, where a run evaluated no second differences: a few are, in both arithmetics.
+    """As :func:`noise_share`, where a run of ``evaluations`` has no second differences: a few are, in both arithmetics.
 
     ``spread`` (O,) is the variance of second differences where it is known; otherwise that of the few counts.
     """
@@ -60,7 +62,7 @@ def fresh_noise_share(
         error = _second(game, drawn, small) - exact
         return _share(error, _variance(exact) if spread is None else spread), 2 * len(drawn) * small.evaluations
 
-    return _decided(measure, FEW_FRESH)
+    return _decided(measure, FEW if evaluations < SHORT else FEW_FRESH)
 
 
 def _decided(measure: Callable[[int, int], tuple[torch.Tensor, int]], few: tuple[int, int]) -> tuple[torch.Tensor, int]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 
 from flmoe_fast.probes.indices import mass, rule
 from flmoe_fast.probes.search import minimum
@@ -88,41 +89,44 @@ def fit_scales(x: torch.Tensor, y: torch.Tensor, sign: int, start: Scales | None
     return Scales(torch.from_numpy(theta[:n]).exp(), math.exp(theta[n]))
 
 
-@dataclass(frozen=True)
 class _Likelihood:
-    """Minus the logarithm of the penalised marginal likelihood of one half, with its gradient."""
+    """Minus the logarithm of the penalised marginal likelihood of one half, with its gradient.
 
-    x: torch.Tensor
-    y: torch.Tensor
-    sign: int
+    Matrices of some dozen rows are computed faster than a tensor's operations are called, so all but the inverse is
+    NumPy; :func:`minimum` keeps that to one thread.
+    """
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, sign: int):
+        self.x, self.y, self.sign = x.numpy(), y.numpy(), sign
 
     def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
         x, y, sign = self.x, self.y, self.sign
         m, n = x.shape
-        rates = torch.from_numpy(theta[:n])
-        rate, rough = rates.exp(), math.exp(theta[n])
-        same, other = _both(x, x, rate)
+        rates, rate, rough = theta[:n], np.exp(theta[:n]), math.exp(theta[n])
+        product, shift = (x * (0.5 * rate)) @ x.T, 0.5 * float(rate.sum())
+        same, other = 0.5 * np.exp(product - shift), 0.5 * np.exp(-product - shift)
         covariance = same + other if sign > 0 else same - other
-        covariance.diagonal().add_(rough)
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        if int(failed):
+        covariance.flat[:: m + 1] += rough
+        factor, failed = lapack.dpotrf(covariance, lower=1, clean=0)
+        if failed:
             return np.inf, np.zeros_like(theta)
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(torch.from_numpy(factor)).numpy()
         residual = y - (inverse.sum(0) @ y) / inverse.sum() if sign > 0 else y
         solved = inverse @ residual
         amplitude = (residual * solved).sum(0) / m  # (O,)
-        if not bool((amplitude > 0).all()):
+        if not (amplitude > 0).all():
             return np.inf, np.zeros_like(theta)
-        level = rates.mean()
-        value = 0.5 * m * float(amplitude.log().mean()) + float(factor.diagonal().log().sum())
-        value += 0.5 * float((rates - level).square().sum()) + float((level + 2.0).square()) / 8.0
-        scaled = solved / (amplitude * len(amplitude)).sqrt()
-        slope = inverse.addmm_(scaled, scaled.T, alpha=-1.0)
-        noise = 0.5 * rough * float(slope.diagonal().sum())
-        total = float((slope * covariance).sum()) - rough * float(slope.diagonal().sum())
-        differ = total - ((slope.mul_(same.sub_(other, alpha=sign)) @ x) * x).sum(0)
+        level = float(rates.mean())
+        value = 0.5 * m * float(np.log(amplitude).mean()) + float(np.log(factor.diagonal()).sum())
+        value += 0.5 * float(np.square(rates - level).sum()) + (level + 2.0) ** 2 / 8.0
+        scaled = solved / np.sqrt(amplitude * len(amplitude))
+        slope = inverse - scaled @ scaled.T
+        noise = rough * float(slope.diagonal().sum())
+        total = float((slope * covariance).sum()) - noise
+        slope *= same - other if sign > 0 else same + other
+        differ = total - ((slope @ x) * x).sum(0)
         gradient = -0.25 * rate * differ + (rates - level) + (level + 2.0) / (4.0 * n)
-        return value, np.append(gradient.numpy(), noise)
+        return value, np.append(gradient, 0.5 * noise)
 
 
 @dataclass(frozen=True)

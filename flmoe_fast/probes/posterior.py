@@ -54,6 +54,7 @@ class Posterior:
         n, self.heads = process.coalitions.shape[1], process.values.shape[1]
         self._tabled = n <= TABLED_PLAYERS and self.heads <= TABLED_HEADS
         seen = torch.cat([process.values, process.complements])
+        self._seen = len(seen)
         self.levels = [self._tabled and levels_of(column) is not None for column in seen.T]
         self.logit_share = [0.0] * self.heads
         self._linked: dict[int, TableSource] = {}
@@ -127,7 +128,7 @@ class Posterior:
         """Gaps of the grid's pairs: over every context where these are few, over sampled ones elsewhere."""
         if not self._tabled:
             games = Drawn(self.process, DRAWS, self.seed)
-            gaps, sampling = sampled_gaps(games, grid, kind, self.seed)
+            gaps, sampling = sampled_gaps(games, grid, kind, self.seed, self._seen)
             return gap_estimate(gaps, kind, self.process, sampling)
         tables = [
             self._tables[head][: 1 + DRAWS] if head in self._tables else self._drawn(head, DRAWS)
@@ -135,5 +136,5 @@ class Posterior:
         ]
         if len(grid.pairs) * self.heads * tables[0].shape[1] // 4 * DRAWS <= WORK:
             return gap_estimate(torch.stack([table_gaps(t, grid.pairs, kind) for t in tables], 2), kind, self.process)
-        gaps, sampling = sampled_gaps(TableGames(torch.stack(tables)), grid, kind, self.seed)
+        gaps, sampling = sampled_gaps(TableGames(torch.stack(tables)), grid, kind, self.seed, self._seen)
         return gap_estimate(gaps, kind, self.process, sampling)
