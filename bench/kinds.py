@@ -366,8 +366,8 @@ def heaviest(seed: int, n: int = 24) -> Known:
 
 
 def vote(seed: int, n: int = 30) -> Known:
-    """Three fifths of the votes; with half of them every interaction would be zero by symmetry."""
-    votes = np.random.default_rng(seed).integers(1, 12, n)
+    """Three fifths of the votes, of which few players have most; of about equal ones all interactions would vanish."""
+    votes = 1 + np.minimum(np.random.default_rng(seed).pareto(0.5, n) * 4, 600).astype(int)
     return known(Vote(votes, int(0.6 * votes.sum())))
 
 

@@ -293,6 +293,43 @@ def test_many_players_are_no_worse_than_the_grid(game):
     assert np.mean(inside) >= 0.9
 
 
+def test_a_smooth_game_of_many_players_is_told_from_a_rough_one():
+    """A few coalitions that predict each other decide how many more there are, beside contexts in any case."""
+    pairs = [(i, j) for i in range(22, 26) for j in range(26, 30)]
+    gain = torch.linspace(0.01, 0.2, 30, dtype=torch.float64)
+    weights = torch.randn(60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    some = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(k))[:3] for k in range(60)])
+
+    def probe(game, method="auto", seed=0):
+        return interactions(game, n=30, pairs=pairs, budget=600, method=method, seed=seed, progress=False)
+
+    def noisy_or(z):
+        return 1 - torch.where(z, 1 - gain, 1.0).prod(1)
+
+    u, share = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
+    factor = 1 - gain[:, None] * (u + 1) / 2
+    true = [float(-gain[i] * gain[j] * (factor.prod(0) / factor[i] / factor[j]) @ share / 2) for i, j in pairs]
+    error = {m: sum(np.square(probe(noisy_or, m, s).sii - true).sum() for s in range(3)) for m in ("auto", "grid")}
+    assert error["auto"] < error["grid"]
+    found, rough = probe(noisy_or), probe(lambda z: z[:, some].all(2).double() @ weights)
+    assert found.about["predicted"] >= 0.85 > rough.about["predicted"]
+    assert found.contexts[0] < rough.contexts[0] and 590 <= rough.evaluations <= 600
+    assert np.isfinite(rough.sii_stderr).all() and (rough.sii_stderr > 0).all()
+
+
+def test_one_pair_of_contexts_is_a_pair_of_complements():
+    """No interaction among additive players, where a budget pays for three contexts, and two are evaluated."""
+    pairs = [(0, 1), (2, 3)]
+    weights = torch.arange(30, dtype=torch.float64)
+    found = interactions(lambda z: z.double() @ weights, n=30, pairs=pairs, budget=21, progress=False)
+    assert found.contexts.tolist() == [2, 2] and np.abs(found.sii).max() < 1e-9
+
+
+def test_nothing_smooth_is_known_better_than_it_is_computed():
+    found = interactions(smooth, n=N, budget=1000, progress=False)
+    assert 0.5 < found.about["logit_share"][0] and found.sii_stderr.min() > 1e-7 * float(smooth(EVERY).std())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

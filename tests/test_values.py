@@ -8,7 +8,7 @@ import torch
 
 from flmoe_fast import ArgumentError, player_values
 from flmoe_fast.probes.exact import exact_index
-from flmoe_fast.probes.moments import moved
+from flmoe_fast.probes.moments import chance_margin, moved
 
 N = 8
 EVERY = ((torch.arange(2**N)[:, None] >> torch.arange(N)) & 1).bool()
@@ -83,7 +83,12 @@ def test_nothing_is_moved_by_chance():
     assert float(moved(0 * chance, 0 * chance, chance, stderr, margin=1.0)[2]) == 0
     assert 0 < float(moved(0 * chance, 0 * chance, chance, stderr)[2]) < 0.5
     value, variance, share = moved(0 * chance, 0 * chance, 10 * chance, stderr, margin=1.0)
-    assert share > 0.95 and torch.allclose(value, share * 12 * stderr) and torch.allclose(variance, share * stderr)
+    assert share > 0.95 and torch.equal(
+        chance_margin(torch.randn(9, 1, 1).double()), torch.tensor([2.0]).double().sqrt()
+    )
+    alone, together = torch.randn(50, 20, 1).double(), torch.randn(50, 1, 1).double().expand(50, 20, 1)
+    assert float(chance_margin(alone)) < 0.45 < 1.4 < float(chance_margin(together))
+    assert torch.allclose(value, share * 12 * stderr) and torch.allclose(variance, share * stderr)
 
 
 @pytest.mark.parametrize("method", ["auto", "grid"])

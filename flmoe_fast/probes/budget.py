@@ -8,9 +8,9 @@ from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.probes.grid import CornerGrid
 
 DEFAULT_CONTEXTS = 64
-#: Most players for whom coalitions of no particular structure are worth more than corner grids, and the contexts that a
-#: grid has to have to be worth more where players are many.
-MOST_PLAYERS, LEAST_CONTEXTS = 24, 6
+#: Most players for whom coalitions of no particular structure are always worth more than corner grids, and the contexts
+#: that a budget has to pay for where players are more, or where it is more than a process takes.
+MOST_PLAYERS, FEW_CONTEXTS, LEAST_CONTEXTS = 24, 3, 6
 #: Complementary pairs that a process takes: its matrices have as many rows, 128 MB each at 4,096.
 MOST_ROWS = 4096
 #: Fewest evaluations that a process is fitted to.
@@ -56,7 +56,7 @@ def default_way(n: int, spending: Spending, ended: bool = False) -> tuple[str, s
     total, contexts = spending.evaluations, spending.contexts
     if enumerates(n, total, ended):
         return "enumeration", f"all {2**n} coalitions cost no more than the budget"
-    if contexts >= LEAST_CONTEXTS and n > MOST_PLAYERS:
+    if contexts >= FEW_CONTEXTS and n > MOST_PLAYERS and total >= LEAST_BUDGET:
         return "contexts", f"{n} players, more than {MOST_PLAYERS}, and a budget for {contexts} contexts"
     if contexts >= LEAST_CONTEXTS and total > 2 * MOST_ROWS:
         return "contexts", f"more evaluations than the {2 * MOST_ROWS} that a process takes"

@@ -10,7 +10,7 @@ import torch
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.budget import LEAST_BUDGET, MOST_ROWS
 from flmoe_fast.probes.cube import codes
-from flmoe_fast.probes.drawing import complementary
+from flmoe_fast.probes.drawing import complementary, mean_law
 from flmoe_fast.probes.draws import SHARED
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
 from flmoe_fast.probes.grid import CornerGrid
@@ -21,8 +21,8 @@ from flmoe_fast.probes.posterior import Posterior
 from flmoe_fast.probes.run import Found, Run, per_head
 
 T = TypeVar("T")
-#: What the variances of indices are multiplied by, since scales are estimated.
-WIDER = 1.25
+#: What the variances of indices are multiplied by, and how much more for every scale that few points tell of.
+WIDER, SCALES = 1.25, 5.0
 #: Complementary pairs of the first batch, where something else than the budget may end a probe.
 FIRST_ROWS = 64
 
@@ -51,7 +51,9 @@ def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
 
 def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     """Estimates from a process fitted to complementary pairs of coalitions, drawn by the law that the SII asks for."""
-    drawn = complementary(run.game.n, min(budget // 2, MOST_ROWS), run.seed)
+    count = min(budget // 2, MOST_ROWS)
+    orders = (2,) if run.triples is None else (2, 3)
+    drawn = complementary(run.game.n, count, run.seed, mean_law(run.game.n, *(("SII", order) for order in orders)))
 
     def estimated(some: torch.Tensor, values: torch.Tensor) -> Found:
         if len(some) == 2 ** (run.game.n - 1):
@@ -101,17 +103,17 @@ def table_of(drawn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _from_points(run: Run, grid: CornerGrid, drawn: torch.Tensor, values: torch.Tensor) -> Found:
     """Estimates from coalitions (m, n) with the values (m, 2, O) of these and of their complements."""
-    game, pairs = run.game, len(grid.pairs)
+    game, pairs, scales = run.game, len(grid.pairs), run.game.n / len(drawn)
     process = ParityProcess(drawn, values[:, 0], values[:, 1])
     sii, variance = process.index(grid.pairs, "SII", 2)
-    variance = widened(variance)
+    variance = widened(variance, scales)
     also = {}
     for key, members in wanted_members(run, grid).items():
         found, claimed = process.index(members, *shapley_base(key))
         if key == ("k-SII", 1):  # the halves are independent: the Shapley value is odd, the SII even
             of = (grid.pairs[:, :, None] == members[:, 0]).any(1).double().T
             found, claimed = found - 0.5 * of @ sii, claimed + 0.25 * (of @ variance.sqrt()).square()
-        also[key] = members, found, widened(claimed)
+        also[key] = members, found, widened(claimed, scales)
     posterior = Posterior(process, run.seed)
     for head in posterior.curved:
         sii[:, head], variance[:, head] = posterior.index(head, grid.pairs, "SII", 2)
@@ -155,9 +157,9 @@ def evaluate_pairs(run: Run, drawn: torch.Tensor) -> torch.Tensor:
     return torch.cat(blocks)
 
 
-def widened(variance: torch.Tensor) -> torch.Tensor:
-    """Variances (M, O) that hold: with a share of their mean in each, and room for scales that are estimated."""
-    return WIDER * ((1 - SHARED) * variance + SHARED * variance.mean(0))
+def widened(variance: torch.Tensor, scales: float = 0.0) -> torch.Tensor:
+    """Variances (M, O) that hold: with a share of their mean in each, and room for so many ``scales`` a point."""
+    return WIDER * (1 + SCALES * scales) * ((1 - SHARED) * variance + SHARED * variance.mean(0))
 
 
 def wanted_members(run: Run, grid: CornerGrid) -> dict[tuple[str, int], torch.Tensor]:

@@ -85,17 +85,31 @@ def combine(draws: list[Draw], pairs: int, borrowed: float = 0.0) -> tuple[torch
 
 
 def moved(
-    smooth: torch.Tensor, claimed: torch.Tensor, excess: torch.Tensor, stderr: torch.Tensor, margin: float = 0.0
+    smooth: torch.Tensor,
+    claimed: torch.Tensor,
+    excess: torch.Tensor,
+    stderr: torch.Tensor,
+    margin: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimates (P, O) of a model moved to unbiased ones as far as these show it off; variances, and the share (O,).
 
     ``claimed`` is the model's own variance, ``excess`` what the unbiased estimates are over it, ``stderr`` their
-    standard errors. Where the excess is larger over all pairs than its standard errors explain, the model is off by
+    standard errors. Where the excess is larger over all pairs than its own standard errors explain, the model is off by
     the rest, and the estimate moves by the share of that in the whole (an empirical Bayes rule; the positive part of
-    Stein's). ``margin`` is the share of what the standard errors explain that counts as chance on top of it: for few
-    estimates, whose mean square excess is vague.
+    Stein's). An excess whose mean square is above the explained one by no more than ``margin`` of it is chance.
     """
-    doubt = stderr.square().mean(0)
-    off = (excess.square().mean(0) - (1 + margin) * doubt).clamp(min=0.0)
-    share = torch.where(off > 0, off / (off + doubt), 0.0)
+    doubt, whole = stderr.square().mean(0), excess.square().mean(0)
+    share = torch.where(whole > (1 + margin) * doubt, 1 - doubt / whole, 0.0)
     return smooth + share * excess, torch.maximum(claimed, share * stderr.square()), share
+
+
+def chance_margin(units: torch.Tensor) -> torch.Tensor:
+    """Standard deviation (O,), relative to its mean, of the mean square over pairs of the mean of units (m, P, O).
+
+    Pairs that share their contexts err together: it is that of a mean over as many independent squares as the units'
+    deviations have directions.
+    """
+    deviation = (units - units.mean(0)).permute(2, 0, 1)
+    gram = deviation @ deviation.mT
+    total, squares = gram.diagonal(dim1=1, dim2=2).sum(1), gram.square().sum((1, 2))
+    return torch.where(total > 0, (2 * squares).sqrt() / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)

@@ -25,6 +25,8 @@ INDEX_DRAWS = 32
 #: What the variances of such indices are multiplied by, how much more for every scale that was estimated from the
 #: points at hand, and the share of the pairs' mean variance in each pair's.
 WIDER, SCALES, SHARED = 1.5, 4.0, 0.2
+#: Share of the values' range that is lost to rounding where a smooth process makes equations nearly singular.
+ROUNDING = 2e-7
 
 
 class Posterior:
@@ -102,6 +104,7 @@ class Posterior:
             )
         if head in self._apart:
             variance = variance + self._index(self._apart[head], members, name, order)[:, 0].square()
+            variance = variance + (ROUNDING * self._span(head)) ** 2
         wider = WIDER * (1 + SCALES * self.process.coalitions.shape[1] / len(self.process.coalitions))
         return mean, wider * ((1 - SHARED) * variance + SHARED * variance.mean())
 
@@ -111,10 +114,13 @@ class Posterior:
         By Laplace's rule of succession an unseen value is wrong with a chance of one in as many as were seen, and then
         by up to the range of the values. No estimate of a stepped game is exact before everything is seen.
         """
+        chance = 1 / (2 * len(self.process.values) + 2)
+        return float(chance * self._span(head) ** 2 / 2 * unseen_weights(self.process.coalitions, order).sum())
+
+    def _span(self, head: int) -> float:
+        """Range of the values seen."""
         upper, lower = self.process.values[:, head], self.process.complements[:, head]
-        span = torch.maximum(upper.max(), lower.max()) - torch.minimum(upper.min(), lower.min())
-        chance = 1 / (2 * len(upper) + 2)
-        return float(chance * span.square() / 2 * unseen_weights(self.process.coalitions, order).sum())
+        return float(torch.maximum(upper.max(), lower.max()) - torch.minimum(upper.min(), lower.min()))
 
     def _index(self, tables: torch.Tensor, members: torch.Tensor, name: str, order: int) -> torch.Tensor:
         if (name, order) != ("k-SII", 1):

@@ -131,14 +131,21 @@ class Run:
         self.bar.update(count)
 
     def draw(
-        self, grid: CornerGrid, chosen: torch.Tensor, count: int, *, replicate: int = 0, keep: bool = False
+        self,
+        grid: CornerGrid,
+        chosen: torch.Tensor,
+        count: int,
+        *,
+        replicate: int = 0,
+        keep: bool = False,
+        paired: bool = False,
     ) -> DrawnGrid:
         """Evaluate ``grid`` in ``count`` fresh contexts; ``chosen`` are its pairs' numbers.
 
         Draws of different ``replicate`` are independent. ``keep`` keeps all values. Contexts that are even in number
-        come with their complements; not two by themselves, which would be a single unit.
+        come with their complements; two by themselves, which would be a single unit, only where ``paired``.
         """
-        antithetic = count % 2 == 0 and (count >= 4 or replicate > 0)
+        antithetic = count % 2 == 0 and (paired or count >= 4 or replicate > 0)
         words = sample_contexts(self.game.n, count, seed=self.seed, antithetic=antithetic, replicate=replicate).words
         contexts = unpack(words, self.game.n)
         second, gaps, defined, gains, kept = [], [], [], [], []

@@ -13,6 +13,9 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
+#: Relative change of the objective at which a search ends: ten thousandths of a nat where a likelihood has hundreds.
+ENOUGH = 1e-6
+
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
@@ -22,7 +25,8 @@ def minimum(objective: Objective, start: np.ndarray, bounds: np.ndarray, steps: 
     The objective returns its value and its gradient (P,).
     """
     with _libraries().limit(limits=1, user_api="blas"):
-        return minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps}).x
+        options = {"maxiter": steps, "ftol": ENOUGH}
+        return minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 
 @functools.cache

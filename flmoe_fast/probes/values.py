@@ -19,13 +19,17 @@ from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.budget import LEAST_BUDGET, LEAST_CONTEXTS, MOST_ROWS, Spending, enumerates, spend
 from flmoe_fast.probes.by_points import in_batches, table_of, widened
-from flmoe_fast.probes.drawing import complementary
+from flmoe_fast.probes.drawing import complementary, mean_law
 from flmoe_fast.probes.exact import enumerate_values, exact_index
 from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import contrast
+<<<<<<< HEAD
 from flmoe_fast.probes.moments import Draw, combine, moved, unit_means
 from flmoe_fast.probes.naming import checked_names
+=======
+from flmoe_fast.probes.moments import Draw, chance_margin, combine, moved, unit_means
+>>>>>>> main
 from flmoe_fast.probes.pairs import resolve_players
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.posterior import Posterior
@@ -146,7 +150,7 @@ def _exactly(rows: torch.Tensor, players: torch.Tensor, index: str, facts: dict[
 def _by_points(run: Run, players: torch.Tensor, index: str, budget: int) -> _Found:
     """From a process fitted to complementary pairs of coalitions."""
     n, members = run.game.n, players[:, None]
-    drawn = complementary(n, min(budget // 2, MOST_ROWS), run.seed, index, 1)
+    drawn = complementary(n, min(budget // 2, MOST_ROWS), run.seed, mean_law(n, (index, 1)))
     facts = {"method": "process", "why": "every evaluation tells of every player"}
 
     def estimated(some: torch.Tensor, values: torch.Tensor) -> _Found:
@@ -154,7 +158,7 @@ def _by_points(run: Run, players: torch.Tensor, index: str, budget: int) -> _Fou
             return _exactly(table_of(some, values), players, index, facts)
         process = ParityProcess(some, values[:, 0], values[:, 1])
         found, variance = process.index(members, index, 1)
-        variance = widened(variance)
+        variance = widened(variance, n / len(some))
         posterior = Posterior(process, run.seed, order=1)
         for head in posterior.curved:
             found[:, head], variance[:, head] = posterior.index(head, members, index, 1)
@@ -209,7 +213,7 @@ def _from_draws(draws: list[Draw], smooth: _Found | None) -> _Found:
     values, stderr, degrees = combine(draws, draws[0].total.shape[1])
     if smooth is None:
         return _Found(values, stderr, degrees, {"method": "grid"})
-    margin = 2 * (2 / len(values)) ** 0.5  # two standard deviations of a mean of as many squares
+    margin = chance_margin(torch.cat([draw.total for draw in draws]))
     values, variance, share = moved(smooth.values, smooth.stderr.square(), values - smooth.values, stderr, margin)
     facts = {**smooth.facts, "method": "process and grid", "unbiased_share": share.tolist()}
     return _Found(values, variance.sqrt(), degrees, facts)
