@@ -24,12 +24,8 @@ from flmoe_fast.probes.exact import enumerate_values, exact_index
 from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import contrast
-<<<<<<< HEAD
-from flmoe_fast.probes.moments import Draw, combine, moved, unit_means
-from flmoe_fast.probes.naming import checked_names
-=======
 from flmoe_fast.probes.moments import Draw, chance_margin, combine, moved, unit_means
->>>>>>> main
+from flmoe_fast.probes.naming import checked_names
 from flmoe_fast.probes.pairs import resolve_players
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.posterior import Posterior
