@@ -38,7 +38,7 @@ BUILD_LOG := build/extension.log
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu,torch)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test long bench findings wheels env extension lint types host-test portable-check nvcc-check budgets pytest
+.PHONY: demo test long bench findings wheels hub env extension lint types host-test portable-check nvcc-check budgets pytest
 .PHONY: soak clean
 
 # The demonstration needs neither CUDA kernels nor what only tests need, and takes what is already built.
@@ -61,6 +61,10 @@ findings: $(RUNS) $(if $(wildcard $(EXTENSION)),$(EXTENSION),$(CPU_EXTENSION))
 # The source distribution, the pure wheel and a manylinux wheel for every Python found, tried where there is no compiler.
 wheels: $(INSTALLED)
 	$(PY) .ci/wheels.py $(ARGS)
+
+# The Triton kernels as the kernels hub takes them, in dist/hub.
+hub: $(RUNS)
+	$(PY) .ci/hub.py dist/hub
 
 env: $(INSTALLED)
 

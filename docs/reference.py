@@ -24,7 +24,6 @@ FURTHER = (
     "flmoe_fast.explainers.shap.PlayerMasker",
     "flmoe_fast.pipeline.importance.players.player_importance",
     "flmoe_fast.pipeline.importance.captum.captum_importance",
-    "flmoe_fast.pipeline.summary.compare",
     "flmoe_fast.pipeline.importance.concentration.concentration",
     "flmoe_fast.pipeline.importance.overlap.overlap",
     "flmoe_fast.pipeline.importance.patterns.map_measures",

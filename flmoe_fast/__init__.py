@@ -18,8 +18,8 @@ adapt: models: those one already has, and FL-I2MoE.
 measure: how faithful an explanation is, and what runs on this machine.
     faithfulness, faithfulness_table, paired_gaps, mask_pairs, masking_curve, masking_scores, backends
 
-scale: many samples, many processes.
-    explain_many, ExplanationSet
+scale: many samples, many processes; what a model does over them, and two models side by side.
+    explain_many, ExplanationSet, summarize, compare, read_records, SampleRecord
 
 errors: what is raised.
     ArgumentError, CheckpointError
@@ -42,7 +42,7 @@ GROUPS = {
         "screen": "flmoe_fast.probes.screening",
         "player_values": "flmoe_fast.probes.values",
         "InteractionResult": "flmoe_fast.probes.result",
-        "PlayerValues": "flmoe_fast.probes.values",
+        "PlayerValues": "flmoe_fast.probes.value_result",
         "Screening": "flmoe_fast.probes.screening",
         "Game": "flmoe_fast.games.game",
         "GroupedGame": "flmoe_fast.games.grouped",
@@ -89,6 +89,10 @@ GROUPS = {
     "scale": {
         "explain_many": "flmoe_fast.scale.explain_many",
         "ExplanationSet": "flmoe_fast.scale.dataset",
+        "summarize": "flmoe_fast.pipeline.summary",
+        "compare": "flmoe_fast.pipeline.summary",
+        "read_records": "flmoe_fast.pipeline.records",
+        "SampleRecord": "flmoe_fast.pipeline.records",
     },
     "errors": {
         "ArgumentError": "flmoe_fast.checks",
@@ -134,12 +138,16 @@ if TYPE_CHECKING:
     from flmoe_fast.pipeline.importance.candidates import candidate_players as candidate_players
     from flmoe_fast.pipeline.importance.candidates import cross_pairs as cross_pairs
     from flmoe_fast.pipeline.importance.scores import player_scores as player_scores
+    from flmoe_fast.pipeline.records import SampleRecord as SampleRecord
+    from flmoe_fast.pipeline.records import read_records as read_records
+    from flmoe_fast.pipeline.summary import compare as compare
+    from flmoe_fast.pipeline.summary import summarize as summarize
     from flmoe_fast.probes.exact import exact_interactions as exact_interactions
     from flmoe_fast.probes.interactions import interactions as interactions
     from flmoe_fast.probes.result import InteractionResult as InteractionResult
     from flmoe_fast.probes.screening import Screening as Screening
     from flmoe_fast.probes.screening import screen as screen
-    from flmoe_fast.probes.values import PlayerValues as PlayerValues
+    from flmoe_fast.probes.value_result import PlayerValues as PlayerValues
     from flmoe_fast.probes.values import player_values as player_values
     from flmoe_fast.scale.dataset import ExplanationSet as ExplanationSet
     from flmoe_fast.scale.explain_many import explain_many as explain_many

@@ -328,3 +328,14 @@ def test_other_peoples_explainers_and_threads():
     fresh = DecoderGame(model, inputs, players, question=contrast(4, 6))
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(pool.map(fresh, parts), alone))
+
+
+def test_placeholders_of_a_picture_among_the_words_are_said():
+    made, inputs = PICTURES["LLaVA"]
+    model, given = accelerate(made()), inputs()
+    ids, asked = given["input_ids"], {"value": next_token(3)}
+    with pytest.warns(UserWarning, match=f"9 of the text players are placeholders of a picture .token {IMAGE}."):
+        model.game(given, [text_players(ids), image_players(given["pixel_values"], patch=4)], **asked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*placeholders")
+        model.game(given, [text_players(ids, special=[IMAGE]), image_token_players(ids, IMAGE)], **asked)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -74,3 +76,39 @@ def test_wheel_without_the_extension_is_pure(copy, tmp_path):
 def test_version_is_repeated_right():
     assert f"\nversion: {flmoe_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {flmoe_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def load(path: Path, name: str):
+    """A module or package at a path, under a name of the caller's."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernels_load_from_anywhere(tmp_path):
+    """As the kernels hub loads them: by path, under a name of its own, twice, without this package's own modules."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    hub = load(ROOT / ".ci" / "hub.py", "hub_of_the_kernels")
+    built = hub.write(tmp_path / "hub")
+    first, second = (load(built / "__init__.py", f"_kernels_{n}") for n in (1, 2))
+    assert first.attention.__name__ == "_kernels_1.attention" != second.attention.__name__
+    assert first.configs.FOLDER == built / "configs" and first.configs.shipped() == second.configs.shipped() != ()
+    assert {path.stem for path in hub.SOURCES.glob("*.py")} == {path.stem for path in built.glob("*.py")}
+    for name in [name for name in sys.modules if name.startswith(("_kernels_", "hub_of_the"))]:
+        del sys.modules[name]
+    settings = tomllib.loads((tmp_path / "hub" / "build.toml").read_text())
+    assert settings["general"]["backends"] == ["cuda"] and "torch-noarch" in settings
+    assert (tmp_path / "hub" / "torch-ext" / "flmoe_kernels" / "attention.py").is_file()
+
+
+def test_a_kernel_that_needs_more_than_its_folder_is_refused(tmp_path, monkeypatch):
+    hub = load(ROOT / ".ci" / "hub.py", "hub_of_the_kernels")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "wrong.py").write_text("from flmoe_fast.checks import integer\n")
+    monkeypatch.setattr(hub, "SOURCES", tmp_path)
+    with pytest.raises(SystemExit, match="wrong.py"):
+        hub.write(tmp_path / "hub")
+    del sys.modules["hub_of_the_kernels"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 
 import matplotlib
 import numpy as np
 import pandas
 import pytest
 import torch
-from matplotlib import pyplot
+from matplotlib import font_manager, pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ from flmoe_fast.pipeline.show.model_views import expert_bars, logit_histogram, r
 from flmoe_fast.pipeline.show.pair_view import pair_view
 from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, waterfall
 from flmoe_fast.pipeline.show.views import View, player_labels, spaced
+from flmoe_fast.probes import fonts
 from flmoe_fast.probes.colours import BACKUP, FAINTEST, FULL, GROUND, SUBSTITUTION, SYNERGY, fade_of, width_of
 
 matplotlib.use("Agg")
@@ -111,6 +113,56 @@ def test_network_draws_the_pairs():
     assert result.plot(kind="network", of="gap") is not axes
     with pytest.raises(ArgumentError, match="kind"):
         result.plot(kind="pie")
+
+
+def test_rounding_is_not_drawn():
+    """An effect of 1e-8 beside one of 1 is a line that nobody can tell from an effect."""
+    result = interactions(lambda z: votes(z) + 1e-8 * z[:, 0] * z[:, 4], n=5, names=list("abcde"), progress=False)
+    assert len([line for line in result.plot(kind="network").lines if len(line.get_xdata()) == 2]) == 2
+    dots = result.plot().lines[0]
+    assert len(dots.get_xdata()) == 2
+    louder = interactions(lambda z: votes(z) + 1e-3 * z[:, 0] * z[:, 4], n=5, names=list("abcde"), progress=False)
+    assert len([line for line in louder.plot(kind="network").lines if len(line.get_xdata()) == 2]) == 3
+
+
+def letter_of(path: str) -> str:
+    """A letter that a font has and the default one lacks."""
+    return chr(min(fonts.letters_of(path) - fonts.letters_of(font_manager.findfont("DejaVu Sans"))))
+
+
+def test_letters_come_from_a_font_that_has_them(monkeypatch):
+    other = font_manager.findfont("STIXGeneral")
+    letter = letter_of(other)
+    fonts.family_with.cache_clear()
+    monkeypatch.setattr(fonts, "system_fonts", lambda: (other,))
+    result = interactions(votes, n=5, names=[letter, *"bcde"], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ("matrix", "network"):
+            axes = result.plot(kind=kind)
+            drawn = [text for text in axes.findobj(Text) if letter in text.get_text()]
+            assert drawn and all(text.get_fontfamily()[-1] == "STIXGeneral" for text in drawn)
+            axes.figure.savefig(io.BytesIO(), dpi=20)
+    fonts.family_with.cache_clear()
+
+
+def test_a_letter_that_no_font_has_is_a_box_and_said_once(monkeypatch):
+    fonts.family_with.cache_clear()
+    monkeypatch.setattr(fonts, "system_fonts", tuple)
+    monkeypatch.setattr(fonts, "_SAID", set())
+    result = interactions(votes, n=5, names=["\U0001f30a sea", *"bcde"], progress=False)
+    with pytest.warns(UserWarning, match=r"no font here has \U0001f30a \(U\+1F30A\)"):
+        result.plot()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes = result.plot()
+        assert f"{fonts.BOX} sea" in [label.get_text() for label in axes.get_yticklabels()]
+        axes.figure.savefig(io.BytesIO(), dpi=20)
+        with matplotlib.rc_context({"svg.fonttype": "none"}):  # a page's reader may have it
+            kept = result.plot(kind="network")
+        assert "\U0001f30a sea" in [text.get_text() for text in kept.texts]
+    fonts.family_with.cache_clear()
+    assert result.player_names[0] == "\U0001f30a sea"
 
 
 def test_waterfall_ends_at_the_prediction():

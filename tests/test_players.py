@@ -31,6 +31,42 @@ def test_tokens_words_and_whole_texts():
     assert plain.names == ("note 1", "note 2") and plain.places == ((1, 2), (2, 3))
 
 
+class Spelling:
+    """As much of a tokenizer as names need."""
+
+    def __init__(self, pieces: list[str], mark: str):
+        self.pieces, self.mark = pieces, mark
+        self.all_special_ids = [n for n, piece in enumerate(pieces) if piece.startswith("<")]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.pieces[n] for n in ids]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(self.pieces[n] for n in ids).replace(self.mark, "" if self.mark == "##" else " ")
+
+
+@pytest.mark.parametrize(
+    ("mark", "pieces"),
+    [
+        ("\u0120", ["<s>", "What", "\u0120drag", "ons", "<image>", "eat", "\u0120?", "</s>"]),
+        ("\u2581", ["<s>", "\u2581What", "\u2581drag", "ons", "<image>", "\u2581eat", "\u2581?", "</s>"]),
+        ("##", ["<s>", "What", "drag", "##ons", "<image>", "eat", "?", "</s>"]),
+    ],
+)
+def test_a_tokenizer_names_tokens_and_words(mark, pieces):
+    """Special tokens, the picture's placeholder among them, are no players and join no words."""
+    ids, spelling = torch.arange(8), Spelling(pieces, mark)
+    words = text_players(ids, by="word", tokenizer=spelling)
+    assert words.names == ("What", "dragons", "eat", "?")
+    assert words.owner.tolist() == [-1, 0, 1, 1, -1, 2, 3, -1]
+    processor = type("Processor", (), {"tokenizer": spelling})()
+    tokens = text_players(ids, tokenizer=processor)
+    assert tokens.names == ("What", "drag", "ons", "eat", "?")
+    assert text_players(ids, tokenizer=spelling, special=()).n == 8
+    with pytest.raises(ArgumentError, match="word_ids: got None, expected the word of every token, or a tokenizer"):
+        text_players(ids, by="word")
+
+
 def test_absent_tokens_are_replaced_or_hidden():
     inputs = {"input_ids": IDS[None], "attention_mask": (IDS[None] != 0).long()}
     coalition = torch.tensor([[True, False, True], [False, False, False]])

@@ -20,7 +20,7 @@ from flmoe_fast.checks import ArgumentError
 from flmoe_fast.cli import main
 from flmoe_fast.model.checkpoint import load_checkpoint
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
-from flmoe_fast.pipeline.records import SampleRecord, is_done
+from flmoe_fast.pipeline.records import SampleRecord, is_done, read_records
 from flmoe_fast.pipeline.show.data_views import place_map
 from flmoe_fast.pipeline.show.html import INK, Page, as_svg, inked
 from flmoe_fast.pipeline.show.pair_view import pair_view
@@ -28,7 +28,6 @@ from flmoe_fast.pipeline.show.views import View
 from flmoe_fast.pipeline.summary import compare, player_points, summarize
 from flmoe_fast.probes.colours import SUBSTITUTION, SYNERGY
 from flmoe_fast.probes.interactions import interactions
-from flmoe_fast.runs.explain import read_records
 from flmoe_fast.runs.faithfulness import compared, read_patterns
 from flmoe_fast.runs.settings import read_settings
 from flmoe_fast.runs.terms import MEANING
@@ -175,7 +174,7 @@ def test_page_is_readable_in_light_and_dark_and_by_keyboard(run):
 
 def test_page_says_what_was_found(run):
     text = (run.parent / "run" / "report.html").read_text()
-    records = read_records(read_settings(run))
+    records = read_records(read_settings(run).out)
     assert [record.id for record in records] == sorted((r.id for r in records), key=lambda i: int(i[1:]))
     for record in records:
         assert f"Sample {record.id}" in text
@@ -204,7 +203,7 @@ def test_terms_are_explained_once_and_where_they_appear(run):
 
 
 def test_players_are_called_what_a_person_calls_them(run):
-    record = read_records(read_settings(run))[0]
+    record = read_records(read_settings(run).out)[0]
     text = (run.parent / "run" / "report.html").read_text()
     rows = list(csv.DictReader((run.parent / "table.csv").open()))
     row = next(row for row in rows if row["id"] == record.id)
@@ -227,7 +226,7 @@ def test_patterns_of_the_experts_are_kept_and_compared(run, capsys):
     settings = read_settings(run)
     found = read_patterns(settings.out)
     (patterns,) = found.values()
-    assert patterns.names == ("mixture", *read_records(settings)[0].experts) and patterns.whole == "mixture"
+    assert patterns.names == ("mixture", *read_records(settings.out)[0].experts) and patterns.whole == "mixture"
     table = pandas.read_csv(settings.out / "faithfulness" / "attnXgrad" / "patterns.csv")
     row = table[(table["measure"] == "gini") & (table["map"] == "synergy")].iloc[0]
     assert row["mean"] == pytest.approx(patterns.measures["gini"][:, patterns.names.index("synergy")].mean())
@@ -253,7 +252,7 @@ def test_heads_of_a_plain_transformer_stand_in_for_experts(tmp_path):
 
 
 def test_records_hold_what_was_read(run):
-    record = read_records(read_settings(run))[0]
+    record = read_records(read_settings(run).out)[0]
     words, photo, facts = record.views
     assert (words.kind, photo.kind, facts.kind) == ("text", "image", "table")
     assert words.tokens[0] == "<s>" and words.tokens[-1] == "</s>" and "number" in "".join(words.tokens)
@@ -269,7 +268,7 @@ def test_records_hold_what_was_read(run):
 
 
 def test_records_come_back_as_they_were(run, tmp_path):
-    record = read_records(read_settings(run))[1]
+    record = read_records(read_settings(run).out)[1]
     assert not is_done(tmp_path / "x")
     record.save(tmp_path / "x")
     again = SampleRecord.load(tmp_path / "x")
@@ -294,7 +293,7 @@ def test_reference_layout_is_written_too(run):
 
 
 def test_occurrences_are_counts(run):
-    records = read_records(read_settings(run))
+    records = read_records(read_settings(run).out)
     table = occurrences(records, ("blue", "red"))
     first = table[table["head"] == "mixture"]
     assert first["pairs"].sum() == sum(len(record.interactions.pairs) for record in records)
@@ -326,7 +325,7 @@ def test_occurrences_are_counts(run):
 
 
 def test_summary_and_comparison(run):
-    records = read_records(read_settings(run))
+    records = read_records(read_settings(run).out)
     table = summarize(records)
     assert list(table.index) == list(records[0].interactions.heads) and (table["samples"] == 3).all()
     shares = [float((r.interactions.interval(of="sii")[0] > 0).mean()) for r in records]
@@ -339,6 +338,11 @@ def test_summary_and_comparison(run):
     assert found["difference"] == pytest.approx(0.1) and found["difference_stderr"] == pytest.approx(0, abs=1e-12)
     with pytest.raises(ArgumentError, match="second"):
         compare(records, [dataclasses.replace(r, id=f"other {r.id}") for r in records])
+    results = [record.interactions for record in records]
+    assert summarize(results).loc["mixture", "mean_gap"] == table.loc["mixture", "mean_gap"]
+    assert (compare(results, records, head="synergy").loc[["synergy", "mean_gap"], "difference"] == 0).all()
+    with pytest.raises(ArgumentError, match="second: got 2 samples, expected 3"):
+        compare(results, results[:2])
     points = player_points(records)
     years = points[points["name"] == "size"]
     assert len(points) == sum(len(r.interactions.also["SV", 1].members) for r in records)

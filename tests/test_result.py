@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import t
 
-from flmoe_fast import ArgumentError, InteractionResult, exact_interactions, interactions
+from flmoe_fast import ArgumentError, InteractionResult, exact_interactions, interactions, player_values
 
 
 @pytest.fixture
@@ -174,3 +174,61 @@ def test_plot_shows_every_pair(result):
         col = [t.get_text() for t in axes.get_xticklabels()].index(str(j))
         assert matrix[row, col] == value
     assert "output 1" in axes.get_title()
+
+
+def committee(present: torch.Tensor) -> torch.Tensor:
+    return (present[:, 0] & present[:, 1]).double() + 0.25 * present[:, 2]
+
+
+def test_values_of_players_are_read_like_pairs(tmp_path):
+    values = player_values(committee, n=3, names=["Ada", "<b>", "Cy"], progress=False)
+    assert len(values) == 3 and values.evaluations == 8  # all coalitions cost less than 64 contexts
+    assert float(values["Ada"]) == pytest.approx(0.5) and values[2].interval == pytest.approx((0.25, 0.25))
+    assert [score.name for score in values] == ["Ada", "<b>", "Cy"] and "Cy   SV +0.2500 exactly" in repr(values)
+    assert "&lt;b&gt;" in values._repr_html_() and "<b>" not in values._repr_html_()
+    assert values.top(1)["name"].tolist() in (["Ada"], ["<b>"])
+    read = json.loads(values.to_json(tmp_path / "values.json"), parse_constant=pytest.fail)
+    assert read["player_names"] == ["Ada", "<b>", "Cy"] and read["values"] == values.values.tolist()
+    values.to_csv(tmp_path / "values.csv")
+    assert (tmp_path / "values.csv").read_text().splitlines()[0] == "player,name,value,stderr,low,high"
+    bars = values.plot().patches
+    assert sorted(bar.get_width() for bar in bars) == pytest.approx([0.25, 0.5, 0.5])
+    with pytest.raises(ArgumentError, match="one whose value was estimated"):
+        player_values(committee, n=3, players=[0], progress=False)[1]
+    drawn = player_values(committee, n=3, contexts=1, method="grid", progress=False)
+    assert drawn.evaluations == 4 and "exactly" not in repr(drawn)
+
+
+@pytest.mark.parametrize(("index", "share"), (("SV", 1 / 3), ("BV", 1 / 4)))
+def test_drawn_values_hold_the_exact_ones(index, share):
+    """Fewer evaluations than there are coalitions; three that need each other share what they are worth."""
+    weight, three = torch.randn(12, dtype=torch.float64), torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+
+    def game(z):
+        return z.double() @ weight + z.view(len(z), 4, 3).all(2).double() @ three
+
+    truth = (weight + share * three.repeat_interleave(3)).numpy()
+    drawn = player_values(game, n=12, index=index, contexts=200, method="grid", progress=False)
+    assert drawn.evaluations == 200 * 13
+    assert (np.abs(drawn.values - truth) / drawn.stderr).max() < 4.5
+    assert (np.abs(drawn.values + 0.3 - truth) / drawn.stderr).max() > 4.5
+    low, high = drawn.interval()
+    assert (low < drawn.values).all() and (drawn.values < high).all()
+
+
+def test_values_of_heads(result):
+    both = player_values(lambda z: torch.stack([committee(z), -committee(z)], 1), n=3, progress=False)
+    assert both["1"].head == "output 0" and both.to_dataframe(head=1)["value"].tolist()[2] == pytest.approx(-0.25)
+    assert len(both.to_dataframe()) == 6 and both.plot(head=1).get_title() == "Shapley value, output 1"
+
+
+def test_an_estimate_without_spread_is_not_called_exact():
+    """Zero in every context that was drawn is no proof."""
+    drawn = interactions(committee, n=20, pairs=[(0, 2), (0, 1)], contexts=4, method="grid", progress=False)
+    assert drawn.sii_stderr[0] == 0 and "0 x 2  SII +0.0000 ± 0.0000" in repr(drawn) and "exactly" not in repr(drawn)
+
+
+def test_errors_of_a_function_say_how_it_was_called():
+    with pytest.raises(ValueError, match="one element") as caught:
+        interactions(lambda one: float(one[0]), n=3, progress=False)
+    assert caught.value.__notes__ == ["The game was called with 8 coalitions at once, a bool tensor (8, 3)."]

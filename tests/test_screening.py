@@ -42,6 +42,12 @@ def test_finds_the_pairs_that_interact():
     strength = {pair: 2.0 - 0.5 * k for k, pair in enumerate(STRONG)}
     truth = np.array([strength.get(tuple(pair), 0.0) for pair in found.pairs.tolist()])
     assert (np.abs(found.sii - truth) <= 4 * found.stderr).mean() > 0.9
+    table = found.top(6)
+    assert [*zip(table["i"], table["j"])][:3] == list(STRONG) and table["checked"].notna().tolist() == [True] * 5 + [
+        False
+    ]
+    i, j = STRONG[0]
+    assert f"  {i} x {j}  SII +" in repr(found) and ", anew +2.0" in repr(found)
 
 
 def test_refuses_what_the_budget_cannot_resolve():

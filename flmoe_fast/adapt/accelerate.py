@@ -18,7 +18,7 @@ from flmoe_fast.adapt.dual_game import DualEncoderGame, is_dual_encoder
 from flmoe_fast.adapt.encoder_game import EncoderGame
 from flmoe_fast.adapt.layers import Unsupported
 from flmoe_fast.adapt.module_game import ModuleGame, floating
-from flmoe_fast.adapt.players import Players
+from flmoe_fast.adapt.players import NOBODY, Players
 from flmoe_fast.adapt.reading import Stack, find_stacks
 from flmoe_fast.adapt.reference_layout import AcceleratedMoE, accelerate_module, is_reference_layout
 from flmoe_fast.checks import ArgumentError, one_of
@@ -148,9 +148,10 @@ class AcceleratedModel:
         Warns
         -----
         UserWarning
-            The slow path was taken.
+            The slow path was taken, or placeholders of a picture are players of the text.
         """
         one_of("path", path, PATHS)
+        _say_placeholders(self.model, inputs, players)
         if is_decoder(self.model) and (value is None or isinstance(value, Question)):
             question = self._question(inputs, value, target)
             return self._chosen(
@@ -214,3 +215,26 @@ def _reason(problem: Exception) -> str:
     if isinstance(problem, Unsupported):
         return str(problem)
     return f"taking it apart raised {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+
+
+def _say_placeholders(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], players: Players | Sequence[Players]
+) -> None:
+    """Warn where some players of a text are nothing but tokens that stand for a picture: easily done, rarely meant."""
+    config = getattr(model, "config", None)
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    ids = inputs.get("input_ids")
+    if token is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return
+    pictured = (ids[0] == token).cpu()
+    for part in [players] if isinstance(players, Players) else players:
+        if not isinstance(part, Players) or part.input != "input_ids" or part.owner.shape != pictured.shape:
+            continue
+        of_text = set(part.owner[~pictured].tolist()) - {NOBODY}
+        of_picture = set(part.owner[pictured].tolist()) - {NOBODY} - of_text
+        if of_text and of_picture:
+            warnings.warn(
+                f"{len(of_picture)} of the {part.group} players are placeholders of a picture (token {token}): "
+                f"text_players(..., special=[{token}, ...]) or tokenizer= leaves them out",
+                stacklevel=4,
+            )

@@ -166,7 +166,8 @@ def text_players(
     *,
     by: str | torch.Tensor = "token",
     absent: int | str = "remove",
-    special: Sequence[int] = (),
+    special: Sequence[int] | None = None,
+    tokenizer: Any = None,
     attention_mask: torch.Tensor | None = None,
     word_ids: Sequence[int | None] | None = None,
     offsets: Sequence[tuple[int, int]] | None = None,
@@ -186,8 +187,12 @@ def text_players(
     absent : "remove" or int
         "remove" hides absent tokens from attention through the attention mask; positions stay as they are. An integer
         is the token that replaces them (a tokenizer's ``mask_token_id``, ``unk_token_id``, ...).
-    special : token ids
-        Tokens that are never players, such as a tokenizer's ``all_special_ids``.
+    special : token ids, optional
+        Tokens that are never players; those of ``tokenizer`` unless given, and none without one.
+    tokenizer : optional
+        A tokenizer of transformers, or a processor that has one. Players are named by what their tokens decode to, and
+        its special tokens, placeholders of pictures among them, are no players. Words are what a token that begins with
+        a space begins, unless ``word_ids`` says what is one.
     attention_mask : Tensor (T,) or (1, T), optional
         Tokens with 0 are never players.
     word_ids : sequence of T ints or None, optional
@@ -213,8 +218,14 @@ def text_players(
         word_ids, by = [None if number < 0 else number for number in by.tolist()], "word"
     if by not in ("token", "word", "all"):
         raise ArgumentError("by", repr(by), "'token', 'word', 'all' or the number of every token's player")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    if special is None:
+        special = () if tokenizer is None else tokenizer.all_special_ids
     if by == "word" and word_ids is None:
-        raise ArgumentError("word_ids", None, "the word of every token, for players that are words")
+        if tokenizer is None:
+            expected = "the word of every token, or a tokenizer, for players that are words"
+            raise ArgumentError("word_ids", None, expected)
+        word_ids = _words(tokenizer.convert_ids_to_tokens(ids.tolist()), [id in special for id in ids.tolist()])
     for name, values in (("word_ids", word_ids), ("offsets", offsets)):
         if values is not None and len(values) != length:
             raise ArgumentError(name, f"{len(values)} entries", f"one for each of the {length} tokens")
@@ -244,6 +255,8 @@ def text_players(
     spans = [_span(tokens, offsets) for tokens in members]
     if text is not None and offsets is not None and by != "all":
         names = tuple(text[start:stop] for start, stop in spans)
+    elif tokenizer is not None and by != "all":
+        names = tuple(_decoded(tokenizer, ids[tokens].tolist()) for tokens in members)
     else:
         names = (group,) if by == "all" else tuple(f"{group} {tokens[0]}" for tokens in members)
     removed = absent == "remove"
@@ -252,6 +265,29 @@ def text_players(
     owned = (owner >= 0).to(ids.device)
     blank = torch.where(owned, _other_tokens(ids, owned) if removed else torch.as_tensor(absent).to(ids), ids)
     return Players(input, group, names, tuple(spans), owner, blank, mask if removed else None)
+
+
+#: What tokens begin with that begin a word: GPT-2's and SentencePiece's marks of a space.
+SPACES = ("\u0120", "\u2581", " ")
+
+
+def _words(pieces: Sequence[str], apart: Sequence[bool]) -> list[int]:
+    """The word of every token, by marks of spaces or, where there are none, by marks of what continues a word.
+
+    Tokens that stand ``apart`` are words of their own.
+    """
+    marked = any(piece.startswith(SPACES) for piece in pieces)
+    words = [0]
+    for piece, alone, was_alone in zip(pieces[1:], apart[1:], apart):
+        goes_on = not piece.startswith(SPACES) if marked else piece.startswith("##")
+        words.append(words[-1] + (alone or was_alone or not goes_on))
+    return words
+
+
+def _decoded(tokenizer: Any, tokens: list[int]) -> str:
+    """What tokens say; their own spelling where that is nothing to see."""
+    said = tokenizer.decode(tokens, skip_special_tokens=False).strip()
+    return said or " ".join(tokenizer.convert_ids_to_tokens(tokens))
 
 
 def image_players(

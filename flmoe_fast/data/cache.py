@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -68,11 +68,12 @@ def cache_features(
     own.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(values), PART)
     todo = [start for start in starts if not (own / _part(start)).exists()]
-    with tqdm(total=len(values), desc=f"encoding {backbone.kind}", unit="sample", disable=not progress) as bar:
-        bar.update(sum(min(PART, len(values) - start) for start in starts if start not in todo))
+    done = sum(min(PART, len(values) - start) for start in starts if start not in todo)
+    shown = {"desc": f"encoding {backbone.kind}", "unit": "sample", "disable": not progress or not todo}
+    with tqdm(total=len(values), initial=done, **shown) as bar:
         for start in todo:
-            _write_part(own / _part(start), backbone, values[start : start + PART], batch_size, DTYPES[dtype])
-            bar.update(min(PART, len(values) - start))
+            some = values[start : start + PART]
+            _write_part(own / _part(start), backbone, some, batch_size, DTYPES[dtype], bar.update)
     if not (own / "index.json").exists():
         with replacing(own / "index.json", "w") as file:
             json.dump({"samples": len(values), "width": backbone.width}, file)
@@ -83,7 +84,10 @@ def _part(start: int) -> str:
     return f"part-{start // PART:05d}.safetensors"
 
 
-def _write_part(path: Path, backbone, values: Sequence, batch_size: int, dtype: torch.dtype) -> None:
+def _write_part(
+    path: Path, backbone, values: Sequence, batch_size: int, dtype: torch.dtype, tick: Callable[[int], object]
+) -> None:
+    """Encode some values, and tell ``tick`` how many after each batch."""
     features, lengths, names = [], [], []
     for start in range(0, len(values), batch_size):
         found = encode(backbone, values[start : start + batch_size])
@@ -91,6 +95,7 @@ def _write_part(path: Path, backbone, values: Sequence, batch_size: int, dtype: 
             features.append(tokens[mask].to(dtype))
             lengths.append(int(mask.sum()))
             names.append([name for name, kept in zip(named, mask.tolist()) if kept])
+        tick(len(found.features))
     # The names of image patches are always the same; one list stands for all.
     names = names[:1] if backbone.kind == "image" else names
     tensors = {"features": torch.cat(features), "lengths": torch.tensor(lengths)}

@@ -18,7 +18,8 @@ from flmoe_fast.probes.exact import MOST_PLAYERS, enumerate_values
 from flmoe_fast.probes.export import SINGLES, to_shapiq
 from flmoe_fast.probes.interactions import interactions
 from flmoe_fast.probes.result import InteractionResult
-from flmoe_fast.probes.values import PlayerValues, player_values
+from flmoe_fast.probes.value_result import PlayerValues
+from flmoe_fast.probes.values import player_values
 
 shapiq: Any = require("shapiq", "shapiq")
 base: Any = require("shapiq.approximator.base", "shapiq")

@@ -159,7 +159,12 @@ class CallableGame(Game):
         return torch.cat([self._call(rows) for rows in coalitions.split(CALL_ROWS)])
 
     def _call(self, rows: torch.Tensor) -> torch.Tensor:
-        values = torch.as_tensor(self.function(rows))
+        try:
+            values = torch.as_tensor(self.function(rows))
+        except Exception as problem:
+            shape = f"({rows.shape[0]}, {self.n})"
+            problem.add_note(f"The game was called with {rows.shape[0]} coalitions at once, a bool tensor {shape}.")
+            raise
         if values.dim() not in (1, 2) or values.shape[0] != rows.shape[0]:
             raise ArgumentError(
                 "game",

@@ -162,6 +162,17 @@ class SampleRecord:
             raise ArgumentError("folder", f"{folder} ({problem})", "a folder written by SampleRecord.save") from problem
 
 
+def read_records(run: str | os.PathLike) -> list[SampleRecord]:
+    """The explained samples of a run's folder (``out`` of its settings), in order.
+
+    Raises
+    ------
+    ArgumentError
+        A record that cannot be read.
+    """
+    return [SampleRecord.load(folder) for folder in sorted((Path(run) / "samples").glob("*-*")) if is_done(folder)]
+
+
 def is_done(folder: str | os.PathLike) -> bool:
     """Whether a sample's folder is complete."""
     return (Path(folder) / "record.npz").is_file()

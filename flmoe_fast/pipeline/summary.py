@@ -9,18 +9,25 @@ import numpy as np
 import pandas
 
 from flmoe_fast.checks import ArgumentError
+from flmoe_fast.pipeline.explain import Explanation
 from flmoe_fast.pipeline.records import SampleRecord
+from flmoe_fast.probes.result import InteractionResult
+
+#: What was found for one sample.
+Found = SampleRecord | Explanation | InteractionResult
 
 #: What a summary says about each head, with a standard error over samples.
 MEASURES = ("synergy", "substitution", "mean_abs_sii", "mean_gap", "full", "empty")
 
 
-def summarize(records: Sequence[SampleRecord], level: float = 0.95) -> pandas.DataFrame:
+def summarize(records: Sequence[Found], level: float = 0.95) -> pandas.DataFrame:
     """What interactions a model has over a data set, a row a head.
 
     Parameters
     ----------
-    records : N records of one model
+    records : N of one model
+        What :func:`read_records` read of a run, or what :func:`explain` or :func:`interactions` returned for each
+        sample.
     level : float
         Of the intervals that decide whether an interaction is seen.
 
@@ -29,7 +36,8 @@ def summarize(records: Sequence[SampleRecord], level: float = 0.95) -> pandas.Da
     DataFrame
         Index ``head``; ``samples``, and the mean over samples and its standard error (``..._stderr``) of ``synergy``
         and ``substitution`` (shares of a sample's probed pairs whose SII interval lies above or below zero),
-        ``mean_abs_sii``, ``mean_gap``, and of the mixture's value with all players (``full``) and none (``empty``).
+        ``mean_abs_sii``, ``mean_gap``, and of the first head's value with all players (``full``) and none (``empty``),
+        which results of :func:`interactions` do not know (NaN).
     """
     per_sample = _per_sample(records, level)
     rows = {}
@@ -40,14 +48,15 @@ def summarize(records: Sequence[SampleRecord], level: float = 0.95) -> pandas.Da
 
 
 def compare(
-    first: Sequence[SampleRecord], second: Sequence[SampleRecord], head: str | None = None, level: float = 0.95
+    first: Sequence[Found], second: Sequence[Found], head: str | None = None, level: float = 0.95
 ) -> pandas.DataFrame:
     """Two models on the same samples: how much more of each measure the first has, sample by sample.
 
     Parameters
     ----------
-    first, second : records of each model
-        Samples are matched by their id; those that only one model explained are left out.
+    first, second : of each model
+        As for :func:`summarize`. Records are matched by their id, and those that only one model has are left out; what
+        has no id is matched by its place, and both need the same number.
     head : str, optional
         A head that both have; the first of each by default, usually the mixture.
     level : float
@@ -62,10 +71,15 @@ def compare(
     Raises
     ------
     ArgumentError
-        No sample in both, or a head that one lacks.
+        No sample in both, other numbers of samples without ids, or a head that one lacks.
     """
-    other = {record.id: record for record in second}
-    pairs = [(record, other[record.id]) for record in first if record.id in other]
+    if all(isinstance(found, SampleRecord) for found in [*first, *second]):
+        other = {_id(found): found for found in second}
+        pairs = [(found, other[_id(found)]) for found in first if _id(found) in other]
+    elif len(first) == len(second):
+        pairs = list(zip(first, second))
+    else:
+        raise ArgumentError("second", f"{len(second)} samples", f"{len(first)}, as of the first, in the same order")
     if not pairs:
         raise ArgumentError("second", "no sample of the first", "records of the same samples")
     tables = []
@@ -110,16 +124,17 @@ def player_points(records: Sequence[SampleRecord], head: str | int | None = None
     return pandas.DataFrame(rows, columns=["sample", "modality", "name", "value", "feature"])
 
 
-def _per_sample(records: Sequence[SampleRecord], level: float) -> dict[str, pandas.DataFrame]:
+def _per_sample(records: Sequence[Found], level: float) -> dict[str, pandas.DataFrame]:
     """By head: a row a sample, a column a measure."""
     if not records:
         raise ArgumentError("records", "nothing", "at least one record")
-    heads = records[0].interactions.heads
+    heads = _result(records[0]).heads
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in heads or ("value",)}
-    for record in records:
-        result = record.interactions
+    for place, record in enumerate(records):
+        result = _result(record)
         if result.heads != heads:
-            raise ArgumentError("records", f"heads {result.heads} of {record.id}", f"{heads}, as of the first")
+            raise ArgumentError("records", f"heads {result.heads} of sample {place}", f"{heads}, as of the first")
+        full, empty = _ends(record)
         for number, name in enumerate(rows):
             low, high = result.interval(level, "sii", number)
             rows[name].append(
@@ -128,11 +143,26 @@ def _per_sample(records: Sequence[SampleRecord], level: float) -> dict[str, pand
                     "substitution": float((high < 0).mean()),
                     "mean_abs_sii": float(np.nanmean(np.abs(result.column("sii", number)))),
                     "mean_gap": float(np.nanmean(result.column("gap", number))),
-                    "full": record.full,
-                    "empty": record.empty,
+                    "full": full,
+                    "empty": empty,
                 }
             )
     return {name: pandas.DataFrame(parts) for name, parts in rows.items()}
+
+
+def _id(found: Found) -> str | None:
+    return found.id if isinstance(found, SampleRecord) else None
+
+
+def _result(found: Found) -> InteractionResult:
+    return found if isinstance(found, InteractionResult) else found.interactions
+
+
+def _ends(found: Found) -> tuple[float, float]:
+    """The value with all players and with none."""
+    if isinstance(found, Explanation):
+        return found.prediction["full"], found.prediction["empty"]
+    return (found.full, found.empty) if isinstance(found, SampleRecord) else (math.nan, math.nan)
 
 
 def _errors(table: pandas.DataFrame) -> dict[str, float]:

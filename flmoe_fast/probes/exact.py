@@ -11,10 +11,11 @@ import torch
 from flmoe_fast.checks import ArgumentError, one_of
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS, redundancy_gap
+from flmoe_fast.probes.naming import checked_names
 from flmoe_fast.probes.pairs import resolve_pairs
 from flmoe_fast.probes.parity import exact_weights
 from flmoe_fast.probes.progress import progress_bar
-from flmoe_fast.probes.result import InteractionResult, checked_names
+from flmoe_fast.probes.result import InteractionResult
 
 #: 2^24 values of one head take 128 MB; beyond that nobody waits for the model.
 MOST_PLAYERS = 24

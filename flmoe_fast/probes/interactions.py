@@ -19,8 +19,9 @@ from flmoe_fast.probes.by_surrogate import LEAST_POINTS, by_surrogate
 from flmoe_fast.probes.gap import DEFAULT_GAP, GAPS
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import wanted_indices
+from flmoe_fast.probes.naming import checked_names
 from flmoe_fast.probes.pairs import Pairs, resolve_pairs, resolve_triples
-from flmoe_fast.probes.result import InteractionResult, checked_names
+from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.probes.run import Found, Run, per_head
 from flmoe_fast.probes.stopping import Stopping
 from flmoe_fast.probes.surrogate import MOST_POINTS

@@ -33,6 +33,8 @@ class PairScore:
     gap_kind : str
     contexts : int
         Contexts averaged over.
+    exact : bool
+        Whether every coalition was evaluated.
     """
 
     i: int
@@ -48,6 +50,7 @@ class PairScore:
     gap_interval: tuple[float, float]
     gap_kind: str
     contexts: int
+    exact: bool
 
     def __float__(self) -> float:
         return self.sii
@@ -55,17 +58,20 @@ class PairScore:
     def __repr__(self) -> str:
         head = "" if self.head is None else f" ({self.head})"
         return (
-            f"{self.name_i} x {self.name_j}{head}: SII {with_error(self.sii, self.sii_stderr)}, "
-            f"{self.gap_kind} gap {with_error(self.gap, self.gap_stderr)}"
+            f"{self.name_i} x {self.name_j}{head}: SII {with_error(self.sii, self.sii_stderr, self.exact)}, "
+            f"{self.gap_kind} gap {with_error(self.gap, self.gap_stderr, self.exact)}"
         )
 
 
-def with_error(value: float, error: float) -> str:
-    """``value ± error``, as many digits as the error has two significant ones."""
+def with_error(value: float, error: float, exact: bool = False) -> str:
+    """``value ± error``, as many digits as the error has two significant ones.
+
+    An estimate whose samples were all the same has an error of zero, and yet is not ``exact``.
+    """
     if not np.isfinite(value):
         return "undefined"
     decimals = int(np.clip(1 - np.floor(np.log10(error)), 3, 7)) if np.isfinite(error) and error > 0 else 4
-    if error == 0:
+    if exact and error == 0:
         return f"{value:+.{decimals}f} exactly"
     return f"{value:+.{decimals}f} ± " + (f"{error:.{decimals}f}" if np.isfinite(error) else "?")
 
@@ -77,8 +83,8 @@ def as_text(result: InteractionResult) -> str:
     names = [f"{score.name_i} x {score.name_j}" for score in scores]
     for name, score in zip(names, scores):
         lines.append(
-            f"  {name:<{max(map(len, names))}}  SII {with_error(score.sii, score.sii_stderr)}"
-            f"  {score.gap_kind} gap {with_error(score.gap, score.gap_stderr)}"
+            f"  {name:<{max(map(len, names))}}  SII {with_error(score.sii, score.sii_stderr, score.exact)}"
+            f"  {score.gap_kind} gap {with_error(score.gap, score.gap_stderr, score.exact)}"
         )
     if len(result) > SHOWN:
         lines.append(f"  ... {len(result) - SHOWN} more; largest |SII| first, see .top(), .to_dataframe(), .plot()")
@@ -95,8 +101,8 @@ def as_html(result: InteractionResult) -> str:
         cells = (
             html.escape(score.name_i),
             html.escape(score.name_j),
-            with_error(score.sii, score.sii_stderr),
-            with_error(score.gap, score.gap_stderr),
+            with_error(score.sii, score.sii_stderr, score.exact),
+            with_error(score.gap, score.gap_stderr, score.exact),
         )
         rows.append(f"<tr{sure}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{name}</th>" for name in ("player", "player", "SII ± s.e.", f"{result.gap_kind} gap ± s.e."))

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from flmoe_fast.checks import ArgumentError, integer, one_of
 from flmoe_fast.files import read_arrays, replacing
 from flmoe_fast.probes.indices import IndexEstimate
+from flmoe_fast.probes.naming import checked_names, head_number, player_number
 from flmoe_fast.probes.pair_score import PairScore, as_html, as_text
 
 if TYPE_CHECKING:
@@ -129,18 +130,19 @@ class InteractionResult:
         names = {"name_i": self.player_names[i], "name_j": self.player_names[j]}
         head_name = None if self.heads is None else self.heads[number]
         return PairScore(
-            i, j, head=head_name, gap_kind=self.gap_kind, contexts=int(self.contexts[pair]), **names, **values
+            i,
+            j,
+            head=head_name,
+            gap_kind=self.gap_kind,
+            contexts=int(self.contexts[pair]),
+            exact=bool(np.isinf(self.degrees[pair])),
+            **names,
+            **values,
         )
 
     def player(self, player: int | str) -> int:
         """Number of a player given by name or number."""
-        if not isinstance(player, str):
-            return integer("player", player, least=0, most=len(self.player_names) - 1)
-        found = [number for number, name in enumerate(self.player_names) if name == player]
-        if len(found) != 1:
-            got = f"{player!r}, the name of players {found}" if found else repr(player)
-            raise ArgumentError("player", got, "a number" if found else "a number, or one of player_names")
-        return found[0]
+        return player_number(player, self.player_names)
 
     @staticmethod
     def _two(players: object) -> tuple[int | str, int | str]:
@@ -154,13 +156,7 @@ class InteractionResult:
 
     def head(self, head: str | int | None = None) -> int:
         """Column of a head given by name or number; the first by default."""
-        if self.heads is None:
-            if head not in (None, 0):
-                raise ArgumentError("head", repr(head), "None, since this game has a single value")
-            return 0
-        if isinstance(head, str):
-            return self.heads.index(one_of("head", head, self.heads))
-        return integer("head", 0 if head is None else head, least=0, most=len(self.heads) - 1)
+        return head_number(head, self.heads)
 
     def column(self, name: str, head: str | int | None = None) -> np.ndarray:
         """One head's (P,) column of ``sii``, ``sii_stderr``, ``gap`` or ``gap_stderr``."""
@@ -217,8 +213,8 @@ class InteractionResult:
         Undefined and infinite numbers are null, since JSON has none.
         """
         arrays, rest = self.parts()
-        lists = {name: _jsonable(array.tolist()) for name, array in arrays.items()}
-        text = json.dumps({"format": FORMAT, **_jsonable(rest), **lists}, ensure_ascii=False, allow_nan=False)
+        lists = {name: jsonable(array.tolist()) for name, array in arrays.items()}
+        text = json.dumps({"format": FORMAT, **jsonable(rest), **lists}, ensure_ascii=False, allow_nan=False)
         if path is not None:
             with replacing(path, "w") as file:
                 file.write(text)
@@ -341,21 +337,13 @@ class InteractionResult:
             raise ArgumentError("path", f"{path} ({problem})", expected) from problem
 
 
-def checked_names(names: Sequence[str], n: int) -> tuple[str, ...]:
-    """``n`` names of players as text."""
-    if isinstance(names, str) or len(names) != n:
-        got = repr(names) if isinstance(names, str) else f"{len(names)} names"
-        raise ArgumentError("names", got, f"one name for each of {n} players")
-    return tuple(map(str, names))
-
-
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """The same with None for numbers that JSON has not."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _jsonable(part) for key, part in value.items()}
-    return [_jsonable(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): jsonable(part) for key, part in value.items()}
+    return [jsonable(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def half_width(stderr: np.ndarray, degrees: np.ndarray, level: float) -> np.ndarray:

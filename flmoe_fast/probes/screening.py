@@ -9,8 +9,9 @@ by.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,15 @@ from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import rule
 from flmoe_fast.probes.interactions import interactions
+from flmoe_fast.probes.naming import checked_names, head_number
+from flmoe_fast.probes.pair_score import SHOWN, with_error
 from flmoe_fast.probes.points import Points
 from flmoe_fast.probes.progress import progress_bar
 from flmoe_fast.probes.result import InteractionResult
 from flmoe_fast.probes.surrogate import MOST_POINTS, Surrogate, functionals
+
+if TYPE_CHECKING:
+    import pandas
 
 #: Share of the budget for the check.
 CHECKED = 0.25
@@ -46,6 +52,9 @@ class UnresolvedError(ArgumentError):
 class Screening:
     """All pairs, ranked, and the first of them measured anew.
 
+    ``print(found)`` shows the first ones, ``found.top()`` and ``found.to_dataframe()`` are tables, ``found.checked`` is
+    a result.
+
     Attributes
     ----------
     pairs : int64 (P, 2)
@@ -61,6 +70,8 @@ class Screening:
     agreement : float
         Correlation of the surrogate's numbers for them with the fresh ones; NaN for fewer than three.
     evaluations : int
+    head : str, int or None
+        Which output was screened.
     """
 
     pairs: np.ndarray
@@ -71,10 +82,45 @@ class Screening:
     checked: InteractionResult
     agreement: float
     evaluations: int
+    head: str | int | None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Screening: {len(self)} pairs, {self.evaluations:,} evaluations; {self.reliability:.0%} of what tells "
+            f"them apart is real; the first {len(self.checked)} measured anew"
+        ]
+        table = self.top(SHOWN)
+        for name_i, name_j, *numbers in table[list(table.columns[2:])].itertuples(index=False):
+            old, new = with_error(*numbers[:2]), with_error(*numbers[2:])
+            lines.append(f"  {name_i} x {name_j}  SII {old}" + ("" if new == "undefined" else f", anew {new}"))
+        if len(self) > SHOWN:
+            lines.append(f"  ... {len(self) - SHOWN} more; see .top(), .to_dataframe(), .checked")
+        return "\n".join(lines)
 
     def order(self) -> np.ndarray:
         """Pair numbers by the size of their interaction, largest first."""
         return np.argsort(-np.abs(self.sii), kind="stable")
+
+    def top(self, k: int = 10) -> pandas.DataFrame:
+        """The ``k`` first pairs as a table."""
+        return self.to_dataframe().iloc[: integer("k", k, least=1)]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """All pairs, the first of the ranking first; ``checked`` is NaN where a pair was not measured anew."""
+        import pandas
+
+        order = self.order()
+        pairs, names = self.pairs[order], self.checked.player_names
+        fresh = [self.checked.pair(i, j, self.head) if (i, j) in self.checked else None for i, j in pairs.tolist()]
+        columns: dict = {"i": pairs[:, 0], "j": pairs[:, 1]}
+        columns |= {f"name_{side}": [names[p] for p in pairs[:, n]] for n, side in enumerate("ij")}
+        columns |= {"sii": self.sii[order], "stderr": self.stderr[order]}
+        columns["checked"] = [np.nan if score is None else score.sii for score in fresh]
+        columns["checked_stderr"] = [np.nan if score is None else score.sii_stderr for score in fresh]
+        return pandas.DataFrame(columns)
 
 
 def screen(
@@ -87,6 +133,7 @@ def screen(
     least: float = 0.5,
     seed: int = 0,
     gap: str = DEFAULT_GAP,
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Screening:
     """Screen all pairs of players with at most ``budget`` evaluations.
@@ -107,6 +154,8 @@ def screen(
     seed : int
     gap : "max", "sum", "strict" or "ratio"
         For the pairs that are checked.
+    names : sequence of n str, optional
+        As for :func:`interactions`.
     progress : bool
 
     Raises
@@ -117,6 +166,7 @@ def screen(
         A budget too small to fit anything or to check the pairs in six contexts.
     """
     game = as_game(game, n)
+    names = game.player_names if names is None else checked_names(names, game.n)
     if not 0 <= least < 1:
         raise ArgumentError("least", repr(least), "a number of at least 0 and below 1")
     pairs = torch.combinations(torch.arange(game.n), 2)
@@ -129,7 +179,7 @@ def screen(
     with progress_bar(budget, "screening", progress) as bar:
         points = Points(game, seed, bar)
         points.evaluate(min(int(budget * (1 - CHECKED)), MOST_POINTS))
-    column = points.values[:, _column(game, head)]
+    column = points.values[:, head_number(head, game.heads)]
     surrogate = Surrogate(points.coalitions, column, "identity")
     sii, variance = _every_pair(surrogate, pairs, game.n)
     size = float(sii.square().mean())
@@ -146,7 +196,7 @@ def screen(
     chosen = pairs[first]
     left = budget - points.spent
     checked = interactions(
-        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, method="grid", progress=progress,
+        game, pairs=chosen, seed=seed ^ CHECK_SEED, gap=gap, method="grid", names=names, progress=progress,
         contexts=2 * (left // CornerGrid.of(chosen, game.n).evaluations // 2),
     )  # fmt: skip
     fresh = checked.column("sii", head)
@@ -160,6 +210,7 @@ def screen(
         checked=checked,
         agreement=agree,
         evaluations=points.spent + checked.evaluations,
+        head=head,
     )
 
 
@@ -173,15 +224,3 @@ def _every_pair(surrogate: Surrogate, pairs: torch.Tensor, n: int) -> tuple[torc
         jackknife, _ = surrogate.jackknife(column)
         variance.append(surrogate.efficiency(block, column, nodes) * jackknife)
     return torch.cat(sii), torch.cat(variance)
-
-
-def _column(game: Game, head: str | int | None) -> int:
-    if game.heads is None:
-        if head not in (None, 0):
-            raise ArgumentError("head", repr(head), "None, since this game has a single value")
-        return 0
-    if isinstance(head, str):
-        if head not in game.heads:
-            raise ArgumentError("head", repr(head), f"one of {game.heads}")
-        return game.heads.index(head)
-    return integer("head", 0 if head is None else head, least=0, most=len(game.heads) - 1)

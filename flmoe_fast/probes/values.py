@@ -9,10 +9,9 @@ their single toggles, whose means are unbiased, and the estimates move to these 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from flmoe_fast.checks import ArgumentError, integer, one_of
@@ -26,47 +25,17 @@ from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
 from flmoe_fast.probes.indices import contrast
 from flmoe_fast.probes.moments import Draw, chance_margin, combine, moved, unit_means
+from flmoe_fast.probes.naming import checked_names
 from flmoe_fast.probes.pairs import resolve_players
 from flmoe_fast.probes.parity import ParityProcess
 from flmoe_fast.probes.posterior import Posterior
-from flmoe_fast.probes.result import half_width
 from flmoe_fast.probes.run import Run, corner_values, per_head
 from flmoe_fast.probes.stopping import Stopping
+from flmoe_fast.probes.value_result import PlayerValues
 
 VALUE_METHODS = ("auto", "grid")
 #: Contexts that something else than the budget may end after.
 FIRST_CONTEXTS = 8
-
-
-@dataclass(frozen=True)
-class PlayerValues:
-    """Values of players with their standard errors.
-
-    Attributes
-    ----------
-    players : int64 (Q,)
-    values, stderr : float64 (Q,) or (Q, O)
-    degrees : float64 (Q,)
-    evaluations : int
-    about : dict
-        What was done and why.
-    """
-
-    players: np.ndarray
-    values: np.ndarray
-    stderr: np.ndarray
-    degrees: np.ndarray
-    evaluations: int
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def interval(self, level: float = 0.95, simultaneous: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends of the confidence intervals, shaped like ``values``.
-
-        ``simultaneous`` intervals hold for all Q players at once (Bonferroni's).
-        """
-        degrees = self.degrees if self.values.ndim == 1 else self.degrees[:, None]
-        half = half_width(self.stderr, degrees, 1 - (1 - level) / len(self.players) if simultaneous else level)
-        return self.values - half, self.values + half
 
 
 @dataclass(frozen=True)
@@ -92,6 +61,7 @@ def player_values(
     until: float | str | None = None,
     seconds: float | None = None,
     on_interrupt: str = "raise",
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> PlayerValues:
     """Shapley values ("SV") or Banzhaf values ("BV") of players.
@@ -117,9 +87,12 @@ def player_values(
     seed : int
     until, seconds, on_interrupt
         What ends the evaluations before the budget is spent, as for :func:`interactions`.
+    names : sequence of n str, optional
+        As for :func:`interactions`.
     progress : bool
     """
     game = as_game(game, n)
+    called = game.player_names if names is None else checked_names(names, game.n)
     one_of("index", index, ("SV", "BV"))
     one_of("method", method, VALUE_METHODS)
     integer("seed", seed, least=0, most=2**64 - 1)
@@ -137,6 +110,9 @@ def player_values(
         per_head(game, found.stderr),
         found.degrees.numpy(),
         run.evaluations,
+        index,
+        game.heads,
+        called,
         {**game.about(), **found.facts, **stopped},
     )
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from flmoe_fast.checks import ArgumentError, integer
 from flmoe_fast.files import writing_to
 from flmoe_fast.model.training.chance import chance_warning
-from flmoe_fast.pipeline.records import SampleRecord, is_done, made_by, record_sample
+from flmoe_fast.pipeline.records import is_done, made_by, record_sample
 from flmoe_fast.runs.settings import RunSettings
 from flmoe_fast.runs.study import Study
 
@@ -85,7 +85,7 @@ def _explain(settings: RunSettings, kept: Path, progress: bool) -> list[Path]:
             fill=options.fill,
             value=options.value,
             backend=options.backend,
-            progress=False,
+            progress=progress,
         )
         dataclasses.replace(record, made_by=now).save(folder)
     return folders
@@ -105,12 +105,6 @@ def explained_with(settings: RunSettings) -> dict:
     }
     now = {**options, "percents": settings.faithfulness.percents, "model": model_digest(settings)}
     return json.loads(json.dumps(now))
-
-
-def read_records(settings: RunSettings) -> list[SampleRecord]:
-    """The explained samples of a run's folder, in order."""
-    folders = sorted(path for path in (settings.out / "samples").glob("*-*") if is_done(path))
-    return [SampleRecord.load(folder) for folder in folders]
 
 
 def chosen_rows(ids: Sequence[str], samples: int | None, wanted: Sequence[str] = ()) -> list[int]:

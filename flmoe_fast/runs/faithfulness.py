@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,18 +150,24 @@ def _curves(
             path = folder / f"block-{start // BLOCK:05d}.json"
             kept = _read_block(path, about, len(block))
             if kept is None:
-                kept = _measure(study, model, block, method, settings)
+                kept = _measure(study, model, block, method, settings, bar.update)
                 with replacing(path, "w") as file:
                     json.dump({"settings": about, "samples": [_as_json(*sample) for sample in kept]}, file)
+            else:
+                bar.update(len(block))
             samples += kept
-            bar.update(len(block))
     return [curves for curves, _ in samples], [measures for _, measures in samples]
 
 
 def _measure(
-    study: Study, model: FLI2MoE, rows: list[int], method: str, settings: RunSettings
+    study: Study,
+    model: FLI2MoE,
+    rows: list[int],
+    method: str,
+    settings: RunSettings,
+    tick: Callable[[], object],
 ) -> list[tuple[Faithfulness, dict[str, np.ndarray]]]:
-    """Drop curves of some samples, and the measures of their importance maps."""
+    """Drop curves of some samples, and the measures of their importance maps; ``tick`` is called after each."""
     options = settings.faithfulness
     chosen = [study.sample(model, options.part, row, views=False) for row in rows]
     targets = None
@@ -198,6 +205,7 @@ def _measure(
             seed=options.seed + row,
         )
         found.append((curves, map_measures(whole[n][:, game.tokens], tops=options.percents)))
+        tick()
     return found
 
 

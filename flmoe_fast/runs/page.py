@@ -17,7 +17,7 @@ from flmoe_fast.pipeline.faithful.curves import COLUMNS
 from flmoe_fast.pipeline.faithful.masking import masking_curve, masking_scores
 from flmoe_fast.pipeline.faithful.occurrence import frequent_tokens, occurrences, where
 from flmoe_fast.pipeline.importance.patterns import Patterns
-from flmoe_fast.pipeline.records import RANKINGS, SampleRecord
+from flmoe_fast.pipeline.records import RANKINGS, SampleRecord, read_records
 from flmoe_fast.pipeline.show.curves import (
     faithfulness_lines,
     interaction_loss_lines,
@@ -34,7 +34,7 @@ from flmoe_fast.pipeline.show.player_views import beeswarm, importance_rows, wat
 from flmoe_fast.pipeline.summary import player_points, summarize
 from flmoe_fast.probes.colours import unit_of
 from flmoe_fast.probes.result import InteractionResult
-from flmoe_fast.runs.explain import explained_with, read_records
+from flmoe_fast.runs.explain import explained_with
 from flmoe_fast.runs.faithfulness import compared, read_patterns, read_tables
 from flmoe_fast.runs.page_patterns import patterns_section, routing_figures
 from flmoe_fast.runs.settings import RunSettings
@@ -118,7 +118,7 @@ def _report(settings: RunSettings) -> Path:
         read_tables(settings),
         patterns := read_patterns(settings.out),
         compared(settings, patterns),
-        read_records(settings),
+        read_records(out),
         explained_with(settings) if (out / "model.safetensors").is_file() else {},
     )
     path = out / "report.html"

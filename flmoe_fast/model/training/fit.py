@@ -186,10 +186,11 @@ def fit(
         if checkpoint is not None and Path(checkpoint).exists():
             run.state.load(checkpoint)
         begun = min(run.state.epoch, settings.epochs)
-        bar = tqdm(total=settings.epochs, initial=begun, desc="training", unit="epoch", disable=not progress)
-        with bar:
+        steps = math.ceil(len(rows) / settings.batch_size)
+        shown = {"desc": f"training {settings.epochs} epochs", "unit": "step", "disable": not progress}
+        with tqdm(total=settings.epochs * steps, initial=begun * steps, **shown) as bar:
             while run.state.epoch < settings.epochs and not run.state.stale(settings.patience):
-                record = run.epoch(checkpoint)
+                record = run.epoch(checkpoint, bar.update)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, batch_size=max(settings.batch_size, 64))
                 run.state.finish_epoch(record, settings.select)
@@ -197,8 +198,9 @@ def fit(
                     run.state.save(checkpoint)
                 if log is not None:
                     write_log(log, run.state.history, model.config.expert_names)
-                bar.update()
-                bar.set_postfix(loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.4f}")
+                bar.set_postfix(
+                    epoch=run.state.epoch, loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.4f}"
+                )
                 if callback is not None:
                     callback(copy.deepcopy(record))
     if settings.select is not None:
@@ -224,8 +226,8 @@ class _Run:
             {"config": model.config.to_dict(), "samples": len(rows), **settings.identity()},
         )
 
-    def epoch(self, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
-        """The rest of an epoch, and its record."""
+    def epoch(self, checkpoint: str | os.PathLike | None, tick: Callable[[], object]) -> dict[str, Any]:
+        """The rest of an epoch, and its record; ``tick`` is called after every step."""
         state, every = self.state, self.settings.checkpoint_steps
         begin = time.perf_counter()
         self.model.train()
@@ -237,6 +239,7 @@ class _Run:
                 raise
             scalars = [out.loss, out.task_loss, out.regularization, out.gate_loss, right, *out.interaction_losses]
             state.count(torch.stack(scalars).detach().double() * len(index))
+            tick()
             if checkpoint is not None and every and state.step % every == 0:
                 self._check_weights()
                 state.seconds += time.perf_counter() - begin

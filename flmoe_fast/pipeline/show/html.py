@@ -66,9 +66,12 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 @media print {
   :root { color-scheme: light; --ground: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav, .skip, .choose, summary { display: none; }
-  .scroll { max-height: none; overflow: visible; } th { position: static; }
-  .plot { overflow: visible; } .plot svg { max-width: 100% !important; min-width: 0 !important; }
-  figure, tr, .term { break-inside: avoid; } h2, h3 { break-after: avoid; } h3.sample { break-before: page; }
+  .scroll { max-height: none; overflow: visible; } th { position: static; } thead { display: table-header-group; }
+  table { font-size: 6.5pt; } th, td { padding: 0.05rem 0.35rem; } p, figure, details { margin: 0.3rem 0; }
+  .row { gap: 0.2rem 1rem; } .plot { overflow: visible; break-inside: avoid; }
+  .plot svg { max-width: 100% !important; min-width: 0 !important; max-height: 10.5cm; }
+  tr, .term { break-inside: avoid; } figcaption { break-after: avoid; } h2, h3 { break-after: avoid; }
+  h3.sample { break-before: page; }
   h2 + p + h3.sample, h2 + h3.sample { break-before: auto; }
 }
 """

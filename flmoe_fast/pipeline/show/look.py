@@ -1,13 +1,11 @@
-"""The look that all pictures share: style, fonts, the colours of curves, how names are shortened."""
+"""The look that all pictures share: style, the colours of curves, how names are shortened."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 #: One colour and one marker per curve or expert: told apart with any kind of colour vision, on light and dark ground,
@@ -22,34 +20,22 @@ CURVES = (
     ("#3aa3c9", "X"),
     ("#7a4b2a", "*"),
 )
+#: The mixture, beside its experts.
+WHOLE = ("0.45", "o")
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False}
 STYLE["text.parse_math"] = False  # names are shown letter by letter, dollars and all
-#: Fonts in the order in which a glyph is looked for; those that the system has are used.
-FAMILIES = (
-    "DejaVu Sans",
-    "Noto Sans",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Source Han Sans",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "Noto Sans Arabic",
-    "Noto Emoji",
-    "Symbola",
-)
 
 
-@functools.cache
-def families() -> tuple[str, ...]:
-    """The fonts of :data:`FAMILIES` that this system has, for letters of many scripts."""
-    there = set(font_manager.get_font_names())
-    return tuple(name for name in FAMILIES if name in there) or ("sans-serif",)
+def curves_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every expert, the same in every figure, whether the mixture is beside them or not."""
+    experts = [name for name in names if name != "mixture"]
+    return dict(zip(experts, CURVES * 3)) | {name: WHOLE for name in names if name == "mixture"}
 
 
 def styled(more: Mapping[Any, Any] | None = None):
     """The style of all pictures as a context, with further matplotlib parameters."""
-    return matplotlib.rc_context({**STYLE, "font.family": list(families()), **(more or {})})
+    return matplotlib.rc_context({**STYLE, **(more or {})})
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -9,11 +9,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from flmoe_fast.pipeline.show.look import CURVES, new_figure, shortened
+from flmoe_fast.pipeline.show.look import CURVES, curves_of, new_figure, shortened
 from flmoe_fast.probes.pictures import literal
 
 if TYPE_CHECKING:
     import pandas
+
+
+#: Agreement from which on a cell of a matrix is dark.
+LIGHT = 0.75
 
 
 @literal
@@ -25,10 +29,11 @@ def concentration_lines(table: pandas.DataFrame, n: float | None = None, axes: A
     axes = axes or new_figure(5.2, 3.9).subplots()
     rows = table[(table["measure"].str.startswith("top ")) & (table["map"] != "")]
     percents = np.array([float(name.split()[1]) for name in rows["measure"].unique()])
-    for (name, own), (colour, marker) in zip(rows.groupby("map", sort=False), CURVES * 3):
+    looks = curves_of(list(rows["map"].unique()))
+    for name, own in rows.groupby("map", sort=False):
         middle = 100 * own["mean"].to_numpy(float)
         ends = np.abs(100 * own[["low", "high"]].to_numpy(float).T - middle)
-        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4}
+        look: dict[str, Any] = dict(zip(("color", "marker"), looks[str(name)]), markersize=4)
         axes.errorbar(percents, middle, np.nan_to_num(ends), label=name, capsize=3, **look)
     if n:
         flat = 100 * np.ceil(n * percents / 100) / n
@@ -50,8 +55,9 @@ def overlap_matrix(matrix: np.ndarray, names: Sequence[str], title: str, axes: A
     axes.imshow(values, cmap="Greys", vmin=min(0.0, float(np.nanmin(values, initial=0.0))), vmax=1.6)
     for row, column in np.ndindex(values.shape):
         text = "–" if np.isnan(values[row, column]) else f"{values[row, column]:.2f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black")
-    labels = [shortened(name, 16) for name in names]
+        dark = np.nan_to_num(values[row, column]) > LIGHT
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    labels = [shortened(name, 24) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.tick_params(length=0)
