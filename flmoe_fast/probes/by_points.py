@@ -10,7 +10,7 @@ import torch
 from flmoe_fast.games.game import Game
 from flmoe_fast.probes.budget import LEAST_BUDGET, MOST_ROWS
 from flmoe_fast.probes.cube import codes
-from flmoe_fast.probes.drawing import complementary, mean_law
+from flmoe_fast.probes.drawing import complementary
 from flmoe_fast.probes.draws import SHARED
 from flmoe_fast.probes.exact import enumerate_values, exact_index, pair_interaction
 from flmoe_fast.probes.grid import CornerGrid
@@ -51,9 +51,7 @@ def _from_table(run: Run, grid: CornerGrid, rows: torch.Tensor) -> Found:
 
 def by_points(run: Run, grid: CornerGrid, budget: int) -> Found:
     """Estimates from a process fitted to complementary pairs of coalitions, drawn by the law that the SII asks for."""
-    count = min(budget // 2, MOST_ROWS)
-    orders = (2,) if run.triples is None else (2, 3)
-    drawn = complementary(run.game.n, count, run.seed, mean_law(run.game.n, *(("SII", order) for order in orders)))
+    drawn = complementary(run.game.n, min(budget // 2, MOST_ROWS), run.seed)
 
     def estimated(some: torch.Tensor, values: torch.Tensor) -> Found:
         if len(some) == 2 ** (run.game.n - 1):

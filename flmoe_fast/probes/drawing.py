@@ -31,7 +31,7 @@ PATIENCE = 20
 def complementary(n: int, count: int, seed: int, law: list[float] | None = None) -> torch.Tensor:
     """Bool (m, n): at most ``count`` distinct coalitions, no two of them complements, those of the ends first.
 
-    ``law`` says how much every size 0..n is worth, by default to the SII of pairs (:func:`mean_law`).
+    ``law`` says how much every size 0..n is worth, by default to the SII of pairs (:func:`root_mean_weights`).
     ``m < count`` only where all ``2^(n - 1)`` pairs are taken. Every leading part is a sample of the same law among
     the sizes that are not taken whole.
     """
@@ -76,12 +76,6 @@ def _counts(n: int, count: int, weights: list[float]) -> tuple[list[int], list[b
                 counts[s] += 1
             break
     return counts, whole
-
-
-def mean_law(n: int, *indices: tuple[str, int]) -> list[float]:
-    """How much every size 0..n is worth to indices, each a name and an order, that all count alike."""
-    laws = [root_mean_weights(n, name, order) for name, order in indices]
-    return [sum(law[s] / sum(law) for law in laws) for s in range(n + 1)]
 
 
 def root_mean_weights(n: int, index: str, order: int) -> list[float]:

@@ -55,7 +55,8 @@ def interactions(
     Exact where the budget pays for every coalition. Otherwise a process (:mod:`flmoe_fast.probes.parity`) through all
     that was evaluated, which keeps the evaluated values exact: for few players coalitions drawn by the index's own law,
     for many players the corners of shared grids, whose unbiased means the estimates are moved to as far as
-    cross-fitting finds the process wrong. ``result.about`` says which, and why.
+    cross-fitting finds the process wrong, and other coalitions, half of the budget where a first few of them predict
+    each other. ``result.about`` says which, and why.
 
     Parameters
     ----------

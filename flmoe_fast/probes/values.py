@@ -19,7 +19,7 @@ from flmoe_fast.coalitions import sample_contexts, unpack
 from flmoe_fast.games.game import Game, as_game
 from flmoe_fast.probes.budget import LEAST_BUDGET, LEAST_CONTEXTS, MOST_ROWS, Spending, enumerates, spend
 from flmoe_fast.probes.by_points import in_batches, table_of, widened
-from flmoe_fast.probes.drawing import complementary, mean_law
+from flmoe_fast.probes.drawing import complementary, root_mean_weights
 from flmoe_fast.probes.exact import enumerate_values, exact_index
 from flmoe_fast.probes.gap import DEFAULT_GAP
 from flmoe_fast.probes.grid import CornerGrid
@@ -146,7 +146,7 @@ def _exactly(rows: torch.Tensor, players: torch.Tensor, index: str, facts: dict[
 def _by_points(run: Run, players: torch.Tensor, index: str, budget: int) -> _Found:
     """From a process fitted to complementary pairs of coalitions."""
     n, members = run.game.n, players[:, None]
-    drawn = complementary(n, min(budget // 2, MOST_ROWS), run.seed, mean_law(n, (index, 1)))
+    drawn = complementary(n, min(budget // 2, MOST_ROWS), run.seed, root_mean_weights(n, index, 1))
     facts = {"method": "process", "why": "every evaluation tells of every player"}
 
     def estimated(some: torch.Tensor, values: torch.Tensor) -> _Found:
