@@ -13,12 +13,13 @@ import sys
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
-import h5py
 import numpy as np
 
 
 def contents(path: str, largest: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Names of the rows and the arrays of X; none of them is larger than ``largest`` bytes."""
+    import h5py
+
     with h5py.File(path) as file:
         index = file["obs"][file["obs"].attrs.get("_index", "_index")][()]
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in index]
